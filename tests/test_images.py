@@ -1,0 +1,1101 @@
+"""Images: every kind of file that a catalog holds is seen as a person would see it, or refused
+by the name of what it is; and preprocessing gives the bits that transformers gives.
+"""
+
+import io
+import itertools
+import json
+import random
+import struct
+import subprocess
+import sys
+import zlib
+
+import numpy as np
+import pillow_heif
+import pytest
+from conftest import REPO
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageCms
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from generate_embeddings import MAX_PIXELS, Rejected, decode, preprocess
+
+pillow_heif.register_heif_opener()
+
+ORIENTATION = 0x0112
+PILLOW_WARNS = pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # of damaged TIFF data
+WHITE = (255, 255, 255)
+RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+
+
+# --------------------------------------------------------------------------------------------------
+# Making and reading files
+# --------------------------------------------------------------------------------------------------
+
+
+def saved(image, kind, **options):
+    """The bytes of an image file made by Pillow."""
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def opened(data):
+    return Image.open(io.BytesIO(data))
+
+
+def seen(data):
+    """What the product makes of a file: uint8 (height, width, 3)."""
+    image = decode(data)
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+def refused(data):
+    """The product's refusal of a file."""
+    with pytest.raises(Rejected) as caught:
+        decode(data)
+    return caught.value
+
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(size, depth, colour, rows, *chunks):
+    """A PNG byte by byte; `rows` are the unfiltered rows' bytes, `chunks` come before them."""
+    header = struct.pack(">IIBBBBB", *size, depth, colour, 0, 0, 0)
+    body = zlib.compress(b"".join(b"\0" + row for row in rows), 1)
+    parts = [chunk(b"IHDR", header), *chunks, chunk(b"IDAT", body), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def bmp(size, depth=24, pixels=b""):
+    header = struct.pack("<IiiHHIIiiII", 40, *size, 1, depth, 0, len(pixels), 2835, 2835, 0, 0)
+    return b"BM" + struct.pack("<IHHI", 54 + len(pixels), 0, 0, 54) + header + pixels
+
+
+def tiff(size, values, depth=8, samples=1, photometric=1, order="<", extra=()):
+    """A TIFF of one strip, byte by byte; `extra` are more (tag, type, count, value) entries."""
+    bits = {"<": b"II*\0", ">": b"MM\0*"}[order]
+    entries = [
+        (256, 4, 1, size[0]),
+        (257, 4, 1, size[1]),
+        (258, 3, 1, depth),
+        (259, 3, 1, 1),
+        (262, 3, 1, photometric),
+        (273, 4, 1, 8),
+        (277, 3, 1, samples),
+        (278, 4, 1, size[1]),
+        (279, 4, 1, len(values)),
+        *extra,
+    ]
+    directory = struct.pack(order + "H", len(entries))
+    for tag, kind, count, value in sorted(entries):
+        packed = struct.pack(order + ("HH" if kind == 3 else "I"), *([value, 0][: 5 - kind]))
+        directory += struct.pack(order + "HHI", tag, kind, count) + packed
+    start = struct.pack(order + "I", 8 + len(values))
+    return bits + start + values + directory + b"\0\0\0\0"
+
+
+def without_segment(jpeg, marker):
+    """A JPEG without its segments of this marker (0xEE: Adobe's)."""
+    kept, at = jpeg[:2], 2
+    while jpeg[at + 1] != 0xDA:
+        end = at + 2 + struct.unpack(">H", jpeg[at + 2 : at + 4])[0]
+        if jpeg[at + 1] != marker:
+            kept += jpeg[at:end]
+        at = end
+    return kept + jpeg[at:]
+
+
+def with_segment(jpeg, marker, data):
+    """A JPEG with one more segment at its beginning."""
+    return jpeg[:2] + bytes([0xFF, marker]) + struct.pack(">H", len(data) + 2) + data + jpeg[2:]
+
+
+def claiming(jpeg, width, height):
+    """A JPEG whose frame header claims another size."""
+    at = next(i for i in range(len(jpeg)) if jpeg[i : i + 2] in (b"\xff\xc0", b"\xff\xc2"))
+    return jpeg[: at + 5] + struct.pack(">HH", height, width) + jpeg[at + 9 :]
+
+
+def exif(orientation):
+    made = Image.Exif()
+    made[ORIENTATION] = orientation
+    return made.tobytes()
+
+
+def over_white(colours, alpha):
+    """uint8 (..., 3) colours and (...) alpha, as they look on white."""
+    part = alpha[..., None] / 255
+    return colours * part + 255 * (1 - part)
+
+
+def distance(a, b):
+    """The greatest difference between two images' pixels."""
+    assert a.shape == b.shape
+    return int(np.abs(a.astype(int) - b.astype(int)).max())
+
+
+def mean_distance(a, b):
+    assert a.shape == b.shape
+    return float(np.abs(a.astype(int) - b.astype(int)).mean())
+
+
+@pytest.fixture(scope="module")
+def cat():
+    """A real photograph, 96 x 64, which no turn or flip leaves as it is."""
+    from stack import photographs
+
+    return opened(photographs()["chelsea.png"]).convert("RGB").resize((96, 64))
+
+
+@pytest.fixture(scope="module")
+def upright(cat):
+    return np.asarray(cat)
+
+
+# --------------------------------------------------------------------------------------------------
+# Orientation
+# --------------------------------------------------------------------------------------------------
+
+# How a camera stores an upright picture for each value of the tag: EXIF says where the stored
+# picture's first row and first column belong.
+STORED = {
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: a[:, ::-1].swapaxes(0, 1),
+    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+    8: lambda a: a[::-1].swapaxes(0, 1),
+}
+RESTORED = STORED | {6: STORED[8], 8: STORED[6]}  # the others are their own inverses
+
+LOSSLESS = {
+    "PNG": {},
+    "WEBP": {"lossless": True},
+    "TIFF": {},
+    "TIFF LZW": {"compression": "tiff_lzw"},
+}
+
+
+@pytest.mark.parametrize("orientation", STORED)
+@pytest.mark.parametrize("kind", LOSSLESS)
+def test_a_turned_lossless_image_equals_its_upright_twin(upright, kind, orientation):
+    stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](upright)))
+    data = saved(stored, kind.split()[0], exif=exif(orientation), **LOSSLESS[kind])
+    assert np.array_equal(seen(data), upright)
+
+
+@pytest.mark.parametrize("orientation", STORED)
+@pytest.mark.parametrize("options", [{}, {"progressive": True}], ids=["baseline", "progressive"])
+def test_a_turned_jpeg_equals_the_same_pixels_turned_back(upright, orientation, options):
+    stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](upright)))
+    data = saved(stored, "JPEG", quality=95, exif=exif(orientation), **options)
+    plain = np.asarray(opened(data).convert("RGB"))  # Pillow applies no orientation to a JPEG
+    assert np.array_equal(seen(data), RESTORED[orientation](plain))
+    assert mean_distance(seen(data), upright) < 4
+
+
+@pytest.mark.parametrize("orientation", STORED)
+def test_a_turned_avif_equals_its_upright_twin(upright, orientation):
+    stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](upright)))
+    options = {"quality": 100, "subsampling": "4:4:4"}
+    data = saved(stored, "AVIF", exif=exif(orientation), **options)
+    assert mean_distance(seen(data), upright) < 2
+
+
+@pytest.mark.parametrize("orientation", STORED)
+def test_a_turned_heic_equals_its_upright_twin(upright, orientation):
+    stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](upright)))
+    data = saved(stored, "HEIF", quality=95, exif=exif(orientation))
+    assert mean_distance(seen(data), upright) < 4
+
+
+@pytest.mark.parametrize("orientation", STORED)
+def test_a_large_turned_jpeg_is_upright_after_it_was_reduced(cat, orientation):
+    large = np.asarray(cat.resize((2880, 1920)))
+    stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](large)))
+    found = decode(saved(stored, "JPEG", exif=exif(orientation)))
+    assert found.width * 2 == found.height * 3
+    small = [np.asarray(image.resize((96, 64))) for image in (found, cat)]
+    assert mean_distance(*small) < 4
+
+
+def test_gray_and_cmyk_photographs_are_turned_as_well(cat):
+    for mode in ("L", "CMYK"):
+        data = saved(cat.convert(mode), "JPEG", exif=exif(6))
+        straight = saved(cat.convert(mode), "JPEG")
+        assert np.array_equal(seen(data), RESTORED[6](seen(straight)))
+
+
+@pytest.mark.parametrize("orientation", [0, 1, 9, 65535])
+def test_an_orientation_that_means_nothing_leaves_the_image_as_it_is(cat, upright, orientation):
+    assert np.array_equal(seen(saved(cat, "PNG", exif=exif(orientation))), upright)
+
+
+ORIENTATION_TAG = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01"  # then type, count, value, no next
+BROKEN_EXIF = {
+    "empty": b"Exif\0\0",
+    "cut in the header": b"Exif\0\0II*\0",
+    "no TIFF at all": b"Exif\0\0" + b"garbage" * 9,
+    "directory beyond the end": b"Exif\0\0II*\0\xff\xff\xff\x7f",
+    "a directory of 65535 entries": b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\x12\x01\x03\0" * 5,
+    "orientation as text": ORIENTATION_TAG + b"\x02\0\x02\0\0\0six\0\0\0\0\0",
+    "orientation without a value": ORIENTATION_TAG + b"\x03\0" + bytes(12),
+    "two orientations": ORIENTATION_TAG + b"\x03\0\x02\0\0\0\x01\0\x01\0" + bytes(4),
+}
+
+
+@PILLOW_WARNS
+@pytest.mark.parametrize("data", BROKEN_EXIF.values(), ids=BROKEN_EXIF)
+def test_broken_exif_costs_nothing_but_the_orientation(cat, upright, data):
+    jpeg = saved(cat, "JPEG", quality=95)
+    assert np.array_equal(seen(with_segment(jpeg, 0xE1, data)), seen(jpeg))
+    rows = [row.tobytes() for row in upright]
+    made = png(cat.size, 8, 2, rows, chunk(b"eXIf", data.removeprefix(b"Exif\0\0")))
+    assert np.array_equal(seen(made), upright)
+
+
+# --------------------------------------------------------------------------------------------------
+# Transparency
+# --------------------------------------------------------------------------------------------------
+
+SHADES = np.tile(np.arange(0, 256, 4, dtype=np.uint8), (32, 1))  # 64 x 32, left to right
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [("PNG", {}), ("WEBP", {"lossless": True, "exact": True}), ("TIFF", {})]
+)
+def test_an_alpha_channel_is_laid_on_white(cat, kind, options):
+    colours = np.asarray(cat.resize((64, 32)))
+    image = Image.fromarray(np.dstack([colours, SHADES]))
+    found = seen(saved(image, kind, **options))
+    assert np.abs(found - over_white(colours, SHADES)).max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_gray_with_alpha_is_laid_on_white(cat, kind):
+    gray = np.asarray(cat.resize((64, 32)).convert("L"))
+    found = seen(saved(Image.fromarray(np.dstack([gray, SHADES]), "LA"), kind))
+    assert np.abs(found - over_white(np.dstack([gray] * 3), SHADES)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("PNG", {}),
+        ("TIFF", {}),
+        ("WEBP", {"lossless": True, "exact": True}),
+        ("AVIF", {"quality": 100, "subsampling": "4:4:4"}),
+        ("HEIF", {"quality": 100}),
+    ],
+)
+@pytest.mark.parametrize("colour", [(0, 0, 0), (255, 0, 255)])
+def test_colour_behind_full_transparency_never_shows(kind, options, colour):
+    image = Image.new("RGBA", (64, 64), (*colour, 0))
+    image.paste((0, 128, 0, 255), (16, 16, 48, 48))
+    found = seen(saved(image, kind, **options))
+    assert distance(found[:12], np.full((12, 64, 3), 255)) <= 2
+    assert distance(found[20:44, 20:44], np.full((24, 24, 3), (0, 128, 0))) <= 8
+
+
+def halves(left, right, mode="P"):
+    """32 x 32: one value on the left, another on the right."""
+    image = Image.new(mode, (32, 32), left)
+    image.paste(right, (16, 0, 32, 32))
+    return image
+
+
+def palette(*colours):
+    image = halves(0, 1)
+    image.putpalette(list(itertools.chain(*colours)))
+    return image
+
+
+def sides(data):
+    """The two colours of `halves`."""
+    found = seen(data)
+    left, right = found[0, 0], found[0, -1]
+    assert (found[:, :16] == left).all()
+    assert (found[:, 16:] == right).all()
+    return tuple(left.tolist()), tuple(right.tolist())
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF"])
+def test_a_palette_with_one_transparent_index_shows_white_there(kind):
+    data = saved(palette((200, 0, 0), (0, 0, 200)), kind, transparency=0)
+    assert sides(data) == (WHITE, (0, 0, 200))
+
+
+def test_a_palette_with_an_alpha_for_each_entry_is_laid_on_white():
+    data = saved(palette(RED, BLUE), "PNG", transparency=bytes([128, 0]))
+    assert sides(data) == ((255, 127, 127), WHITE)
+
+
+def test_a_palette_with_fewer_alphas_than_entries_is_opaque_in_the_rest():
+    data = saved(palette(RED, BLUE), "PNG", transparency=bytes([0]))
+    assert sides(data) == (WHITE, BLUE)
+
+
+def test_the_transparent_colour_of_a_png_shows_white():
+    rgb = saved(halves(RED, BLUE, "RGB"), "PNG", transparency=RED)
+    gray = saved(halves(10, 77, "L"), "PNG", transparency=10)
+    bilevel = saved(halves(0, 1, "1"), "PNG", transparency=0)
+    assert sides(rgb) == (WHITE, BLUE)
+    assert sides(gray) == (WHITE, (77, 77, 77))
+    assert sides(bilevel) == (WHITE, WHITE)
+
+
+@pytest.mark.parametrize("depth", [2, 4])
+def test_the_transparent_shade_of_a_gray_png_of_few_bits_shows_white(depth):
+    row = (b"\x55" if depth == 2 else b"\x11") * (2 * depth) + b"\0" * (2 * depth)  # 1, then 0
+    data = png((32, 32), depth, 0, [row] * 32, chunk(b"tRNS", b"\0\1"))
+    assert sides(data) == (WHITE, (0, 0, 0))
+
+
+def test_transparency_is_white_in_formats_that_lose_quality(cat):
+    image = cat.resize((64, 64)).convert("RGBA")
+    image.putalpha(halves(0, 255, "L").resize((64, 64)))
+    for kind in ("WEBP", "AVIF", "HEIF"):
+        found = seen(saved(image, kind, quality=80))
+        assert distance(found[:, :24], np.full((64, 24, 3), 255)) <= 2
+        assert mean_distance(found[:, 40:], np.asarray(cat.resize((64, 64)))[:, 40:]) < 8
+
+
+def test_a_gif_smaller_than_its_canvas_has_white_around():
+    screen = struct.pack("<HHBBB", 32, 32, 0x80, 0, 0) + bytes([255, 0, 0, 0, 0, 255])
+    control = b"\x21\xf9\x04\x01\0\0\0\0"  # index 0 is transparent
+    # One pixel at (4, 4), index 1: codes clear, 1, end in 3 bits each
+    picture = b"\x2c" + struct.pack("<HHHHB", 4, 4, 1, 1, 0) + b"\x02\x02\x4c\x01\0"
+    found = seen(b"GIF89a" + screen + control + picture + b";")
+    assert found.shape == (32, 32, 3)
+    assert tuple(found[4, 4]) == BLUE
+    assert (found[0] == 255).all()
+    assert (found[31] == 255).all()
+
+
+# --------------------------------------------------------------------------------------------------
+# Depths and colour spaces
+# --------------------------------------------------------------------------------------------------
+
+LEVELS16 = np.linspace(0, 65535, 64).astype(np.uint16)
+LEVELS8 = np.tile((LEVELS16 / 257)[None, :, None], (32, 1, 3))
+
+
+def test_gray_of_16_bits_is_scaled_and_not_clipped():
+    values = np.tile(LEVELS16, (32, 1))
+    for data in (
+        saved(Image.fromarray(values), "PNG"),
+        saved(Image.fromarray(values), "TIFF"),
+        tiff((64, 32), values.astype("<u2").tobytes(), depth=16),
+        tiff((64, 32), values.astype(">u2").tobytes(), depth=16, order=">"),
+    ):
+        assert np.abs(seen(data) - LEVELS8).max() <= 1
+
+
+def test_the_transparent_shade_of_a_16_bit_png_shows_white():
+    rows = [LEVELS16.astype(">u2").tobytes()] * 32
+    shade = chunk(b"tRNS", struct.pack(">H", int(LEVELS16[20])))
+    found = seen(png((64, 32), 16, 0, rows, shade))
+    assert (found[:, 20] == 255).all()
+    assert np.abs(np.delete(found, 20, 1) - np.delete(LEVELS8, 20, 1)).max() <= 1
+
+
+def test_colour_of_16_bits_is_scaled():
+    rows = [np.repeat(LEVELS16, 3).astype(">u2").tobytes()] * 32
+    assert np.abs(seen(png((64, 32), 16, 2, rows)) - LEVELS8).max() <= 1
+
+
+def test_the_transparent_colour_of_a_16_bit_png_shows_white():
+    rows = [struct.pack(">3H", 40000, 0, 0) * 16 + struct.pack(">3H", 0, 0, 65535) * 16] * 32
+    colour = chunk(b"tRNS", struct.pack(">3H", 40000, 0, 0))
+    assert sides(png((32, 32), 16, 2, rows, colour)) == (WHITE, BLUE)
+
+
+@pytest.mark.parametrize("colour", [4, 6], ids=["gray", "colour"])
+def test_alpha_of_16_bits_is_laid_on_white(colour):
+    shown = [40000] * (colour // 2 - 1 or 1) if colour == 4 else [40000] * 3
+    alphas = [0] * 16 + [65535] * 16
+    row = b"".join(struct.pack(f">{len(shown) + 1}H", *shown, alpha) for alpha in alphas)
+    left, right = sides(png((32, 32), 16, colour, [row] * 32))
+    assert left == WHITE
+    assert all(abs(value - 40000 / 257) <= 1 for value in right)
+
+
+def test_bilevel_palette_and_gray_images_keep_their_shades(cat):
+    bilevel, gray = halves(0, 1, "1"), cat.convert("L")
+    for kind in ("PNG", "TIFF", "BMP", "GIF"):
+        assert sides(saved(bilevel, kind)) == ((0, 0, 0), WHITE)
+        assert sides(saved(palette((200, 0, 0), (0, 0, 200)), kind)) == ((200, 0, 0), (0, 0, 200))
+    for kind in ("PNG", "TIFF", "BMP"):
+        assert np.array_equal(seen(saved(gray, kind)), np.dstack([np.asarray(gray)] * 3))
+    assert mean_distance(seen(saved(gray, "JPEG")), np.dstack([np.asarray(gray)] * 3)) < 4
+
+
+def test_a_fax_has_black_writing_on_white_paper():
+    for compression in ("group3", "group4"):
+        data = saved(halves(0, 1, "1"), "TIFF", compression=compression)
+        assert sides(data) == ((0, 0, 0), WHITE)
+    white_is_zero = tiff((32, 32), b"\xff\xff\0\0" * 32, depth=1, photometric=0)
+    assert sides(white_is_zero) == ((0, 0, 0), WHITE)
+
+
+# Inks of 0..255 and how they look without a profile.
+INKS = {
+    (0, 0, 0, 0): WHITE,
+    (255, 255, 0, 0): BLUE,
+    (0, 255, 255, 0): RED,
+    (255, 0, 255, 0): GREEN,
+    (0, 0, 0, 255): (0, 0, 0),
+    (0, 0, 0, 100): (155, 155, 155),
+}
+
+
+def inverted(image):
+    return Image.eval(image, lambda value: 255 - value)
+
+
+def adobe(inks):
+    """Pillow writes CMYK JPEGs as Adobe does: inverted, and with Adobe's marker."""
+    data = saved(Image.new("CMYK", (32, 32), inks), "JPEG", quality=95)
+    assert b"Adobe" in data
+    return data
+
+
+def plain(inks):
+    """Values as they are, and no marker."""
+    image = inverted(Image.new("CMYK", (32, 32), inks))
+    return without_segment(saved(image, "JPEG", quality=95), 0xEE)
+
+
+def ycck(inks):
+    """Adobe's other form: the inks' cyan, magenta and yellow as luma and chroma."""
+    cmy = Image.new("RGB", (32, 32), inks[:3]).convert("YCbCr")
+    key = Image.new("L", (32, 32), 255 - inks[3])
+    stored = Image.merge("CMYK", [*cmy.split(), key])
+    data = saved(inverted(stored), "JPEG", quality=95)
+    at = data.index(b"Adobe") + 11
+    assert data[at] == 0
+    return data[:at] + b"\2" + data[at + 1 :]
+
+
+def printer_tiff(inks):
+    return saved(Image.new("CMYK", (32, 32), inks), "TIFF", compression="tiff_lzw")
+
+
+@pytest.mark.parametrize("make", [adobe, plain, ycck, printer_tiff])
+@pytest.mark.parametrize(("inks", "colour"), INKS.items())
+def test_cmyk_has_the_right_colours(make, inks, colour):
+    found = seen(make(inks))
+    assert distance(found, np.full((32, 32, 3), colour)) <= 6
+
+
+def test_a_cmyk_photograph_is_close_to_its_rgb_twin(cat, upright):
+    inks = cat.convert("CMYK")
+    marked = saved(inks, "JPEG", quality=95)
+    unmarked = without_segment(saved(inverted(inks), "JPEG", quality=95), 0xEE)
+    progressive = saved(inks, "JPEG", quality=95, progressive=True)
+    for data in (marked, unmarked, progressive):
+        assert mean_distance(seen(data), upright) < 4
+
+
+def ink_profile(lab):
+    """An ICC profile of an output device, byte by byte: `lab` gives the colour of each of the
+    16 ways to print an ink or not as (L, a, b)."""
+
+    def text(kind, value):
+        return kind + b"\0\0\0\0" + value
+
+    table = b"".join(
+        struct.pack("BBB", round(light * 2.55), a + 128, b + 128)
+        for light, a, b in map(lab, itertools.product((0, 1), repeat=4))
+    )
+    identity = struct.pack(">9i", *(65536 * (n % 4 == 0) for n in range(9)))
+    ramp = bytes(range(256))
+    lut = text(b"mft1", bytes([4, 3, 2, 0]) + identity + ramp * 4 + table + ramp * 3)
+    description = text(b"desc", struct.pack(">I", 5) + b"inks\0" + bytes(4 + 4 + 2 + 1 + 67))
+    white = text(b"XYZ ", struct.pack(">3i", 63190, 65536, 54061))
+    tags = {
+        b"desc": description,
+        b"cprt": text(b"text", b"none\0"),
+        b"wtpt": white,
+        b"A2B0": lut,
+    }
+    directory, body = struct.pack(">I", len(tags)), b""
+    start = 128 + 4 + 12 * len(tags)
+    for name, data in tags.items():
+        directory += name + struct.pack(">II", start + len(body), len(data))
+        body += data + bytes(-len(data) % 4)
+    header = struct.pack(
+        ">I4sI4s4s4s", start + len(body), b"lcms", 0x02100000, b"prtr", b"CMYK", b"Lab "
+    )
+    header += struct.pack(">6H", 2026, 1, 1, 0, 0, 0) + b"acsp" + bytes(128 - 40 - 60) + bytes(28)
+    header += struct.pack(">3i", 63190, 65536, 54061) + bytes(48)
+    return header[:128] + directory + body
+
+
+def violet_cyan(inks):
+    """Inks of which the cyan one prints violet, magenta and yellow nothing, the fourth black."""
+    if inks[3]:
+        return (0, 0, 0)
+    return (30, 60, -80) if inks[0] else (100, 0, 0)
+
+
+@pytest.mark.parametrize("kind", ["adobe", "plain", "tiff"])
+def test_the_icc_profile_of_a_cmyk_image_decides_its_colours(kind):
+    profile = ink_profile(violet_cyan)
+    ImageCms.ImageCmsProfile(io.BytesIO(profile))  # it is one
+    inks = halves((255, 0, 0, 0), (0, 255, 0, 0), "CMYK")
+    data = {
+        "adobe": lambda: saved(inks, "JPEG", quality=100, icc_profile=profile),
+        "plain": lambda: without_segment(
+            saved(inverted(inks), "JPEG", quality=100, icc_profile=profile), 0xEE
+        ),
+        "tiff": lambda: saved(inks, "TIFF", icc_profile=profile),
+    }[kind]()
+    found = seen(data).astype(int)
+    red, green, blue = found[16, 4]
+    assert blue > 150 > red > green  # violet
+    assert found[16, 28].min() > 245  # magenta prints nothing
+
+
+@pytest.mark.parametrize("profile", [b"", b"garbage", ink_profile(violet_cyan)[:300]])
+def test_a_broken_icc_profile_is_done_without(profile):
+    inks = Image.new("CMYK", (32, 32), (255, 255, 0, 0))
+    found = seen(saved(inks, "JPEG", quality=95, icc_profile=profile))
+    assert distance(found, np.full((32, 32, 3), BLUE)) <= 6
+
+
+def test_an_rgb_profile_in_a_cmyk_image_is_done_without():
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    inks = Image.new("CMYK", (32, 32), (255, 255, 0, 0))
+    found = seen(saved(inks, "JPEG", quality=95, icc_profile=profile))
+    assert distance(found, np.full((32, 32, 3), BLUE)) <= 6
+
+
+# --------------------------------------------------------------------------------------------------
+# Formats
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("PNG", {}),
+        ("BMP", {}),
+        ("TIFF", {}),
+        ("TIFF", {"compression": "tiff_lzw"}),
+        ("TIFF", {"compression": "tiff_adobe_deflate"}),
+        ("TIFF", {"compression": "packbits"}),
+        ("WEBP", {"lossless": True}),
+    ],
+)
+def test_lossless_formats_give_the_very_pixels(cat, upright, kind, options):
+    assert np.array_equal(seen(saved(cat, kind, **options)), upright)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("JPEG", {}),
+        ("JPEG", {"progressive": True}),
+        ("JPEG", {"subsampling": "4:4:4", "restart_marker_rows": 1}),
+        ("MPO", {}),
+        ("WEBP", {}),
+        ("AVIF", {}),
+        ("HEIF", {}),
+        ("TIFF", {"compression": "jpeg"}),
+        ("GIF", {}),
+    ],
+)
+def test_other_formats_come_close(cat, upright, kind, options):
+    if kind != "GIF":
+        options = options | {"quality": 90}
+    assert mean_distance(seen(saved(cat, kind, **options)), upright) < 8
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("GIF", {}),
+        ("WEBP", {"lossless": True}),
+        ("PNG", {}),
+        ("TIFF", {}),
+        ("MPO", {"quality": 95}),
+        ("AVIF", {"quality": 100}),
+    ],
+)
+def test_of_several_frames_or_pages_the_first_counts(kind, options):
+    frames = [Image.new("RGB", (64, 48), colour) for colour in (RED, GREEN, BLUE)]
+    data = saved(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+    assert getattr(opened(data), "n_frames", 1) == 3
+    assert distance(seen(data), np.full((48, 64, 3), RED)) <= 4
+
+
+def test_an_animated_png_with_a_picture_of_its_own_shows_that():
+    frames = [Image.new("RGB", (64, 48), colour) for colour in (RED, GREEN, BLUE)]
+    data = saved(frames[0], "PNG", save_all=True, append_images=frames[1:], default_image=True)
+    assert (seen(data) == RED).all()
+
+
+def test_a_bitmap_stored_from_the_top_down_is_not_upside_down():
+    row = bytes(BLUE[::-1]) * 32
+    other = bytes(RED[::-1]) * 32
+    from_top = bmp((32, -32), pixels=row * 16 + other * 16)
+    from_bottom = bmp((32, 32), pixels=other * 16 + row * 16)
+    for data in (from_top, from_bottom):
+        assert tuple(seen(data)[0, 0]) == BLUE
+        assert tuple(seen(data)[-1, 0]) == RED
+
+
+def test_every_photograph_decodes_to_pillows_own_rgb(photos):
+    for data in photos.values():
+        expected = opened(data).convert("RGB")
+        if min(expected.size) < 1344:
+            assert np.array_equal(seen(data), np.asarray(expected))
+
+
+def alone(program, *arguments, timeout=120):
+    """Runs a program in a process of its own; what it prints is JSON.
+
+    It may use the product as `product`, and peak(): the most memory it ever held, in MB.
+    """
+    before = f"""
+import io, json, resource, sys, time
+sys.path.insert(0, {str(REPO)!r})
+
+def peak():
+    try:  # ru_maxrss begins with the parent's own on Linux
+        with open("/proc/self/status") as status:
+            return int(status.read().split("VmHWM:")[1].split()[0]) / 1024
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS: bytes
+"""
+    command = [sys.executable, "-W", "ignore", "-c", before + program, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+def test_without_pillow_heif_a_heic_image_is_a_failure_that_says_what_to_install(cat, tmp_path):
+    (tmp_path / "a.heic").write_bytes(saved(cat, "HEIF"))
+    program = """
+sys.modules["pillow_heif"] = None
+import generate_embeddings as product
+try:
+    product.decode(open(sys.argv[1], "rb").read())
+except product.Rejected as error:
+    print(json.dumps([str(error), error.permanent]))
+"""
+    reason, permanent = alone(program, tmp_path / "a.heic")
+    assert "HEIC" in reason
+    assert "pillow-heif" in reason
+    assert permanent is False
+
+
+# --------------------------------------------------------------------------------------------------
+# What is no image, or none to embed
+# --------------------------------------------------------------------------------------------------
+
+SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><path d="M0 0"/></svg>'
+NO_IMAGES = {
+    "empty": (b"", "empty"),
+    "svg": (SVG, "SVG"),
+    "svg with a prolog": (b'<?xml version="1.0" encoding="UTF-8"?>\n' + SVG, "SVG"),
+    "svg with a doctype": (
+        b'<?xml version="1.0"?>\n<!DOCTYPE svg PUBLIC "-//W3C//DTD SVG 1.1//EN" "x.dtd">' + SVG,
+        "SVG",
+    ),
+    "svg with a BOM": (b"\xef\xbb\xbf" + SVG, "SVG"),
+    "svg with a namespace prefix": (b'<?xml version="1.0"?><svg:svg xmlns:svg="x"/>', "SVG"),
+    "svg after a long comment": (
+        b"<?xml version='1.0'?><!-- " + b"x" * 3000 + b" -->" + SVG,
+        "SVG",
+    ),
+    "html": (b"<!DOCTYPE html><html><body>Not found</body></html>", "HTML"),
+    "html in small letters": (b"<!doctype html>\n<p>Not found", "HTML"),
+    "html without a doctype": (b"\r\n <html lang=en><head></head></html>", "HTML"),
+    "html with a BOM": (b"\xef\xbb\xbf<!DOCTYPE html><title>x</title>", "HTML"),
+    "html after a comment": (b"<!-- saved page -->\n<html><body></body></html>", "HTML"),
+    "html in which an svg is": (b"<!DOCTYPE html><html><body>" + SVG + b"</body></html>", "HTML"),
+    "xhtml": (b'<?xml version="1.0"?><html xmlns="http://www.w3.org/1999/xhtml"/>', "HTML"),
+    "json object": (b'{"error": "not found"}', "JSON"),
+    "json list": (b' [1, "<svg>"]', "JSON"),
+    "pdf": (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n1 0 obj", "PDF"),
+    "text": (b"404 page not found", "not an image"),
+    "xml error of a storage": (
+        b'<?xml version="1.0"?><Error><Code>NoSuchKey</Code></Error>',
+        "not an image",
+    ),
+    "zip": (b"PK\3\4" + bytes(60), "not an image"),
+    "zeros": (bytes(2000), "not an image"),
+    "EPS, which Pillow would start a program for": (
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n%%EndComments\n",
+        "not an image",
+    ),
+}
+
+
+@pytest.mark.parametrize(("data", "name"), NO_IMAGES.values(), ids=NO_IMAGES)
+def test_what_is_no_image_is_refused_by_its_name(data, name):
+    error = refused(data)
+    assert name in str(error)
+    assert error.permanent
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "AVIF", "TIFF", "BMP", "HEIF"])
+@pytest.mark.parametrize("part", [0.2, 0.5, 0.8, 0.95])
+def test_a_truncated_file_is_called_truncated(cat, kind, part):
+    data = saved(cat.resize((192, 128)), kind)
+    error = refused(data[: int(len(data) * part)])
+    assert "truncated" in str(error)
+    assert error.permanent
+
+
+@PILLOW_WARNS
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "TIFF"])
+def test_other_encodings_of_a_truncated_file_are_found_too(cat, kind):
+    options = {
+        "JPEG": {"progressive": True},
+        "WEBP": {"lossless": True},
+        "TIFF": {"compression": "tiff_lzw"},
+    }[kind]
+    data = saved(cat, kind, **options)
+    assert "truncated" in str(refused(data[: len(data) // 2]))
+
+
+@PILLOW_WARNS
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "AVIF", "TIFF", "BMP", "HEIF"])
+def test_of_a_few_bytes_nothing_is_seen(cat, kind):
+    data = saved(cat, kind)
+    for length in (1, 2, 4, 8, 12, 16, 24, 32):
+        assert refused(data[:length]).permanent
+
+
+def test_a_good_beginning_with_a_damaged_rest_is_broken(cat):
+    data = bytearray(saved(cat, "PNG"))
+    data[len(data) // 2] ^= 0xFF
+    error = refused(bytes(data))
+    assert "broken" in str(error)
+    assert error.permanent
+
+
+@pytest.mark.parametrize("size", [(1, 1), (15, 15), (15, 400), (400, 15), (2, 2)])
+def test_a_tracking_pixel_or_spacer_is_too_small(size):
+    for kind in ("PNG", "GIF", "JPEG"):
+        error = refused(saved(Image.new("RGB", size, RED), kind))
+        assert "smaller than 16 pixels" in str(error)
+        assert error.permanent
+
+
+def test_sixteen_pixels_a_side_are_enough():
+    assert decode(saved(Image.new("RGB", (16, 16), RED), "PNG")).size == (16, 16)
+
+
+def test_a_strip_is_refused_above_one_hundred_to_one():
+    assert decode(saved(Image.new("RGB", (1600, 16)), "PNG")).size == (1600, 16)
+    for size in ((1601, 16), (16, 1601), (20, 5000)):
+        error = refused(saved(Image.new("RGB", size), "PNG"))
+        assert "strip" in str(error)
+        assert error.permanent
+
+
+def claims(jpeg):
+    """Small files that claim 400 megapixels (WebP: its most, 268), name -> bytes."""
+    packed = struct.pack("<I", 0x3FFF | 0x3FFF << 14)
+    lossless = b"VP8L" + struct.pack("<I", 30) + b"\x2f" + packed + bytes(25)
+    lossy = struct.pack("<I", 40)[:4] + b"\x10\x02\0\x9d\x01\x2a\xff\x3f\xff\x3f" + bytes(30)
+    return {
+        "png": png((20000, 20000), 8, 2, [bytes(60000)] * 20),
+        "bilevel png": png((20000, 20000), 1, 0, [bytes(2500)] * 20),
+        "gif": b"GIF89a"
+        + struct.pack("<HHBBB", 20000, 20000, 0x80, 0, 0)
+        + bytes(6)
+        + b"\x2c"
+        + struct.pack("<HHHHB", 0, 0, 20000, 20000, 0)
+        + b"\x02\x02\x4c\x01\0;",
+        "bmp": bmp((20000, 20000)),
+        "bmp from the top": bmp((20000, -20000)),
+        "tiff": tiff((20000, 20000), bytes(1000)),
+        "tiff, big-endian": tiff((20000, 20000), bytes(1000), order=">"),
+        "jpeg": claiming(jpeg, 20000, 20000),
+        "lossless webp": b"RIFF" + struct.pack("<I", 42) + b"WEBP" + lossless,
+        "lossy webp": b"RIFF" + struct.pack("<I", 52) + b"WEBPVP8 " + lossy,
+    }
+
+
+@pytest.fixture(scope="module")
+def claimed(cat, tmp_path_factory):
+    """What became of each of the `claims`: name -> [reason, permanent, seconds, MB]."""
+    folder = tmp_path_factory.mktemp("claims")
+    for name, data in claims(saved(cat, "JPEG")).items():
+        (folder / name).write_bytes(data)
+    program = """
+from pathlib import Path
+import generate_embeddings as product
+found = {}
+for path in sorted(Path(sys.argv[1]).iterdir()):
+    before, started = peak(), time.monotonic()
+    try:
+        product.decode(path.read_bytes())
+    except product.Rejected as error:
+        took = time.monotonic() - started
+        found[path.name] = [str(error), error.permanent, took, peak() - before]
+print(json.dumps(found))
+"""
+    return alone(program, folder)
+
+
+@pytest.mark.parametrize("name", claims(b"\xff\xc0" + bytes(9)))
+def test_an_image_that_claims_too_many_pixels_is_refused_before_decoding(claimed, name):
+    reason, permanent, seconds, megabytes = claimed[name]
+    assert f"more than {MAX_PIXELS // 10**6} megapixels" in reason
+    assert permanent
+    assert seconds < 5
+    assert megabytes < 100
+
+
+def test_kinds_of_pixels_without_a_colour_are_refused():
+    for mode in ("I", "F"):
+        error = refused(saved(Image.new(mode, (32, 32), 7), "TIFF"))
+        assert "not supported" in str(error)
+        assert error.permanent
+
+
+# --------------------------------------------------------------------------------------------------
+# Preprocessing
+# --------------------------------------------------------------------------------------------------
+
+PROCESSOR = CLIPImageProcessorPil()
+
+
+def reference(image):
+    return PROCESSOR(image, return_tensors="np")["pixel_values"][0]
+
+
+def noise(width, height, seed=0):
+    values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+def same_bits(a, b):
+    return a.dtype == b.dtype == np.float32 and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+SIZES = [
+    *[(n, n) for n in (16, 17, 100, 223, 224, 225, 447, 448, 449, 1343, 2000)],
+    *[(224, 225), (225, 224), (224, 448), (223, 2000), (2000, 223), (640, 480), (481, 641)],
+    *[(1333, 1000), (1001, 1999), (1999, 1001), (333, 500), (30, 47)],
+    *[(16, 1600), (1600, 16), (17, 1700), (20, 2000), (1999, 20)],
+]
+
+
+@pytest.mark.parametrize(("width", "height"), SIZES)
+def test_preprocessing_gives_the_bits_of_transformers(width, height):
+    image = noise(width, height)
+    assert same_bits(preprocess(image), reference(image))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.integers(16, 700), st.integers(16, 700), st.integers(0, 9))
+@example(16, 700, 0)
+def test_preprocessing_gives_the_bits_of_transformers_at_any_size(width, height, seed):
+    image = noise(width, height, seed)
+    assert same_bits(preprocess(image), reference(image))
+
+
+def test_a_photograph_gives_the_bits_of_transformers_from_the_same_file(photos):
+    small = {name: data for name, data in photos.items() if min(opened(data).size) < 1344}
+    assert len(small) > 15
+    for data in small.values():
+        assert same_bits(preprocess(decode(data)), reference(opened(data).convert("RGB")))
+
+
+def mosaic(pictures, side):
+    """A square of nine photographs: real detail at a size that none of them has."""
+    third = side // 3
+    image = Image.new("RGB", (third * 3, third * 3))
+    for n, picture in enumerate(pictures):
+        image.paste(picture.resize((third, third)), (n % 3 * third, n // 3 * third))
+    return image
+
+
+@pytest.fixture
+def one_thread():
+    """Torch's threads wait for each other in a loop: on a busy machine one alone is far faster."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_reducing_large_images_first_hardly_moves_their_vectors(photos, full):
+    """Relative to the distance between photographs; measured: 0.25 % (JPEG), 0.4 % (PNG)."""
+    from models import reference as vectors_of
+
+    pictures = [opened(data).convert("RGB") for data in photos.values()]
+    large = [
+        mosaic(random.Random(n).sample(pictures, 9), side)
+        for n, side in enumerate((1350, 1500, 1800, 2100))
+    ]
+    jpegs = [saved(image, "JPEG", quality=95) for image in large]
+    whole = [opened(data).convert("RGB") for data in jpegs]
+    pngs = [saved(image, "PNG", compress_level=0) for image in whole]
+    reduced = [decode(data) for data in jpegs + pngs]
+    for image, original in zip(reduced, whole * 2, strict=True):
+        assert 3 * 224 <= image.width < original.width
+
+    vectors = vectors_of(full, [*pictures, *whole, *reduced])
+    different, exact, jpeg, png = np.split(vectors, np.cumsum([len(pictures), 4, 4]))
+    between = np.linalg.norm(different[:, None] - different[None], axis=2)
+    between = np.median(between[np.triu_indices(len(pictures), 1)])
+    for found, usual, most in ((jpeg, 0.005, 0.01), (png, 0.007, 0.012)):
+        moved = np.linalg.norm(found - exact, axis=1) / between
+        assert np.median(moved) < usual
+        assert moved.max() < most
+
+
+# --------------------------------------------------------------------------------------------------
+# Anything at all
+# --------------------------------------------------------------------------------------------------
+
+
+def seeds(cat):
+    """Small files of every format, to be damaged."""
+    small = cat.resize((40, 32))
+    frames = [Image.new("RGB", (40, 32), colour) for colour in (RED, GREEN)]
+    return [
+        saved(small, "JPEG", exif=exif(6)),
+        saved(small, "JPEG", progressive=True),
+        saved(small.convert("CMYK"), "JPEG", icc_profile=ink_profile(violet_cyan)),
+        saved(small, "MPO", save_all=True, append_images=frames),
+        saved(small, "PNG", exif=exif(5)),
+        saved(small.convert("P"), "PNG", transparency=bytes(range(200))),
+        saved(Image.fromarray(np.tile(LEVELS16, (32, 1))), "PNG"),
+        saved(frames[0], "PNG", save_all=True, append_images=frames),
+        saved(small, "GIF", save_all=True, append_images=frames, transparency=3),
+        saved(small.convert("RGBA"), "WEBP"),
+        saved(frames[0], "WEBP", save_all=True, append_images=frames, lossless=True),
+        saved(small, "AVIF"),
+        saved(small, "HEIF"),
+        saved(small, "TIFF", compression="tiff_lzw"),
+        saved(small.convert("L"), "TIFF", compression="jpeg"),
+        saved(halves(0, 1, "1"), "TIFF", compression="group4"),
+        tiff((32, 32), bytes(2048), depth=16, order=">"),
+        saved(small, "BMP"),
+        saved(small.convert("P"), "BMP"),
+    ]
+
+
+def damaged(data, dice):
+    """A copy with a few random changes, most of them near the beginning, where headers are."""
+    data = bytearray(data)
+    for _ in range(dice.choice((1, 1, 2, 4, 16))):
+        length = max(1, len(data))
+        at = dice.randrange(min(length, dice.choice((32, 128, 512, length))))
+        change = dice.choice(("flip", "flip", "set", "cut", "remove", "insert", "repeat"))
+        if change == "flip" and data:
+            data[at] ^= 1 << dice.randrange(8)
+        elif change == "set":
+            data[at : at + 4] = dice.choice((b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff"))
+        elif change == "cut" and dice.random() < 0.3:
+            del data[at:]
+        elif change == "remove":
+            del data[at : at + dice.randrange(1, 20)]
+        elif change == "insert":
+            data[at:at] = dice.randbytes(dice.randrange(1, 20))
+        elif change == "repeat":
+            data[at:at] = data[at : at + 64]
+    return bytes(data)
+
+
+def test_thousands_of_damaged_files_end_in_an_image_or_a_named_failure(cat, tmp_path):
+    dice, sources = random.Random(3), seeds(cat)
+    files = [damaged(sources[n % len(sources)], dice) for n in range(3000)]
+    (tmp_path / "files").write_bytes(
+        b"".join(struct.pack("<I", len(data)) + data for data in files)
+    )
+    program = """
+import struct
+import numpy as np
+import generate_embeddings as product
+blob, at, images, reasons, slowest = open(sys.argv[1], "rb").read(), 0, 0, {}, 0.0
+while at < len(blob):
+    length, = struct.unpack_from("<I", blob, at)
+    data, at, started = blob[at + 4 : at + 4 + length], at + 4 + length, time.monotonic()
+    try:
+        pixels = product.preprocess(product.decode(data))
+        assert pixels.shape == (3, 224, 224) and np.isfinite(pixels).all()
+        images += 1
+    except product.Rejected as error:
+        reasons[str(error)] = reasons.get(str(error), 0) + 1
+    slowest = max(slowest, time.monotonic() - started)
+print(json.dumps([images, reasons, slowest, peak()]))
+"""
+    images, reasons, slowest, megabytes = alone(program, tmp_path / "files")
+    assert images + sum(reasons.values()) == len(files)
+    assert images > 300
+    assert sum(reasons.values()) > 300
+    assert slowest < 10
+    assert megabytes < 1500
+
+
+# --------------------------------------------------------------------------------------------------
+# Memory
+# --------------------------------------------------------------------------------------------------
+
+
+def hundred_megapixels(kind):
+    """A file of 10,000 x 10,000 pixels of one colour, some hundred KB."""
+    size = (10_000, 10_000)
+    if kind in ("JPEG", "progressive JPEG"):
+        return saved(Image.new("L", size, 99), "JPEG", progressive=kind != "JPEG")
+    depth, colour, samples = {
+        "gray PNG of 16 bits": (16, 0, 2),
+        "RGB PNG": (8, 2, 3),
+        "RGBA PNG": (8, 6, 4),
+        "palette PNG with alpha": (8, 3, 1),
+    }[kind]
+    chunks = [chunk(b"PLTE", b"\1\2\3"), chunk(b"tRNS", b"\x80")] if colour == 3 else []
+    return png(size, depth, colour, itertools.repeat(bytes(samples * size[0]), size[1]), *chunks)
+
+
+DECODE_AT_ONCE = """
+import threading
+import generate_embeddings as product
+threads = []
+for path in sys.argv[1:]:
+    work = lambda data: product.preprocess(product.decode(data))
+    threads.append(threading.Thread(target=work, args=[open(path, "rb").read()]))
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(json.dumps(peak()))
+"""
+
+
+def peak_of(kinds, folder):
+    """The MB that a process needs to decode one image of 100 megapixels of each kind at once."""
+    paths = [folder / f"{n}" for n, _ in enumerate(kinds)]
+    for path, kind in zip(paths, kinds, strict=True):
+        path.write_bytes(hundred_megapixels(kind))
+    return alone(DECODE_AT_ONCE, *paths)
+
+
+@pytest.mark.parametrize("kind", ["RGBA PNG", "palette PNG with alpha", "gray PNG of 16 bits"])
+def test_one_image_of_100_megapixels_fits_a_small_machine(kind, tmp_path):
+    assert peak_of([kind], tmp_path) < 1500
+
+
+def test_eight_workers_with_100_megapixels_each_take_turns(tmp_path):
+    kinds = ["RGB PNG"] * 4 + ["JPEG"] * 3 + ["progressive JPEG"]
+    assert peak_of(kinds, tmp_path) < 1200

@@ -1,0 +1,314 @@
+"""How a run ends, and what it leaves behind: kills, Ctrl-C, a database that goes away."""
+
+import itertools
+import json
+import re
+import signal
+import threading
+import time
+import uuid
+from collections import Counter
+
+import pytest
+from conftest import REPO, wait_until
+from stack import ImageHost
+from stack import reset as cut
+
+JSON = [("Content-Type", "application/json")]
+HTML = [("Content-Type", "text/html")]
+# Runs the script with smaller batches, so that few images make many
+SMALL_BATCHES = f"""
+import sys
+sys.path.insert(0, {str(REPO)!r})
+import generate_embeddings as script
+assert script.WRITE_ROWS and script.WRITE_SECONDS
+script.WRITE_ROWS, script.WRITE_SECONDS = 3, 0.2
+sys.exit(script.main())
+"""
+
+
+def is_upsert(request):
+    """Whether a request stores vectors; the check before the run names one asset twice."""
+    if request.method != "POST" or "/product_embeddings?" not in request.path:
+        return False
+    ids = [row["asset_id"] for row in json.loads(request.body)]
+    return len(set(ids)) == len(ids)
+
+
+def stored(stack):
+    return {str(i) for (i,) in stack.sql("select asset_id from product_embeddings")}
+
+
+def add(stack, host, paths):
+    """Adds an asset per path, ids in the order of the paths."""
+    ids = sorted(str(uuid.uuid4()) for _ in paths)
+    stack.add_assets((i, host.url_of(path), "x") for i, path in zip(ids, paths, strict=True))
+    return ids
+
+
+@pytest.fixture
+def gate(photos):
+    """A host whose images up to `free` come at once, the others once `opened` is set."""
+
+    class Gate(ImageHost):
+        free = 20
+        opened = threading.Event()
+
+        def answer(self, handler):
+            number = int(re.search(r"\d+", handler.path)[0])
+            if number >= self.free:
+                self.opened.wait(120)
+            super().answer(handler)
+
+    with Gate({f"/{n}.jpg": photos["flower.jpg"] for n in range(40)}) as host:
+        yield host
+        host.opened.set()
+
+
+@pytest.fixture
+def halfway(cli, stack, gate):
+    """A run that has stored the first 20 of 40 assets and waits for the images of the rest."""
+    add(stack, gate, [f"/{n}.jpg" for n in range(40)])
+
+    def halfway(**settings):
+        run = cli.start("--workers", 4, **settings)
+        wait_until(lambda: len(stored(stack)) == 20 or run.poll() is not None)
+        assert run.poll() is None, run.err
+        return run
+
+    return halfway
+
+
+# Stopped from outside
+
+
+def test_after_kill_9_the_next_run_does_the_rest_and_nothing_twice(cli, stack, gate, halfway):
+    run = halfway()
+    run.kill()
+    run.wait()
+    early = dict(stack.sql("select asset_id, updated_at from product_embeddings"))
+    gate.opened.set()
+    stack.gateway.fault = seen = Seen()
+    again = cli()
+    assert again.code == 0, again.err
+    assert again.counts["embedded"] == 20
+    assert len(stored(stack)) == 40
+    assert not {str(i) for i in early} & seen.ids.keys()
+    assert set(seen.ids.values()) == {1}
+    late = dict(stack.sql("select asset_id, updated_at from product_embeddings"))
+    assert {i: late[i] for i in early} == early
+
+
+class Seen:
+    """A fault that does no harm: counts how often each id is in an upsert."""
+
+    def __init__(self):
+        self.ids = Counter()
+
+    def __call__(self, request):
+        if is_upsert(request):
+            self.ids.update(row["asset_id"] for row in json.loads(request.body))
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"]
+)
+def test_a_stop_stores_what_is_embedded_and_waits_for_no_hanging_host(stack, halfway, number, code):
+    run = halfway()
+    run.send_signal(number)
+    end = run.finish(60)
+    assert end.code == code, end.err
+    assert end.counts["embedded"] == len(stored(stack)) == 20
+    assert end.counts["left"] == 20
+    assert end.counts["failed"] == 0
+
+
+def test_a_stop_loses_no_vector_that_waits_to_be_stored(cli, stack, gate):
+    gate.free = 10
+    ids = add(stack, gate, [f"/{n}.jpg" for n in range(40)])
+    run = cli.start("--workers", 4)
+    wait_until(lambda: "10/40 done" in run.err)  # up to two seconds before they are stored
+    run.send_signal(signal.SIGINT)
+    end = run.finish(60)
+    assert end.code == 130
+    assert end.counts["embedded"] == 10
+    assert stored(stack) == set(ids[:10])
+
+
+def test_a_second_stop_ends_the_run_at_once(stack, gate, halfway):
+    run = halfway()
+    hanging = threading.Event()
+
+    def hang(request):
+        hanging.set()
+        return "hang"
+
+    stack.gateway.fault = lambda request: hang(request) if is_upsert(request) else None
+    gate.free = 40
+    gate.opened.set()
+    assert hanging.wait(60)
+    run.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert run.poll() is None  # it tries to store what is embedded
+    run.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    run.wait(60)
+    assert time.monotonic() - began < 8
+    assert run.returncode == 130
+    assert "Traceback" not in run.err
+
+
+def test_a_stop_while_the_model_loads(cli, stack, gate, full):
+    gate.free = 40
+    add(stack, gate, [f"/{n}.jpg" for n in range(40)])
+    run = cli.start(CLIP_MODEL=full)
+    wait_until(lambda: gate.requests)  # the model loads while the first images do
+    run.send_signal(signal.SIGINT)
+    end = run.finish(60)
+    assert end.code == 130
+    assert end.counts["embedded"] == len(stored(stack))
+    assert end.counts["left"] == 40 - end.counts["attempted"]
+
+
+@pytest.mark.parametrize(
+    ("number", "codes"),
+    [(signal.SIGINT, {130}), (signal.SIGTERM, {143, -signal.SIGTERM})],
+    ids=["Ctrl-C", "SIGTERM"],
+)
+def test_a_stop_during_the_checks(cli, stack, number, codes):
+    stack.gateway.fault = lambda request: "hang"
+    run = cli.start()
+    wait_until(lambda: stack.gateway.requests)
+    run.send_signal(number)
+    end = run.finish(20)
+    assert end.code in codes
+    assert end.seconds < 20
+
+
+# The database goes away
+
+
+def test_a_database_that_is_gone_for_good_ends_the_run_with_a_true_report(stack, gate, halfway):
+    run = halfway(DB_RETRY_SECONDS=2)
+    stack.gateway.stop()
+    gate.opened.set()
+    end = run.finish()
+    assert end.code == 2
+    assert "no answer from the database" in end.error
+    assert end.counts["embedded"] == len(stored(stack)) == 20
+    assert end.counts["attempted"] + end.counts["left"] == 40
+
+
+def test_a_database_that_comes_back_is_waited_for(stack, gate, halfway):
+    run = halfway()
+    stack.gateway.stop()
+    gate.opened.set()
+    wait_until(lambda: "trying again" in run.err)
+    time.sleep(1)
+    stack.gateway.start()
+    end = run.finish()
+    assert end.code == 0, end.err
+    assert end.counts["embedded"] == len(stored(stack)) == 40
+
+
+FAULTS = {
+    "a reset": "reset",
+    "a reset after the work was done": "after",
+    "a gateway's HTML page": (502, HTML, b"<html>Bad Gateway</html>"),
+    "a statement timeout": (500, JSON, b'{"code":"57014","message":"canceling statement"}'),
+    "too many requests": (429, HTML, b"slow down"),
+    "too many connections": (503, JSON, b'{"code":"53300","message":"too many connections"}'),
+    "a pool timeout": (504, JSON, b'{"code":"PGRST003","message":"timed out"}'),
+}
+
+
+def test_no_fault_that_passes_loses_or_doubles_a_vector(cli, stack, host, tmp_path):
+    script = tmp_path / "small_batches.py"
+    script.write_text(SMALL_BATCHES)
+    ids = add(stack, host, ["/flower.jpg"] * 60)
+    faults = iter(FAULTS.values())
+    turns = itertools.count()
+
+    def every_other(request):
+        if is_upsert(request) and next(turns) % 2 == 0:
+            return next(faults, None)
+        return None
+
+    stack.gateway.fault = every_other
+    run = cli(script=script)
+    assert run.code == 0, run.err
+    assert next(faults, None) is None, "not every fault was met"
+    assert run.counts["embedded"] == 60
+    assert stored(stack) == set(ids)
+
+
+def test_a_page_of_pending_assets_that_fails_is_asked_for_again(cli, stack, host):
+    ids = add(stack, host, ["/flower.jpg"] * 3)
+    faults = iter(["reset", (503, HTML, b"<html>Unavailable</html>"), "after"])
+
+    def fault(request):
+        paged = request.method == "GET" and "limit=1000" in request.path
+        return next(faults, None) if paged else None
+
+    stack.gateway.fault = fault
+    run = cli()
+    assert run.code == 0, run.err
+    assert next(faults, None) is None, "no page was asked for"
+    assert stored(stack) == set(ids)
+
+
+# One row among many
+
+
+def test_a_row_that_the_database_refuses_fails_alone(cli, stack, host):
+    ids = add(stack, host, ["/flower.jpg"] * 12)
+    stack.sql(f"""
+        alter table product_embeddings add constraint not_this check (asset_id <> '{ids[3]}');
+        create function refuse() returns trigger language plpgsql as
+          $$ begin raise exception 'not on a Sunday'; end $$;
+        create trigger refuse before insert on product_embeddings
+          for each row when (new.asset_id = '{ids[7]}') execute function refuse();
+    """)
+    run = cli()
+    assert run.code == 1
+    assert run.counts == run.counts | {"embedded": 10, "failed": 2, "left": 0}
+    assert stored(stack) == set(ids) - {ids[3], ids[7]}
+    assert re.search(r"store: .*not_this", run.out)
+    assert re.search(r"store: .*not on a Sunday", run.out)
+    assert ids[3] in run.out
+    assert ids[7] in run.out
+
+
+def test_an_asset_that_is_deleted_meanwhile_is_no_failure(cli, stack, host, photos):
+    paths = [f"/{n}.jpg" for n in range(6)]
+    host.files.update(dict.fromkeys(paths, photos["flower.jpg"]))
+    ids = add(stack, host, paths)
+
+    def delete_first(handler):
+        stack.sql("delete from assets where id = %s", [ids[2]])
+        handler.reply(200, [("Content-Type", "image/jpeg")], photos["flower.jpg"])
+
+    host.files["/2.jpg"] = delete_first
+    run = cli()
+    assert run.code == 0, run.out
+    assert run.counts == run.counts | {"embedded": 5, "failed": 0, "left": 0}
+    assert re.search(r"(?m)^Deleted +1\b", run.out)
+    assert stored(stack) == set(ids) - {ids[2]}
+
+
+# The network goes away
+
+
+def test_when_every_download_fails_the_run_stops_and_says_so(cli, stack):
+    def slam(handler):
+        cut(handler.connection)
+        handler.close_connection = True
+
+    paths = [f"/{n}.jpg" for n in range(120)]
+    with ImageHost(dict.fromkeys(paths, slam)) as host:
+        add(stack, host, paths)
+        run = cli("--workers", 60)
+    assert run.code == 2
+    assert "network" in run.error
+    assert 50 <= run.counts["failed"] < 120
+    assert run.counts["left"] == 120 - run.counts["attempted"]

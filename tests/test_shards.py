@@ -1,0 +1,182 @@
+"""Several workers on one catalog: --shard I/N, and workers that know nothing of each other."""
+
+import io
+import json
+import uuid
+from collections import Counter, defaultdict
+
+import pytest
+from conftest import wait_until
+from PIL import Image
+
+
+@pytest.fixture
+def thumbnail(photos):
+    """A small JPEG file."""
+    file = io.BytesIO()
+    Image.open(io.BytesIO(photos["astronaut.png"])).resize((96, 96)).save(file, "JPEG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def catalog(stack, host, thumbnail):
+    """Fills the assets table with these ids; each image has an address of its own."""
+    host.files["/thumbnail.jpg"] = thumbnail
+
+    def fill(ids):
+        address = host.url_of("/thumbnail.jpg")
+        stack.add_assets((i, f"{address}?asset={i}", "client") for i in ids)
+
+    return fill
+
+
+@pytest.fixture
+def stored_by(stack):
+    """Watches the gateway: key -> the ids whose vectors came with that key."""
+    seen = defaultdict(list)
+
+    def watch(request):
+        if request.method == "POST" and "/product_embeddings?" in request.path:
+            ids = [row["asset_id"] for row in json.loads(request.body)]
+            if len(ids) == len(set(ids)):  # the check before a run names one id twice
+                seen[request.headers["apikey"]] += ids
+
+    stack.gateway.fault = watch
+    return seen
+
+
+def uuids(count):
+    return [str(uuid.uuid5(uuid.NAMESPACE_URL, str(n))) for n in range(count)]
+
+
+def embedded(stack):
+    return {str(i) for (i,) in stack.sql("select asset_id from product_embeddings")}
+
+
+def downloads(host):
+    """How often each asset's image was asked for: asset id -> times."""
+    return Counter(path.split("asset=")[1] for path, _ in host.requests)
+
+
+BAD = [
+    "0/4",
+    "5/4",
+    "4",
+    "a/b",
+    "1/0",
+    "0/0",
+    "-1/4",
+    "1/-4",
+    "1/2/3",
+    "1.5/4",
+    "/4",
+    "1/",
+    "",
+    " ",
+]
+
+
+@pytest.mark.parametrize("value", BAD)
+def test_a_shard_that_is_none_is_a_usage_error(cli, value):
+    run = cli(f"--shard={value}")
+    assert run.code == 2
+    assert "--shard" in run.err
+    assert "1/4" in run.err  # what a good one looks like
+
+
+def test_three_shards_at_once_share_a_catalog_of_3000(stack, host, cli, catalog, stored_by):
+    ids = uuids(3000)
+    catalog(ids)
+    keys = [f"sb_secret_shard_{part}" for part in (1, 2, 3)]
+    stack.roles.update(dict.fromkeys(keys, "service_role"))
+    started = [
+        cli.start("--shard", f"{part}/3", SUPABASE_SERVICE_ROLE_KEY=key)
+        for part, key in enumerate(keys, 1)
+    ]
+    runs = [run.finish(timeout=600) for run in started]
+    shares = [run.counts["embedded"] for run in runs]
+    assert [run.code for run in runs] == [0, 0, 0]
+    assert sum(shares) == 3000
+    assert all(0.25 * 3000 <= share <= 0.42 * 3000 for share in shares)
+    assert [len(stored_by[key]) for key in keys] == shares
+    assert [run.counts["left"] for run in runs] == [0, 0, 0]
+    assert set(downloads(host).values()) == {1}  # disjoint
+    assert embedded(stack) == downloads(host).keys() == set(ids)  # complete
+
+
+def shard_of(ids, id_type, stack, cli, catalog):
+    """What `--shard 2/3` embeds of a catalog of these ids, as text."""
+    stack.reset(id_type)
+    catalog(ids)
+    assert cli("--shard", "2/3").code == 0
+    return embedded(stack)
+
+
+IDS = {"uuid": uuids(90), "bigint": range(1, 91)}
+
+
+@pytest.mark.parametrize("id_type", IDS)
+def test_an_id_is_in_the_same_shard_when_it_is_text(stack, cli, catalog, id_type):
+    typed = shard_of(IDS[id_type], id_type, stack, cli, catalog)
+    assert 15 <= len(typed) <= 45
+    assert shard_of(map(str, IDS[id_type]), "text", stack, cli, catalog) == typed
+
+
+def test_a_shard_does_not_depend_on_what_is_pending(stack, cli, catalog):
+    ids = uuids(90)
+    whole = shard_of(ids, "uuid", stack, cli, catalog)
+    stack.sql("delete from product_embeddings")
+    assert cli("--limit", 40).code == 0
+    before = embedded(stack)
+    run = cli("--shard", "2/3")
+    assert run.code == 0
+    assert embedded(stack) - before == whole - before
+    assert run.counts["attempted"] == len(whole - before)
+
+
+def test_a_limit_counts_within_the_shard(stack, cli, catalog):
+    ids = uuids(90)
+    whole = shard_of(ids, "uuid", stack, cli, catalog)
+    stack.sql("delete from product_embeddings")
+    assert cli("--shard", "2/3", "--limit", 5).counts["embedded"] == 5
+    assert embedded(stack) == set(sorted(whole)[:5])
+
+
+def test_a_dry_run_of_a_shard_counts_and_shows_that_shard_only(stack, cli, catalog):
+    catalog(uuids(90))
+    said = cli("--shard", "2/3", "--dry-run").out
+    run = cli("--shard", "2/3")
+    shown = {line.split()[0] for line in said.splitlines()[1:]}
+    assert said.startswith(f"Would embed {run.counts['embedded']} assets")
+    assert shown <= embedded(stack)
+
+
+def test_more_shards_than_assets_leave_some_with_nothing_to_do(stack, cli, catalog):
+    catalog(uuids(1))
+    runs = [cli("--shard", f"{part}/3") for part in (1, 2, 3)]
+    assert [run.code for run in runs] == [0, 0, 0]
+    assert sorted(run.counts["embedded"] for run in runs) == [0, 0, 1]
+
+
+def test_two_unsharded_workers_at_once_lose_nothing(stack, host, cli, catalog):
+    ids = uuids(400)
+    catalog(ids)
+    started = [cli.start(), cli.start()]
+    runs = [run.finish(timeout=600) for run in started]
+    assert [run.code for run in runs] == [0, 0]
+    assert embedded(stack) == downloads(host).keys() == set(ids)
+    assert all(run.counts["left"] == 0 for run in runs)
+
+
+def test_a_scheduled_run_may_begin_before_the_last_one_has_ended(stack, host, cli, catalog):
+    ids = uuids(300)
+    catalog(ids)
+    host.latency = 0.1
+    early = cli.start()
+    wait_until(lambda: embedded(stack))
+    late = cli.start()
+    runs = [early.finish(timeout=600), late.finish(timeout=600)]
+    assert [run.code for run in runs] == [0, 0]
+    assert embedded(stack) == set(ids)
+    third = cli()
+    assert (third.code, third.counts["attempted"], third.counts["left"]) == (0, 0, 0)
