@@ -103,6 +103,7 @@ MAX_FETCH_FAILURES = 50  # in a row, and none the image's own fault: the network
 
 PAGE_ROWS = 1000  # Supabase cuts answers at 1,000 rows anyway
 WINDOW_ROWS = 10_000  # assets that one statement may look through: 0.1 s, not 8
+URL_LENGTH = 6000  # of a list of ids in a URL; gateways refuse some 8,000
 WRITE_ROWS = 50  # rows to an upsert; with an index at a million rows far below the 8 s timeout
 WRITE_SECONDS = 2.0  # a vector waits no longer than this to be stored
 CHECK_SECONDS = 5.0  # patience of the checks before the run
@@ -527,12 +528,15 @@ class SupabaseStore:
         the next run sees to the new image. (Later changes are the trigger's.) Returns ids."""
         s = self._settings
         columns = f"id:{s.id_column},image:{s.image_column}"
-        query = self._table(s.assets_table).select(columns).in_(s.id_column, list(assets))
-        outdated = [
-            row["id"] for row in self._send(query).data if image_of(row) != assets[row["id"]].image
-        ]
-        if outdated:
-            self._send(self._table(table).delete().in_("asset_id", outdated))
+        ids = list(assets)
+        some = max(1, URL_LENGTH // (3 * max((len(str(i)) for i in ids), default=1) + 3))
+        outdated: list[Id] = []
+        for start in range(0, len(ids), some):
+            query = self._table(s.assets_table).select(columns)
+            for row in self._send(query.in_(s.id_column, ids[start : start + some])).data:
+                if image_of(row) != assets[row["id"]].image:
+                    outdated.append(row["id"])
+                    self._send(self._table(table).delete().eq("asset_id", row["id"]))
         return outdated
 
     @staticmethod
@@ -812,13 +816,17 @@ class FolderStore:
         query = """
             insert into product_embedding_failures
                 (asset_id, model_version, stage, reason, permanent)
-            select id, ?, ?, ?, ? from assets where id = ?
+            select id, ?, ?, ?, ? from assets where id = ? and not exists
+                (select 1 from product_embeddings where asset_id = id and model_version = ?)
             on conflict (asset_id) do update set model_version = excluded.model_version,
                 stage = excluded.stage, reason = excluded.reason,
                 permanent = excluded.permanent, attempts = attempts + 1,
                 updated_at = excluded.updated_at
         """
-        rows = [(MODEL_VERSION, f.stage, f.reason, f.permanent, f.asset.id) for f in failures]
+        rows = [
+            (MODEL_VERSION, f.stage, f.reason, f.permanent, f.asset.id, MODEL_VERSION)
+            for f in failures
+        ]
         with self._transaction() as db:
             db.executemany(query, rows)
 
@@ -1328,8 +1336,8 @@ class ImageTower:
         tower = "vision_model."
         embeddings = tower + "embeddings."
         position = self._take(embeddings + "position_embedding.weight")
-        self._first = self._take(embeddings + "class_embedding") + position[0]
-        self._position = position[1:]
+        self._first = self._ours(self._take(embeddings + "class_embedding") + position[0])
+        self._position = self._ours(position[1:])
         self._patches = self._linear(self._take(embeddings + "patch_embedding.weight").flatten(1))
         self._before = self._norm(tower + "pre_layrnorm")  # the checkpoint's own spelling
         self._layers = [
@@ -1341,10 +1349,14 @@ class ImageTower:
         del self._weights  # else the file stays mapped
 
     def _take(self, name: str) -> Any:
-        return self._weights[name].to(self._device, self._dtype, copy=True)
+        # a copy: one view left over would keep the whole file mapped
+        return self._weights[name].to(self._torch.float32, copy=True)
+
+    def _ours(self, tensor: Any) -> Any:
+        return tensor.to(self._device, self._dtype)
 
     def _norm(self, name: str) -> tuple[Any, ...]:
-        weight, bias = self._take(name + ".weight"), self._take(name + ".bias")
+        weight, bias = (self._ours(self._take(f"{name}.{kind}")) for kind in ("weight", "bias"))
         return weight.shape, weight, bias, self._config.layer_norm_eps
 
     def _layer(self, name: str) -> tuple[Any, ...]:
@@ -1371,6 +1383,8 @@ class ImageTower:
     def _linear(self, weight: Any, bias: Any = None, silu: bool = False) -> Callable[..., Any]:
         """A linear layer (x, residual=None) -> y, laid out for oneDNN where torch offers it."""
         torch, functional = self._torch, self._torch.nn.functional
+        weight = self._ours(weight)
+        bias = None if bias is None else self._ours(bias)
 
         def plain(x: Any, residual: Any = None) -> Any:
             y = functional.linear(x, weight, bias)
@@ -1385,10 +1399,12 @@ class ImageTower:
         try:
             pointwise = torch.ops.mkldnn._linear_pointwise
             packed_weight = torch.ops.mkldnn._reorder_linear_weight(weight)
-            packed(weight.new_ones(1, weight.shape[1]))
-        except (AttributeError, RuntimeError):  # private operators: not in every torch or CPU
-            return plain
-        return packed
+            trial = weight.new_ones(2, weight.shape[1])
+            if torch.allclose(packed(trial), plain(trial), rtol=0.05, atol=0.05):
+                return packed
+        except (AttributeError, RuntimeError):
+            pass  # private operators: not in every torch, nor for every processor
+        return plain
 
     def __call__(self, pixels: Any) -> Any:
         """pixels (n, 3, 224, 224) -> image embeddings (n, 512), not yet of unit length."""
@@ -1421,6 +1437,8 @@ class ClipEncoder:
     """
 
     def __init__(self, settings: Settings) -> None:
+        # Else torch's threads wait for each other by spinning, and starve beside other work
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")
         import torch
@@ -1428,8 +1446,8 @@ class ClipEncoder:
 
         transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
         self._torch = torch
-        self._check_device(settings.device)
-        folder = Path(settings.clip_model) if settings.clip_model else self._download()
+        self._check_device(settings.device, settings.dtype)
+        folder = Path(settings.clip_model) if settings.clip_model else self.download()
         try:
             config = transformers.CLIPVisionConfig.from_pretrained(folder)
             weights = self._read(folder)
@@ -1454,7 +1472,7 @@ class ClipEncoder:
                 return load_file(path)
         raise OSError("it holds neither model.safetensors nor pytorch_model.bin")
 
-    def _check_device(self, device: str) -> None:
+    def _check_device(self, device: str, dtype: str) -> None:
         torch = self._torch
         there = {
             "cpu": True,
@@ -1463,9 +1481,17 @@ class ClipEncoder:
         }
         if not there[device]:
             raise RunError(f"--device {device}: this torch ({torch.__version__}) finds none here")
+        able = any(
+            yes is True for name, yes in torch.cpu.get_capabilities().items() if "bf16" in name
+        )
+        if (device, dtype) == ("cpu", "bfloat16") and not able:
+            raise RunError(
+                "--dtype bfloat16: this processor has no arithmetic for it and would be slower "
+                "than with float32"
+            )
 
     @staticmethod
-    def _download() -> Path:
+    def download() -> Path:
         """The folder of the pinned model, downloaded once, then read without the network."""
         import huggingface_hub
         from huggingface_hub import constants

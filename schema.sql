@@ -76,6 +76,21 @@ create or replace trigger clear_embedding_failure
   after insert or update on public.product_embeddings
   for each row execute function public.clear_embedding_failure();
 
+-- No failure beside a vector: of two workers on one asset, the one that succeeds is right.
+create or replace function public.skip_embedding_failure() returns trigger
+language plpgsql set search_path = '' as $$
+begin
+  if exists (select from public.product_embeddings e
+             where e.asset_id = new.asset_id and e.model_version = new.model_version) then
+    return null;
+  end if;
+  return new;
+end $$;
+
+create or replace trigger skip_embedding_failure
+  before insert on public.product_embedding_failures
+  for each row execute function public.skip_embedding_failure();
+
 -- A failure written again (an upsert) counts one more attempt.
 create or replace function public.count_embedding_attempt() returns trigger
 language plpgsql set search_path = '' as $$
@@ -146,7 +161,8 @@ $$;
 -- signed-in users, add "security definer" to it above, which lets it read every asset whatever the
 -- policies on assets say, and "grant execute on function public.NAME to authenticated;" below.
 revoke execute on function
-  public.forget_asset_embedding, public.clear_embedding_failure, public.count_embedding_attempt,
+  public.forget_asset_embedding, public.clear_embedding_failure, public.skip_embedding_failure,
+  public.count_embedding_attempt,
   public.match_products, public.similar_products
   from public, anon, authenticated;
 grant execute on function public.match_products, public.similar_products to service_role;

@@ -188,8 +188,7 @@ def test_an_embedding_column_of_another_type(refused, catalog):
 
 def test_two_foreign_keys(refused, catalog):
     change(
-        catalog,
-        "alter table product_embeddings add column replaced_by uuid references assets (id)",
+        catalog, "alter table product_embeddings add column replaced_by uuid references assets (id)"
     )
     message = refused()
     assert "foreign key" in message
@@ -225,10 +224,7 @@ def test_two_foreign_keys(refused, catalog):
             ["revoke insert, update on product_embeddings from service_role"],
             ["product_embeddings", "grant"],
         ),
-        (
-            ["revoke all on assets from service_role"],
-            ["assets", "grant"],
-        ),
+        (["revoke all on assets from service_role"], ["assets", "grant"]),
     ],
     ids=[
         *("foreign key", "unique constraint", "vector size"),

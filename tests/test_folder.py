@@ -61,8 +61,7 @@ def stored(folder):
     )
     return {
         row[0]: SimpleNamespace(
-            **dict(zip(FIELDS, row[1:], strict=True)),
-            vector=np.frombuffer(row[3], "<f4"),
+            **dict(zip(FIELDS, row[1:], strict=True)), vector=np.frombuffer(row[3], "<f4")
         )
         for row in rows
     }

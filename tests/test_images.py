@@ -520,12 +520,7 @@ def ink_profile(lab):
     lut = text(b"mft1", bytes([4, 3, 2, 0]) + identity + ramp * 4 + table + ramp * 3)
     description = text(b"desc", struct.pack(">I", 5) + b"inks\0" + bytes(4 + 4 + 2 + 1 + 67))
     white = text(b"XYZ ", struct.pack(">3i", 63190, 65536, 54061))
-    tags = {
-        b"desc": description,
-        b"cprt": text(b"text", b"none\0"),
-        b"wtpt": white,
-        b"A2B0": lut,
-    }
+    tags = {b"desc": description, b"cprt": text(b"text", b"none\0"), b"wtpt": white, b"A2B0": lut}
     directory, body = struct.pack(">I", len(tags)), b""
     start = 128 + 4 + 12 * len(tags)
     for name, data in tags.items():
@@ -641,6 +636,48 @@ def test_an_animated_png_with_a_picture_of_its_own_shows_that():
     frames = [Image.new("RGB", (64, 48), colour) for colour in (RED, GREEN, BLUE)]
     data = saved(frames[0], "PNG", save_all=True, append_images=frames[1:], default_image=True)
     assert (seen(data) == RED).all()
+
+
+def large(kind):
+    """A file of 16 megapixels, blue, and white in its lower half."""
+    size = (20_000, 800)
+    image = Image.new("RGBA", size, (*BLUE, 255))
+    image.paste((9, 9, 9, 0), (0, 400, *size))
+    flat = Image.new("RGB", size, "white")
+    flat.paste(image, mask=image)
+    inks = flat.convert("CMYK")
+    index = Image.new("P", size, 0)
+    index.putpalette([*BLUE, 9, 9, 9])
+    index.paste(1, (0, 400, *size))
+    return {
+        "RGB": lambda: saved(flat, "PNG"),
+        "RGBA": lambda: saved(image, "PNG"),
+        "WebP": lambda: saved(image.resize((16_000, 640)), "WEBP", lossless=True, method=0),
+        "palette": lambda: saved(index, "PNG", transparency=1),
+        "transparent colour": lambda: saved(
+            Image.composite(flat, Image.new("RGB", size, (9, 9, 9)), image.getchannel("A")),
+            "PNG",
+            transparency=(9, 9, 9),
+        ),
+        "CMYK": lambda: saved(inks, "JPEG"),
+        "CMYK without a marker": lambda: without_segment(saved(inverted(inks), "JPEG"), 0xEE),
+        "CMYK TIFF": lambda: saved(inks, "TIFF", compression="tiff_lzw"),
+        "turned": lambda: saved(flat.transpose(Image.Transpose.ROTATE_90), "PNG", exif=exif(6)),
+    }[kind]()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("RGB", "RGBA", "WebP", "palette", "transparent colour", "CMYK", "CMYK without a marker"),
+        *("CMYK TIFF", "turned"),
+    ],
+)
+def test_large_images_are_seen_as_small_ones_are(kind):
+    found = seen(large(kind))
+    height = found.shape[0]
+    for part, colour in ((found[: height // 2 - 8], BLUE), (found[height // 2 + 8 :], WHITE)):
+        assert np.abs(part.astype(int) - colour).max() <= 6
 
 
 def test_a_bitmap_stored_from_the_top_down_is_not_upside_down():
@@ -858,6 +895,32 @@ def test_an_image_that_claims_too_many_pixels_is_refused_before_decoding(claimed
     assert permanent
     assert seconds < 5
     assert megabytes < 100
+
+
+PUZZLES = {
+    "comments": b"<!-- a -->" * 60 + b"text",
+    "prologs": b"<?a?>" * 60 + b"text",
+    "doctypes": b"<!doctype a [] >" * 60 + b"text",
+    "spaces": b" " * 65536 + b"text",
+    "open comments": b"<!-- " * 13000,
+    "brackets": b"[" * 65536,
+}
+
+
+def test_no_text_is_puzzled_over_for_long(tmp_path):
+    for name, data in PUZZLES.items():
+        (tmp_path / name).write_bytes(data)
+    program = """
+from pathlib import Path
+import generate_embeddings as product
+for path in Path(sys.argv[1]).iterdir():
+    try:
+        product.decode(path.read_bytes())
+    except product.Rejected as error:
+        assert error.permanent
+print(json.dumps("done"))
+"""
+    assert alone(program, tmp_path, timeout=30) == "done"
 
 
 def test_kinds_of_pixels_without_a_colour_are_refused():

@@ -142,13 +142,13 @@ def test_a_limit_counts_within_the_shard(stack, cli, catalog):
     assert embedded(stack) == set(sorted(whole)[:5])
 
 
-def test_a_dry_run_of_a_shard_counts_and_shows_that_shard_only(stack, cli, catalog):
+def test_a_dry_run_of_a_shard_estimates_its_size_and_shows_that_shard_only(stack, cli, catalog):
     catalog(uuids(90))
-    said = cli("--shard", "2/3", "--dry-run").out
-    run = cli("--shard", "2/3")
-    shown = {line.split()[0] for line in said.splitlines()[1:]}
-    assert said.startswith(f"Would embed {run.counts['embedded']} assets")
-    assert shown <= embedded(stack)
+    first, *shown = cli("--shard", "2/3", "--dry-run").out.splitlines()
+    assert first == "Would embed about 30 assets"
+    assert cli("--shard", "2/3").code == 0
+    assert shown
+    assert {line.split()[0] for line in shown} <= embedded(stack)
 
 
 def test_more_shards_than_assets_leave_some_with_nothing_to_do(stack, cli, catalog):
@@ -180,3 +180,17 @@ def test_a_scheduled_run_may_begin_before_the_last_one_has_ended(stack, host, cl
     assert embedded(stack) == set(ids)
     third = cli()
     assert (third.code, third.counts["attempted"], third.counts["left"]) == (0, 0, 0)
+
+
+def test_a_failure_is_not_kept_beside_the_vector_of_another_worker(stack, host, cli, thumbnail):
+    def fickle(handler):
+        first = len(host.requests) == 1
+        wait_until(lambda: len(host.requests) == 2 and (first or embedded(stack)))
+        handler.reply(200 if first else 404, [], thumbnail)
+
+    host.files["/fickle.jpg"] = fickle
+    stack.add_assets([(uuids(1)[0], host.url_of("/fickle.jpg"), "client")])
+    runs = [run.finish() for run in [cli.start(FETCH_SECONDS=90), cli.start(FETCH_SECONDS=90)]]
+    assert sorted(run.code for run in runs) == [0, 1]
+    assert stack.sql("select count(*) from product_embeddings") == [(1,)]
+    assert stack.sql("select count(*) from product_embedding_failures") == [(0,)]

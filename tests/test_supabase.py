@@ -220,8 +220,8 @@ def test_limit_and_client_combine_and_resume(cli, stack, host):
 
 
 CLIENTS = [
-    *('Big, "Client" (UK)', "O'Neill", "100%", "a.b", "eq.x", "{curly}", "back\\slash", "null"),
-    *("Ünïcødé 日本", "a&b=c", "*", "in.(1,2)", " spaced ", "+plus", "#1", "a,b", "(x)", '"q"'),
+    *('Big, "Client" (UK)', "O'Neill & 100% +plus#1", "eq.x", "{a,b} back\\slash"),
+    *("Ünïcødé 日本", "*", "null", " in.(1,2) "),
 ]
 
 
