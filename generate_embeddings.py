@@ -601,7 +601,11 @@ class SupabaseStore:
                 "what is stored stays stored"
             )
         log.info("database: %s; trying again", trouble)
-        time.sleep(min(2**attempt * random.uniform(0.25, 0.5), 15, left))
+        delay = min(2**attempt * random.uniform(0.25, 0.5), 15, left)
+        if self._stop.is_set():
+            time.sleep(min(delay, 1))
+        else:
+            self._stop.wait(delay)
 
     def _explain(self, error: Any, status: int, advice: str) -> str:
         s = self._settings
@@ -1150,9 +1154,11 @@ def _open(data: bytes) -> Image.Image:
 
 
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\0", b"MM\0*", b"RIFF", b"BM")
-# The name of the first element, after byte order mark, prolog, comments and DOCTYPE
+# The name of the first element, after byte order mark, prolog, comments and DOCTYPE; possessive
+# throughout, as backtracking in a hostile file would take for ever
 _ELEMENT = re.compile(
-    rb"(?is)(?:\xef\xbb\xbf)?(?:\s|<\?.*?\?>|<!--.*?-->|<!doctype[^>\[]*(?:\[.*?\]\s*)?>)*<([\w:]+)"
+    rb"(?is)(?:\xef\xbb\xbf)?(?:\s|(?><\?.*?\?>)|(?><!--.*?-->)"
+    rb"|(?><!doctype[^>\[]*(?:\[.*?\]\s*)?>))*+<([\w:]++)"
 )
 
 
@@ -1193,18 +1199,18 @@ def _reduced_rgb(image: Image.Image) -> Image.Image:
     width, height = image.size
     factor = max(1, min(width, height) // (KEEP_SCALE * SIDE))
     if width * height <= LARGE_PIXELS:
-        image = _rgb(image)
+        image = _rgb(image, image.format)
         return image.reduce(factor) if factor > 1 else image
     result = Image.new("RGB", (-(-width // factor), -(-height // factor)))
     rows = max(1, BAND_ROWS // factor) * factor
     for top in range(0, height, rows):
-        band = _rgb(image.crop((0, top, width, min(top + rows, height))))
+        band = _rgb(image.crop((0, top, width, min(top + rows, height))), image.format)
         result.paste(band.reduce(factor), (0, top // factor))
     return result
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    """A loaded image in RGB, with white behind what is transparent."""
+def _rgb(image: Image.Image, file_format: str | None) -> Image.Image:
+    """A loaded image, or a band of one, in RGB, with white behind what is transparent."""
     if image.mode.startswith("I;16"):
         levels = np.asarray(image)
         if isinstance(hidden := image.info.get("transparency"), int):
@@ -1213,7 +1219,7 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F", "LAB"):
         raise Rejected(f"pixels of a kind that is not supported (mode {image.mode})")
     if image.mode == "CMYK":
-        return _from_cmyk(image)
+        return _from_cmyk(image, file_format)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -1221,8 +1227,8 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _from_cmyk(image: Image.Image) -> Image.Image:
-    if image.format in ("JPEG", "MPO") and "adobe" not in image.info:
+def _from_cmyk(image: Image.Image, file_format: str | None) -> Image.Image:
+    if file_format in ("JPEG", "MPO") and "adobe" not in image.info:
         # Pillow takes every CMYK JPEG for one of Adobe's, which hold inverted values
         image = ImageChops.invert(image)
     if profile := image.info.get("icc_profile"):
