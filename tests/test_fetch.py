@@ -173,6 +173,10 @@ SLOW = {
         raw(b"HTTP/1.1 302 Found\r\nLocation: ?b\r\nConnection: close\r\n\r\n", b"x", pause=0.05),
         raw(NO_LENGTH, b"x", pause=0.05),
     ),
+    "a redirect with slow headers to a slow body": in_turn(
+        raw(b"HTTP/1.1 302 Found\r\nLocation: ?b\r\n", b"X-More: to come\r\n", pause=0.05),
+        raw(NO_LENGTH, b"x", pause=0.05),
+    ),
     "a redirect that takes its time": lambda handler: (
         time.sleep(0.4),
         redirect("?again")(handler),
