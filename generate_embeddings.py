@@ -32,6 +32,7 @@ import base64
 import contextlib
 import functools
 import hashlib
+import http.client
 import io
 import ipaddress
 import itertools
@@ -52,7 +53,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from http import HTTPStatus
+from datetime import UTC, datetime
 from http.cookiejar import DefaultCookiePolicy
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ try:
     import numpy as np
     import requests
     import urllib3
-    from PIL import Image, ImageChops, ImageCms, UnidentifiedImageError
+    from PIL import Image, ImageChops, ImageCms, ImageOps, UnidentifiedImageError
     from requests.adapters import HTTPAdapter
     from tqdm import tqdm
     from tqdm.contrib.logging import logging_redirect_tqdm
@@ -99,7 +100,7 @@ KEEP_SCALE = 3  # large images are first reduced to at least this many times SID
 FETCH_ATTEMPTS = 4
 MAX_REDIRECTS = 5
 READ_SECONDS = 10  # between two packets; the deadline for the whole is FETCH_SECONDS
-MAX_FETCH_FAILURES = 50  # in a row, and none the image's own fault: the network is gone
+MAX_OUTAGES = 50  # failures in a row, and none the image's own: the network is gone, say
 
 PAGE_ROWS = 1000  # Supabase cuts answers at 1,000 rows anyway
 WINDOW_ROWS = 10_000  # assets that one statement may look through: 0.1 s, not 8
@@ -120,6 +121,37 @@ FORMATS = ["JPEG", "PNG", "GIF", "WEBP", "AVIF", "TIFF", "BMP"]
 
 class RunError(Exception):
     """The run can't start or go on; the message is one line that says what to do."""
+
+    code = ""  # the database's, where it gave one
+
+
+class Stop:
+    """Set by the first Ctrl-C or SIGTERM; the second one ends the process at once.
+
+    Without locks, unlike threading.Event: a handler runs amid the code it interrupts.
+    """
+
+    code = 0  # the exit code, once set
+
+    def listen(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, _: object) -> None:
+        if self.code:
+            os._exit(128 + number)
+        self.code = 128 + number
+        # not by print: the handler may have interrupted one
+        os.write(2, b"\nstopping; what is embedded is being stored. Again: ends at once\n")
+
+    def is_set(self) -> bool:
+        return self.code != 0
+
+    def wait(self, seconds: float) -> bool:
+        end = time.monotonic() + seconds
+        while not self.code and (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, POLL_SECONDS))
+        return self.is_set()
 
 
 class Rejected(Exception):  # noqa: N818 - no error of the program
@@ -172,6 +204,7 @@ class Asset:
 
     id: Id
     image: str
+    again: bool = False  # it failed in an earlier run, for a reason that may have passed
 
 
 @dataclass(frozen=True)
@@ -193,7 +226,8 @@ class Report:
     Two threads report here (the run and the writer), hence the lock.
     """
 
-    EXAMPLES = 3
+    EXAMPLES = 3  # of each reason
+    REASONS = 50  # told apart; some hold an address or a database's words
 
     def __init__(self, known_failures: int = 0) -> None:
         self.known_failures = known_failures
@@ -239,6 +273,8 @@ class Report:
         log.debug("asset %s: %s", failure.asset.id, failure)
         cause = (failure.stage, failure.reason)
         with self._lock:
+            if len(self.reasons) >= self.REASONS and cause not in self.reasons:
+                cause = (failure.stage, "other reasons")
             self.reasons[cause] += 1
             examples = self.examples.setdefault(cause, [])
             if len(examples) < self.EXAMPLES:
@@ -257,7 +293,7 @@ class Report:
             lines.append(f"Deleted  {self.deleted:>9,}  from the assets table meanwhile")
         lines += [
             f"Left     {left:>9}",
-            f"Elapsed  {seconds:>8.1f}s  {self.embedded / seconds:.1f} images/s",
+            f"Elapsed  {seconds:>8.1f}s  {self.embedded / max(seconds, 0.001):.1f} images/s",
             f"embedded={self.embedded} failed={self.failed} left={left} "
             f"attempted={self.attempted} skipped={self.known_failures} "
             f"deleted={self.deleted} seconds={seconds:.1f}",
@@ -291,15 +327,15 @@ class SupabaseStore:
     `db_retry_seconds`). Safe to use from two threads.
     """
 
-    def __init__(self, settings: Settings, stop: threading.Event) -> None:
+    def __init__(self, settings: Settings, stop: Stop) -> None:
         import httpx
         import supabase
 
         self._settings = settings
         self._stop = stop
+        self._started = datetime.now(UTC).isoformat()
         self._patience = CHECK_SECONDS
-        self._skip_known = not settings.retry_failed
-        self.remembers = True
+        self._remembers = True
         self._here = threading.local()
         http = httpx.Client(
             timeout=httpx.Timeout(30, connect=READ_SECONDS),
@@ -341,16 +377,17 @@ class SupabaseStore:
             f"add the foreign key: alter table {s.embeddings_table} add foreign key (asset_id) "
             f"references {s.assets_table} ({s.id_column}) on delete cascade"
         )
-        wanted, self._skip_known = self._skip_known, False
+        self._remembers = False
         self._send(self._pending().lte(s.id_column, some_id).limit(1), advice)
         try:
-            columns = "asset_id,model_version,stage,reason,permanent,attempts"
+            columns = "asset_id,model_version,stage,reason,permanent,attempts,updated_at"
             self._send(self._table(s.failures_table).select(columns).limit(1))
-            self._skip_known = wanted
+            self._remembers = True
             self._send(self._pending().lte(s.id_column, some_id).limit(1))
-        except RunError:
-            self._skip_known = False
-            self.remembers = False
+        except RunError as error:
+            if error.code not in ("42P01", "42703", "PGRST200", "PGRST204", "PGRST205"):
+                raise
+            self._remembers = False
             log.info(
                 'no table "%s" (schema.sql makes it): broken images are tried in every run',
                 s.failures_table,
@@ -367,7 +404,7 @@ class SupabaseStore:
             query = self._table(s.embeddings_table).upsert(
                 [row, row], on_conflict="asset_id", returning="minimal"
             )
-            self._send(query, "run schema.sql in Supabase's SQL editor")
+            self._send(query, "run schema.sql in Supabase's SQL editor", rows=True)
         except APIError as error:
             if error.code == "22000":
                 raise RunError(
@@ -400,15 +437,26 @@ class SupabaseStore:
         return query if s.client is None else query.eq(s.client_column, s.client)
 
     def _pending(self, count: Any = None) -> Any:
-        """A query for the assets that lack an embedding: an anti-join on the server."""
+        """A query for the assets with neither embedding nor failure: an anti-join on the server."""
         s = self._settings
-        others = [s.embeddings_table] + [s.failures_table] * self._skip_known
+        others = [s.embeddings_table] + [s.failures_table] * self._remembers
         query = self._assets("".join(f",{other}()" for other in others), count)
         for other in others:
             query = query.eq(f"{other}.model_version", MODEL_VERSION).is_(other, "null")
-        if self._skip_known:
-            query = query.is_(f"{s.failures_table}.permanent", "true")
         return query
+
+    def _failed(self, permanent: bool | None, count: Any = None) -> Any:
+        """A query for the failures of earlier runs, with their assets; of both kinds if None."""
+        s = self._settings
+        joined = [f"{table}!inner()" for table in s.client_column.split(".")[:-1]] * bool(s.client)
+        columns = ",".join([f"id:{s.id_column}", f"image:{s.image_column}", *joined])
+        query = self._table(s.failures_table).select(
+            f"asset_id,asset:{s.assets_table}!inner({columns})", count=count
+        )
+        query = query.eq("model_version", MODEL_VERSION).lt("updated_at", self._started)
+        if permanent is not None:
+            query = query.is_("permanent", str(permanent).lower())
+        return query if s.client is None else query.eq(f"asset.{s.client_column}", s.client)
 
     def count(self) -> int | None:
         """Pending assets; None where the database takes too long to count them."""
@@ -420,39 +468,44 @@ class SupabaseStore:
                 total += self._send(query, divisible=True).count
         except TimeoutError:
             return None
-        return total
+        again = None if self._settings.retry_failed else False
+        return total + (self._count_failed(again) if self._remembers else 0)
 
     def count_known_failures(self) -> int:
         """Assets that are left out because of an earlier permanent failure."""
-        s = self._settings
-        if not self._skip_known:
-            return 0
-        columns, client = "asset_id", s.client_column
-        if s.client is not None:
-            *joined, _ = client.split(".")
-            columns += f",{s.assets_table}!inner({''.join(f'{table}!inner()' for table in joined)})"
-        query = self._table(s.failures_table).select(columns, count="exact")
-        query = query.eq("model_version", MODEL_VERSION).is_("permanent", "true").limit(1)
-        if s.client is not None:
-            query = query.eq(f"{s.assets_table}.{client}", s.client)
-        return int(self._send(query).count or 0)
+        left_out = self._remembers and not self._settings.retry_failed
+        return self._count_failed(True) if left_out else 0
+
+    def _count_failed(self, permanent: bool | None) -> int:
+        return int(self._send(self._failed(permanent, "exact").limit(1)).count or 0)
 
     def pending(self) -> Iterator[Asset]:
-        """Yields pending assets in the order of their ids, read as they are needed.
+        """Yields pending assets in the order of their ids, read as they are needed; those that
+        failed in an earlier run come last, so that they never keep the others waiting.
 
         By keyset and never by offset, as rows leave the pending set meanwhile. Only an empty
-        page ends a window: a server may cap pages below what was asked.
+        page ends a walk: a server may cap pages below what was asked.
         """
         column = self._settings.id_column
         for cursor, end in self._windows():
-            while True:
-                query = _between(self._pending().order(column), column, cursor, end)
-                page = self._send(query.limit(PAGE_ROWS)).data
-                if not page:
-                    break
-                for row in page:
-                    yield Asset(row["id"], image_of(row))
-                cursor = page[-1]["id"]
+            for row in self._walk(self._pending, column, "id", cursor, end):
+                yield Asset(row["id"], image_of(row))
+        again = None if self._settings.retry_failed else False
+        if self._remembers:
+            query = functools.partial(self._failed, again)
+            for row in self._walk(query, "asset_id", "asset_id", None, None):
+                yield Asset(row["asset_id"], image_of(row["asset"]), again=True)
+
+    def _walk(
+        self, make: Callable[[], Any], column: str, key: str, cursor: Id | None, end: Id | None
+    ) -> Iterator[dict[str, Any]]:
+        while True:
+            query = _between(make().order(column), column, cursor, end).limit(PAGE_ROWS)
+            page = self._send(query).data
+            if not page:
+                return
+            yield from page
+            cursor = page[-1][key]
 
     def _windows(self) -> Iterator[tuple[Id | None, Id | None]]:
         """Stretches of WINDOW_ROWS assets as (after this id, up to this id); None: no bound.
@@ -512,7 +565,7 @@ class SupabaseStore:
 
     def save_failures(self, failures: list[Failure]) -> None:
         """Remembers failures, so that later runs skip the permanent ones."""
-        if not self.remembers:
+        if not self._remembers:
             return
         s = self._settings
         columns = ("stage", "reason", "permanent")
@@ -551,7 +604,7 @@ class SupabaseStore:
 
         try:
             query = self._table(table).upsert(rows, on_conflict="asset_id", returning="minimal")
-            self._send(query, "run schema.sql again", divisible=len(rows) > 1)
+            self._send(query, "run schema.sql again", rows=True, divisible=len(rows) > 1)
             return []
         except TimeoutError:
             log.info("database: %d rows took too long, trying half of them", len(rows))
@@ -561,11 +614,13 @@ class SupabaseStore:
         middle = len(rows) // 2
         return self._upsert(table, rows[:middle]) + self._upsert(table, rows[middle:])
 
-    def _send(self, query: Any, advice: str = "", divisible: bool = False) -> Any:
+    def _send(
+        self, query: Any, advice: str = "", rows: bool = False, divisible: bool = False
+    ) -> Any:
         """Sends one request; tries again, with backoff, for as long as trouble may pass.
 
-        Raises APIError where the rows are at fault, RunError where the run is, TimeoutError
-        at once for a `divisible` request that took too long.
+        Raises RunError; for a request that brings `rows` APIError where those are at fault, and
+        TimeoutError at once for a `divisible` one that took too long.
         """
         import httpx
         from postgrest import APIError
@@ -578,10 +633,12 @@ class SupabaseStore:
                 status = self._here.status
                 if divisible and error.code == "57014":
                     raise TimeoutError from None
-                if error.code and re.match("21|22|23|P0", error.code):
+                if rows and error.code and re.match("21|22|23|P0", error.code):
                     raise
                 if status not in (408, 425, 429) and status < 500:
-                    raise RunError(self._explain(error, status, advice)) from None
+                    refusal = RunError(self._explain(error, status, advice))
+                    refusal.code = error.code or ""
+                    raise refusal from None
                 trouble = f"HTTP {status}, {shorten(str(error.message))}"
             except httpx.TransportError as error:
                 if divisible and isinstance(error, httpx.ReadTimeout):
@@ -601,7 +658,7 @@ class SupabaseStore:
                 "what is stored stays stored"
             )
         log.info("database: %s; trying again", trouble)
-        delay = min(2**attempt * random.uniform(0.25, 0.5), 15, left)
+        delay = min(2 ** min(attempt, 5) * random.uniform(0.25, 0.5), left)
         if self._stop.is_set():
             time.sleep(min(delay, 1))
         else:
@@ -612,7 +669,8 @@ class SupabaseStore:
         if error.code == "42501":
             return (
                 f'{error.message}: set SUPABASE_SERVICE_ROLE_KEY to the service_role key, or run "'
-                f'grant all on {s.assets_table}, {s.embeddings_table} to service_role"'
+                f"grant all on {s.assets_table}, {s.embeddings_table}, {s.failures_table} "
+                'to service_role"'
             )
         if status in (401, 403):
             return (
@@ -626,7 +684,7 @@ class SupabaseStore:
             )
         if error.code == str(status):
             return f"{s.url} {NO_API} (HTTP {status})"
-        return f"{error.message} ({error.code}): {advice or 'run schema.sql again'}"
+        return f"{error.message} ({error.code}): {advice or 'see Troubleshooting in README.md'}"
 
 
 def image_of(row: dict[str, Any]) -> str:
@@ -669,6 +727,10 @@ create temp table if not exists found (id text primary key, image_url, client_na
 """
 
 
+def _raise(error: OSError) -> None:
+    raise RunError(f"{error.filename} can't be read ({error.strerror}): nothing was changed")
+
+
 class FolderStore:
     """The images below a folder, with their embeddings in one SQLite file in that folder.
 
@@ -679,11 +741,12 @@ class FolderStore:
     FILE = "product_embeddings.sqlite3"
     LOCK_SECONDS = 60.0  # for another process on the same folder
 
-    def __init__(self, settings: Settings, stop: threading.Event) -> None:
+    def __init__(self, settings: Settings, stop: Stop) -> None:
         if settings.local is None:
             raise RunError("no folder was given")
         self._settings = settings
         self._folder = settings.local
+        self._started = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")
         self._lock = threading.Lock()
         with self._errors():
             self._db = self._open(self._folder / self.FILE)
@@ -746,7 +809,7 @@ class FolderStore:
 
     def _files(self) -> Iterator[tuple[str, str, str, int]]:
         """Rows of `assets`, one per image file; hidden files and folders are left out."""
-        for folder, folders, names in os.walk(self._folder):
+        for folder, folders, names in os.walk(self._folder, onerror=_raise):
             folders[:] = [name for name in folders if not name.startswith(".")]
             for name in names:
                 path = Path(folder, name)
@@ -763,36 +826,46 @@ class FolderStore:
                 client = relative.parts[0] if len(relative.parts) > 1 else ""
                 yield (str(uuid.uuid5(uuid.NAMESPACE_URL, image)), image, client, modified)
 
-    # The same question as SupabaseStore's: assets without an embedding of this model_version
-    PENDING = """
-        from assets where not exists (select 1 from product_embeddings
+    # The same questions as SupabaseStore's. Of failures: 0 none, 1 one that may have passed,
+    # 2 a permanent one
+    REACHED = """
+        from (select assets.*, coalesce(1 + permanent, 0) as failure,
+                  failed.updated_at as failed_at
+              from assets left join product_embedding_failures as failed
+                  on failed.asset_id = id and failed.model_version = :version
+              where :client is null or client_name = :client)
+        where not exists (select 1 from product_embeddings
             where asset_id = id and model_version = :version)
-        and (:client is null or client_name = :client)
-        and :known = exists (select 1 from product_embedding_failures
-            where asset_id = id and model_version = :version and permanent and not :retry)
     """
 
     def _ask(self, query: str, **values: Any) -> list[tuple[Any, ...]]:
-        s = self._settings
-        values |= {"version": MODEL_VERSION, "client": s.client, "retry": s.retry_failed}
+        values |= {"version": MODEL_VERSION, "client": self._settings.client}
         with self._errors(), self._lock:
             return self._db.execute(query, values).fetchall()
 
     def count(self) -> int | None:
         """Pending assets."""
-        return int(self._ask(f"select count(*) {self.PENDING}", known=False)[0][0])
+        last = 2 if self._settings.retry_failed else 1
+        return int(self._ask(f"select count(*) {self.REACHED} and failure <= {last}")[0][0])
 
     def count_known_failures(self) -> int:
         """Assets that are left out because of an earlier permanent failure."""
-        return int(self._ask(f"select count(*) {self.PENDING}", known=True)[0][0])
+        if self._settings.retry_failed:
+            return 0
+        return int(self._ask(f"select count(*) {self.REACHED} and failure = 2")[0][0])
 
     def pending(self) -> Iterator[Asset]:
-        """Yields pending assets in the order of their ids, read by keyset."""
-        query = f"select id, image_url {self.PENDING} and id > :cursor order by id limit :rows"
-        cursor = ""
-        while page := self._ask(query, known=False, cursor=cursor, rows=PAGE_ROWS):
-            yield from itertools.starmap(Asset, page)
-            cursor = page[-1][0]
+        """Yields pending assets in the order of their ids, read by keyset; those that failed in
+        an earlier run come last."""
+        query = f"""select id, image_url, failure {self.REACHED} and id > :cursor
+            and failure between :first and :last and coalesce(failed_at < :started, true)
+            order by id limit {PAGE_ROWS}"""
+        for first, last in ((0, 0), (1, 2 if self._settings.retry_failed else 1)):
+            span = {"first": first, "last": last, "started": self._started}
+            cursor = ""
+            while page := self._ask(query, cursor=cursor, **span):
+                yield from (Asset(row[0], row[1], row[2] > 0) for row in page)
+                cursor = page[-1][0]
 
     def locate(self, image: str) -> tuple[Path, dict[str, str]]:
         """The path of an image; a file needs no headers."""
@@ -1064,9 +1137,8 @@ class Fetcher:
     def _body(response: requests.Response) -> bytes:
         code = response.status_code
         if code != 200:
-            name = HTTPStatus(code).phrase if code in set(HTTPStatus) else ""
             raise Rejected(
-                f"HTTP {code} {name}".strip(),
+                f"HTTP {code} {http.client.responses.get(code, '')}".strip(),
                 permanent=code < 500 and code not in (408, 425, 429),
                 retry_after=_retry_after(response.headers.get("Retry-After")),
             )
@@ -1241,25 +1313,14 @@ def _from_cmyk(image: Image.Image, file_format: str | None) -> Image.Image:
     return image.convert("RGB")
 
 
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
 def _upright(source: Image.Image, image: Image.Image) -> Image.Image:
     """The image turned as the EXIF data of its source say."""
     try:
-        turn = _TURNS.get(source.getexif().get(0x0112, 1))
+        image.getexif()[0x0112] = source.getexif().get(0x0112, 1)
+        return ImageOps.exif_transpose(image)
     except Exception as error:  # broken EXIF data can't say how the camera was held
         log.debug("EXIF: %s", error)
         return image
-    return image if turn is None else image.transpose(turn)
 
 
 # One value per channel and 8-bit level: the arithmetic of transformers' processor, same bits
@@ -1298,29 +1359,6 @@ def load_asset(store: Store, fetcher: Fetcher, asset: Asset) -> Loaded:
     except Exception as error:
         log.debug("asset %s", asset.id, exc_info=True)
         return asset, Failure(asset, stage, f"unexpected {type(error).__name__}", False)
-
-
-def load_all(
-    assets: Iterator[Asset], load: Callable[[Asset], Loaded], workers: int, stop: threading.Event
-) -> Iterator[Loaded]:
-    """Loads assets in `workers` threads, a window ahead of the caller, yields what is ready
-    first; ends early when `stop` is set."""
-    done: queue.SimpleQueue[Future[Loaded]] = queue.SimpleQueue()
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="load")
-    in_flight = 0
-    try:
-        while not stop.is_set():
-            for asset in itertools.islice(assets, 2 * workers - in_flight):
-                pool.submit(load, asset).add_done_callback(done.put)
-                in_flight += 1
-            if not in_flight:
-                return
-            with contextlib.suppress(queue.Empty):
-                future = done.get(timeout=POLL_SECONDS)
-                in_flight -= 1
-                yield future.result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
 
 
 # ------------------------------------------------------------------ model
@@ -1443,8 +1481,6 @@ class ClipEncoder:
     """
 
     def __init__(self, settings: Settings) -> None:
-        # Else torch's threads wait for each other by spinning, and starve beside other work
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")
         import torch
@@ -1452,6 +1488,7 @@ class ClipEncoder:
 
         transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
         self._torch = torch
+        torch.set_num_threads(1)  # run() keeps one image on each core, see lanes()
         self._check_device(settings.device, settings.dtype)
         folder = Path(settings.clip_model) if settings.clip_model else self.download()
         try:
@@ -1544,14 +1581,14 @@ class ClipEncoder:
 
 class Writer:
     """One background thread that stores results in batches, so the model never waits for the
-    network. put() waits when WRITE_ROWS results lie ahead, and raises the RunError that ended
-    the thread; leaving the context stores what is left."""
+    network. put() waits when WRITE_ROWS results lie ahead, and raises what ended the
+    thread's work; leaving the context stores what is left."""
 
     def __init__(self, store: Store, report: Report) -> None:
         self._store = store
         self._report = report
         self._queue: queue.Queue[Loaded | None] = queue.Queue(maxsize=WRITE_ROWS)
-        self._error: RunError | None = None
+        self._error: Exception | None = None
         self._thread = threading.Thread(target=self._work, name="writer", daemon=True)
 
     def __enter__(self) -> Writer:
@@ -1589,7 +1626,7 @@ class Writer:
                     vectors = []
                     if failures:
                         self._store.save_failures(failures)
-            except RunError as error:
+            except Exception as error:  # raised again in the run's own thread
                 self._error = error
             for asset, _ in vectors:  # after an error the thread goes on, to count these
                 self._report.fail(Failure(asset, "store", "the run stopped before", False))
@@ -1636,52 +1673,103 @@ def run(
     load = functools.partial(load_asset, store, Fetcher(settings))
     outages = 0
     with Writer(store, progress.report) as writer:
-        ready = load_all(assets, load, settings.workers, progress.stop)
-        for chunk in chunks(ready, settings.batch_size):
-            for result in embed(chunk, encode):
-                writer.put(result)
-                progress.show()
-                outages = outages + 1 if is_outage(result[1]) else 0
-                if outages == MAX_FETCH_FAILURES:
-                    raise RunError(
-                        f"{outages} downloads failed in a row, the last: {result[1]}. "
-                        "Check this machine's network and the image host, then run again"
-                    )
+        for result in flow(assets, load, functools.partial(embed, encode), settings, progress.stop):
+            writer.put(result)
+            progress.show()
+            outages = outages + 1 if is_outage(result[1]) else 0
+            if outages == MAX_OUTAGES:
+                raise RunError(
+                    f"{outages} images failed in a row, the last: {result[1]}. "
+                    "Check this machine's network and the image host, then run again"
+                )
 
 
-def chunks(ready: Iterator[Loaded], size: int) -> Iterator[list[Loaded]]:
-    """What is ready, in lists of `size`, the last one shorter."""
-    while chunk := list(itertools.islice(ready, size)):
-        yield chunk
+def lanes(device: str) -> int:
+    """How many batches to embed at once: on CPUs one on each core, in a single thread.
+
+    Threads that share one image wait for each other at every layer, and long where a core is
+    busy with decoding or with another program.
+    """
+    if device != "cpu":
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    return int(wanted) if wanted.isdecimal() and int(wanted) else cores or 1
 
 
-def embed(chunk: list[Loaded], encode: Callable[[np.ndarray], np.ndarray]) -> list[Loaded]:
-    """The chunk with vectors (512,) in the place of pixels; one by one if together fails."""
-    good = [(asset, pixels) for asset, pixels in chunk if not isinstance(pixels, Failure)]
-    bad: list[Loaded] = [
-        (asset, failure) for asset, failure in chunk if isinstance(failure, Failure)
-    ]
+def flow(
+    assets: Iterator[Asset],
+    load: Callable[[Asset], Loaded],
+    embed: Callable[[list[Loaded]], list[Loaded]],
+    settings: Settings,
+    stop: Stop,
+) -> Iterator[Loaded]:
+    """Loads assets in `workers` threads and embeds them in lanes, a bounded number of assets
+    ahead of the caller; yields what is done first, so that a slow host delays its own images
+    alone. Ends early when `stop` is set."""
+    size, width = settings.batch_size, lanes(settings.device)
+    loaders, embedders = ThreadPoolExecutor(settings.workers), ThreadPoolExecutor(width)
+    done: queue.SimpleQueue[tuple[str, Future[Any]]] = queue.SimpleQueue()
+    window = 2 * settings.workers + 2 * width * size
+    loading = embedding = 0
+    ready: list[Loaded] = []
+    future: Future[Any]
+    try:
+        while not stop.is_set():
+            for asset in itertools.islice(assets, window - loading - len(ready) - embedding):
+                future = loaders.submit(load, asset)
+                future.add_done_callback(lambda future: done.put(("loaded", future)))
+                loading += 1
+            while len(ready) >= size or (ready and not embedding):
+                batch, ready = ready[:size], ready[size:]
+                future = embedders.submit(embed, batch)
+                future.add_done_callback(lambda future: done.put(("embedded", future)))
+                embedding += len(batch)
+            if not loading and not embedding:
+                return
+            with contextlib.suppress(queue.Empty):
+                kind, future = done.get(timeout=POLL_SECONDS)
+                if kind == "loaded":
+                    loading -= 1
+                    ready.append(future.result())
+                else:
+                    embedding -= len(future.result())
+                    yield from future.result()
+    finally:
+        loaders.shutdown(wait=False, cancel_futures=True)
+        embedders.shutdown(wait=False, cancel_futures=True)
+
+
+def embed(encode: Callable[[np.ndarray], np.ndarray], batch: list[Loaded]) -> list[Loaded]:
+    """The batch with vectors (512,) in the place of pixels; one by one if together fails."""
+    results = [result for result in batch if isinstance(result[1], Failure)]
+    good = [(asset, pixels) for asset, pixels in batch if not isinstance(pixels, Failure)]
     if not good:
-        return bad
+        return results
     try:
         vectors = encode(np.stack([pixels for _, pixels in good]))
     except (ValueError, RuntimeError) as error:
         if len(good) > 1:
-            return bad + [result for one in good for result in embed([one], encode)]
+            return results + [result for one in good for result in embed(encode, [one])]
         asset = good[0][0]
-        return [*bad, (asset, Failure(asset, "embed", shorten(str(error)), False))]
-    return bad + [(asset, vector) for (asset, _), vector in zip(good, vectors, strict=True)]
+        return [*results, (asset, Failure(asset, "embed", shorten(str(error)), False))]
+    return results + [(asset, vector) for (asset, _), vector in zip(good, vectors, strict=True)]
 
 
 def is_outage(outcome: np.ndarray | Failure) -> bool:
-    """Whether a download failed for a reason that is not the image's own."""
-    return isinstance(outcome, Failure) and outcome.stage == "fetch" and not outcome.permanent
+    """Whether an asset failed for a reason that may well be this machine's."""
+    return (
+        isinstance(outcome, Failure)
+        and outcome.stage in ("fetch", "embed")
+        and not outcome.permanent
+        and not outcome.asset.again
+    )
 
 
 class Progress:
     """Shows how a run goes: one bar on a terminal, else a log line every LOG_EVERY images."""
 
-    def __init__(self, report: Report, settings: Settings, stop: threading.Event) -> None:
+    def __init__(self, report: Report, settings: Settings, stop: Stop) -> None:
         self.report = report
         self.stop = stop
         self._limit = settings.limit
@@ -1753,9 +1841,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def at_least_one(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
+    if not (text.isascii() and text.isdecimal()) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-    return int(text)
+    return min(int(text), sys.maxsize)
 
 
 def shard(text: str) -> tuple[int, int]:
@@ -1833,7 +1921,7 @@ def project_url(value: str) -> str:
             "fill it in, or use --local DIR, which needs no account"
         )
     url = value.rstrip("/").removesuffix("/rest/v1")
-    if not re.fullmatch(r"https?://[\w.-]+(:\d+)?", url):
+    if not re.fullmatch(r"https?://[\w-]+(\.[\w-]+)*(:\d{1,4}|:[1-5]\d{4})?", url, re.ASCII):
         # without the value: it may be the key, pasted into the wrong line
         raise RunError("SUPABASE_URL is not like https://YOUR-PROJECT.supabase.co")
     return url
@@ -1849,7 +1937,7 @@ def service_key(value: str) -> str:
             f"SUPABASE_SERVICE_ROLE_KEY holds a public ({role}) key, to which the database "
             f"shows no rows: {advice}"
         )
-    if role is None and not re.fullmatch(r"sb_secret_[\w-]+", value):
+    if not value.isascii() or (role is None and not re.fullmatch(r"sb_secret_[\w-]+", value)):
         raise RunError(f"SUPABASE_SERVICE_ROLE_KEY does not look like a key: {advice}")
     return value
 
@@ -1861,24 +1949,6 @@ def token_role(key: str) -> str | None:
         return str(json.loads(base64.urlsafe_b64decode(claims + "=="))["role"])
     except (IndexError, ValueError, KeyError, TypeError):
         return None
-
-
-class Stop(threading.Event):
-    """Set by the first Ctrl-C or SIGTERM; the second one ends the process at once."""
-
-    code = 0
-
-    def listen(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._stop)
-
-    def _stop(self, number: int, _: object) -> None:
-        if self.is_set():
-            os._exit(128 + number)
-        self.code = 128 + number
-        self.set()
-        # not by print: a handler may have interrupted one
-        os.write(2, b"\nstopping; what is embedded is being stored. Again: ends at once\n")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1911,6 +1981,10 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Exception as error:  # a defect; exit code 1 would say that some images failed
+        log.debug("", exc_info=True)
+        print(f"error: unexpected {type(error).__name__}: {error}; -v says more", file=sys.stderr)
+        return 2
 
 
 def load_dotenv() -> None:
@@ -1919,8 +1993,8 @@ def load_dotenv() -> None:
     try:
         if nearest:
             dotenv.load_dotenv(nearest, encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise RunError(f"{nearest} is not text in UTF-8: save it as that") from None
+    except (UnicodeDecodeError, OSError):
+        raise RunError(f"{nearest} can't be read as text in UTF-8: save it as that") from None
 
 
 def preview(store: Store, settings: Settings, _: Stop) -> int:
@@ -1943,6 +2017,7 @@ def embed_all(store: Store, settings: Settings, stop: Stop) -> int:
     reachable = within_reach(store, settings, report)
     first = next(reachable, None)
     if first is None:
+        log.info("nothing to do")
         print(report)
         return report.exit_code
     stop.listen()
@@ -1957,13 +2032,13 @@ def embed_all(store: Store, settings: Settings, stop: Stop) -> int:
         return model.result().encode(pixels)
 
     assets = itertools.islice(itertools.chain([first], reachable), settings.limit)
-    trouble = None
+    trouble: Exception | None = None
     try:
         with logging_redirect_tqdm(), Progress(report, settings, stop) as progress:
             run(store, assets, encode, settings, progress)
     except KeyboardInterrupt:
         pass
-    except RunError as error:
+    except Exception as error:
         trouble = error
     report.complete &= not (trouble or stop.is_set())
     print(report)

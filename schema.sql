@@ -64,6 +64,24 @@ create or replace trigger forget_asset_embedding
   for each row when (old.image_url is distinct from new.image_url)
   execute function public.forget_asset_embedding();
 
+-- Waits for a transaction that is changing the image URL just now. Else it would drop no row, as
+-- ours is not there yet, and the vector of the old image would stay. (The script looks at the URL
+-- again after it has stored a row.)
+create or replace function public.await_image_change() returns trigger
+language plpgsql security definer set search_path = '' as $$
+begin
+  perform from public.assets a where a.id = new.asset_id for share;
+  return new;
+end $$;
+
+create or replace trigger await_image_change
+  before insert or update on public.product_embeddings
+  for each row execute function public.await_image_change();
+
+create or replace trigger await_image_change
+  before insert or update on public.product_embedding_failures
+  for each row execute function public.await_image_change();
+
 -- A success clears the asset's failure.
 create or replace function public.clear_embedding_failure() returns trigger
 language plpgsql set search_path = '' as $$
@@ -162,7 +180,7 @@ $$;
 -- policies on assets say, and "grant execute on function public.NAME to authenticated;" below.
 revoke execute on function
   public.forget_asset_embedding, public.clear_embedding_failure, public.skip_embedding_failure,
-  public.count_embedding_attempt,
+  public.count_embedding_attempt, public.await_image_change,
   public.match_products, public.similar_products
   from public, anon, authenticated;
 grant execute on function public.match_products, public.similar_products to service_role;

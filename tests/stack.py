@@ -606,7 +606,7 @@ def main():
             )
             print(f"# {len(files)} photographs of 2 clients; paste this into another terminal:")
             settings = stack.env()
-            for name in sorted(settings.keys() - os.environ.keys()):
+            for name in ("SUPABASE_URL", "SUPABASE_SERVICE_ROLE_KEY", "ALLOW_PRIVATE_IMAGE_HOSTS"):
                 print(f"export {name}={settings[name]}")
             print("python generate_embeddings.py --limit 5")
             print(f"# The database: psql '{stack.db_uri}'.  Ctrl-C stops everything.", flush=True)

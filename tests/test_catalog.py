@@ -316,7 +316,7 @@ def test_when_the_network_is_gone_the_run_stops_instead_of_failing_the_whole_cat
     stack.add_assets((next(new_id), f"{closed}/{n}.jpg", None) for n in range(200))
     run = cli(FETCH_SECONDS="1.5")
     assert run.code == 2
-    assert "50 downloads failed in a row" in run.error
+    assert "50 images failed in a row" in run.error
     assert "connection refused" in run.error
     assert run.counts["embedded"] == len(vectors(stack)) == 3
     assert run.counts["attempted"] == run.counts["embedded"] + run.counts["failed"]
