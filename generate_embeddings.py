@@ -1372,10 +1372,13 @@ class ImageTower:
     that leaves it. Raises KeyError for weights that are not there.
     """
 
-    def __init__(self, weights: Mapping[str, Any], config: Any, device: str, dtype: str) -> None:
+    def __init__(
+        self, read: Callable[[], Mapping[str, Any]], config: Any, device: str, dtype: str
+    ) -> None:
         import torch
 
-        self._torch, self._weights, self._config = torch, weights, config
+        self._torch, self._read, self._config = torch, read, config
+        self._weights = read()
         self._device, self._dtype = device, getattr(torch, dtype)
         tower = "vision_model."
         embeddings = tower + "embeddings."
@@ -1384,13 +1387,10 @@ class ImageTower:
         self._position = self._ours(position[1:])
         self._patches = self._linear(self._take(embeddings + "patch_embedding.weight").flatten(1))
         self._before = self._norm(tower + "pre_layrnorm")  # the checkpoint's own spelling
-        self._layers = [
-            self._layer(f"{tower}encoder.layers.{number}.")
-            for number in range(config.num_hidden_layers)
-        ]
+        self._layers = [self._layer(number) for number in range(config.num_hidden_layers)]
         self._after = self._norm(tower + "post_layernorm")
         self._projection = self._linear(self._take("visual_projection.weight"))
-        del self._weights  # else the file stays mapped
+        del self._weights
 
     def _take(self, name: str) -> Any:
         # a copy: one view left over would keep the whole file mapped
@@ -1403,7 +1403,10 @@ class ImageTower:
         weight, bias = (self._ours(self._take(f"{name}.{kind}")) for kind in ("weight", "bias"))
         return weight.shape, weight, bias, self._config.layer_norm_eps
 
-    def _layer(self, name: str) -> tuple[Any, ...]:
+    def _layer(self, number: int) -> tuple[Any, ...]:
+        if number % 4 == 0:  # lets go of the part of the file that was read and is mapped
+            self._weights = self._read()
+        name = f"vision_model.encoder.layers.{number}."
         torch, attention = self._torch, name + "self_attn."
         weight, bias = (
             torch.cat([self._take(f"{attention}{part}_proj.{kind}") for part in "qkv"])
@@ -1493,11 +1496,13 @@ class ClipEncoder:
         folder = Path(settings.clip_model) if settings.clip_model else self.download()
         try:
             config = transformers.CLIPVisionConfig.from_pretrained(folder)
-            weights = self._read(folder)
+            read = functools.partial(self._read, folder)
+            weights = read()
             made = len(weights["visual_projection.weight"]), config.image_size, config.hidden_act
             if made != (DIMENSIONS, SIDE, "quick_gelu"):
                 raise ValueError(f"it gives {made[0]} numbers for {made[1]} pixels, by {made[2]}")
-            self._tower = ImageTower(weights, config, settings.device, settings.dtype)
+            del weights
+            self._tower = ImageTower(read, config, settings.device, settings.dtype)
         except Exception as error:  # each file format and library has errors of its own
             raise RunError(
                 f"no CLIP model could be loaded from {folder} ({shorten(str(error), 100)}): "
