@@ -324,6 +324,20 @@ def test_when_the_network_is_gone_the_run_stops_instead_of_failing_the_whole_cat
     assert run.counts["left"] == 203 - run.counts["attempted"]
 
 
+def test_images_that_failed_before_keep_no_others_waiting(stack, host, cli):
+    closed = f"http://127.0.0.1:{closed_port()}"
+    new_id = ids()
+    stack.add_assets((next(new_id), f"{closed}/{n}.jpg", None) for n in range(60))
+    stack.add_assets((next(new_id), host.url_of("/flower.jpg"), None) for _ in range(5))
+    assert cli(FETCH_SECONDS="1.5").code == 2
+    before = len(vectors(stack))
+    limited = cli("--limit", "3", FETCH_SECONDS="1.5")
+    assert limited.counts["embedded"] == len(vectors(stack)) - before
+    last = cli(FETCH_SECONDS="1.5")
+    assert (last.code, len(vectors(stack)), last.counts["left"]) == (1, 5, 0)
+    assert last.counts["failed"] == 60
+
+
 def test_fifty_dead_images_in_a_row_do_not_stop_a_run(stack, host, cli):
     new_id = ids()
     stack.add_assets((next(new_id), host.url_of(f"/gone/{n}"), None) for n in range(70))

@@ -5,6 +5,7 @@ import io
 import re
 import shutil
 import sqlite3
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ import pytest
 from conftest import SCRIPT
 from PIL import Image
 from stack import ImageHost
+
+import generate_embeddings as script
 
 HUB = "HF_ENDPOINT"  # where the hub is; conftest.py sets it to a port that is closed
 STAMPED = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
@@ -211,3 +214,68 @@ def test_encode_gives_unit_vectors_alone_and_in_a_batch(tiny, photos):
         assert np.abs(got - wanted).max() < 1e-6
     with pytest.raises(ValueError, match="finite"):
         encoder.encode(np.full_like(pixels[:1], np.nan))
+
+
+def test_batches_give_the_vectors_of_single_images(cli, folder):
+    assert cli("--local", folder).code == 0
+    alone = vectors(folder)
+    (folder / "product_embeddings.sqlite3").unlink()
+    assert cli("--local", folder, "--batch-size", "2").code == 0
+    together = vectors(folder)
+    assert together.keys() == alone.keys() == set(NAMES)
+    assert max(np.abs(together[name] - alone[name]).max() for name in NAMES) < 1e-6
+
+
+def test_bfloat16_is_close_to_float32_or_refused(cli, folder):
+    import torch
+
+    assert cli("--local", folder).code == 0
+    exact = vectors(folder)
+    (folder / "product_embeddings.sqlite3").unlink()
+    run = cli("--local", folder, "--dtype", "bfloat16")
+    able = (yes for name, yes in torch.cpu.get_capabilities().items() if "bf16" in name)
+    if any(yes is True for yes in able):
+        rounded = vectors(folder)
+        worst = max(np.linalg.norm(rounded[name] - exact[name]) for name in NAMES)
+        assert 0 < worst < 0.05
+    else:
+        assert run.code == 2
+        assert "--dtype bfloat16" in run.error
+
+
+def test_a_device_that_is_not_there_is_named(cli, folder):
+    run = cli("--local", folder, "--device", "mps" if sys.platform == "linux" else "cuda")
+    assert run.code == 2
+    assert "--device" in run.error
+    assert run.counts["attempted"] == 0
+
+
+def test_a_batch_that_fails_is_done_one_by_one():
+    def encode(pixels):
+        if (pixels == 3).any():
+            raise RuntimeError("this one is too much")
+        return np.zeros((len(pixels), 512), np.float32)
+
+    batch = [
+        (script.Asset(number, ""), np.full((3, 224, 224), number, np.float32))
+        for number in range(8)
+    ]
+    results = {asset.id: outcome for asset, outcome in script.embed(encode, batch)}
+    failed = [i for i, outcome in results.items() if isinstance(outcome, script.Failure)]
+    assert failed == [3]
+    assert results[3].stage == "embed"
+    assert all(results[i].shape == (512,) for i in range(8) if i != 3)
+
+
+def test_a_model_that_fails_every_time_does_not_go_through_the_whole_catalog(cli, tiny, tmp_path):
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for number in range(80):
+        Image.new("RGB", (32, 32), (number, 0, 0)).save(folder / f"{number}.png")
+    broken = changed_model(
+        tiny, tmp_path / "nan", lambda model: model.visual_projection.weight.data.fill_(np.nan)
+    )
+    run = cli("--local", folder, CLIP_MODEL=broken)
+    assert run.code == 2
+    assert "50 images failed in a row" in run.error
+    assert 50 <= run.counts["failed"] < 80
