@@ -688,6 +688,7 @@ class SupabaseStore:
 
 
 def image_of(row: dict[str, Any]) -> str:
+    """The image column of a row, as one string; empty where there is none."""
     return str(row["image"] or "").strip()
 
 
@@ -1846,12 +1847,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def at_least_one(text: str) -> int:
+    """A flag's whole number; raises ArgumentTypeError below 1."""
     if not (text.isascii() and text.isdecimal()) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
     return min(int(text), sys.maxsize)
 
 
 def shard(text: str) -> tuple[int, int]:
+    """"I/N" as two numbers; raises ArgumentTypeError for what is no part."""
     part, _, parts = text.partition("/")
     if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
         raise argparse.ArgumentTypeError(f"{text!r} is not a part like 1/4, 2/4, 3/4 or 4/4")
@@ -1859,6 +1862,7 @@ def shard(text: str) -> tuple[int, int]:
 
 
 def folder(text: str) -> Path:
+    """A flag's folder; raises ArgumentTypeError where there is none."""
     path = Path(text).expanduser()
     if not path.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is not a folder")
@@ -1900,6 +1904,7 @@ def read_settings(args: argparse.Namespace, env: dict[str, str]) -> Settings:
 
 
 def identifier(name: str, value: str) -> str:
+    """A table's or column's name; raises RunError, as it goes into queries unquoted."""
     if not re.fullmatch(
         r"[A-Za-z_]\w*" + (r"(\.[A-Za-z_]\w*)?" if "CLIENT" in name else ""), value, re.ASCII
     ):
@@ -1908,18 +1913,21 @@ def identifier(name: str, value: str) -> str:
 
 
 def seconds(name: str, value: str) -> float:
+    """A setting in seconds; raises RunError for what is no number."""
     if not re.fullmatch(r"\d+(\.\d+)?", value):
         raise RunError(f"{name}={value!r} is not a number of seconds")
     return float(value)
 
 
 def model_folder(value: str) -> str:
+    """The folder in CLIP_MODEL; raises RunError where there is none."""
     if value and not Path(value).is_dir():
         raise RunError(f"CLIP_MODEL={value!r} is not a folder: it must hold a copy of {MODEL_ID}")
     return value
 
 
 def project_url(value: str) -> str:
+    """The project's origin, without a path; raises RunError that never shows the value."""
     if not value:
         raise RunError(
             "SUPABASE_URL (or NEXT_PUBLIC_SUPABASE_URL) is not set: copy .env.example to .env and "
@@ -1933,6 +1941,7 @@ def project_url(value: str) -> str:
 
 
 def service_key(value: str) -> str:
+    """The key, once it looks like one that sees all rows; raises RunError."""
     advice = "copy the service_role (or secret) key from the project's API settings"
     if not value:
         raise RunError(f"SUPABASE_SERVICE_ROLE_KEY (or SUPABASE_SECRET_KEY) is not set: {advice}")
