@@ -1854,7 +1854,7 @@ def at_least_one(text: str) -> int:
 
 
 def shard(text: str) -> tuple[int, int]:
-    """"I/N" as two numbers; raises ArgumentTypeError for what is no part."""
+    """ "I/N" as two numbers; raises ArgumentTypeError for what is no part."""
     part, _, parts = text.partition("/")
     if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
         raise argparse.ArgumentTypeError(f"{text!r} is not a part like 1/4, 2/4, 3/4 or 4/4")
