@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 from stack import ImageHost, Stack, photographs
 
+# A shell starts background jobs with Ctrl-C ignored, and every process started here inherits that
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 REPO = Path(__file__).resolve().parent.parent
 SCRIPT = REPO / "generate_embeddings.py"
 TIMEOUT = 120  # seconds; for a busy machine: no run here takes a quarter of it
