@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import datetime
 import io
+import math
 import os
 import platform
 import re
@@ -41,12 +42,16 @@ DEFAULT = "ours, float32, one on each core"
 NAMES = ["astronaut.png", "chelsea.png", "coffee.png", "china.jpg", "flower.jpg", "rocket.jpg"]
 
 
-def jpegs(longer_side):
-    """Real photographs as JPEGs of that size in pixels."""
+def jpegs(longer_side=None, megapixels=None):
+    """Real photographs as JPEGs of that size: the longer side in pixels, or all of them."""
     made = []
     for name in NAMES:
         photo = Image.open(io.BytesIO(photographs()[name])).convert("RGB")
-        scale = longer_side / max(photo.size)
+        scale = (
+            math.sqrt(megapixels * 1e6 / (photo.width * photo.height))
+            if megapixels
+            else longer_side / max(photo.size)
+        )
         size = [round(side * scale) for side in photo.size]
         data = io.BytesIO()
         photo.resize(size, Image.Resampling.LANCZOS).save(data, "JPEG", quality=88)
@@ -218,10 +223,10 @@ def time_jobs(stack, host, count, rounds, alone):
     host.latency = 0.3
     row("1500 px, host 300 ms away", *over(median_jobs(stack, default, rounds)["script"][0], model))
     host.latency = 0.1
-    for longer, name in ((2309, "4 megapixels"), (4000, "12 megapixels")):
-        fill(stack, host, jpegs(longer), count)
+    for megapixels in (4, 12):
+        fill(stack, host, jpegs(megapixels=megapixels), count)
         each = median_jobs(stack, default, rounds)["script"][0]
-        row(f"{name}, host 100 ms away", *over(each, model))
+        row(f"{megapixels} megapixels, host 100 ms away", *over(each, model))
 
 
 def over(each, model):
@@ -234,8 +239,12 @@ def time_parts(folder):
     with ImageHost() as host:
         fetcher = script.Fetcher(script.Settings(allow_private_hosts=True))
         table("Where an image's time goes, ms", ["", "fetch", "decode", "preprocess", "model"])
-        for longer in (1500, 2309, 4000):
-            host.files = {f"/{n}.jpg": data for n, data in enumerate(jpegs(longer))}
+        for name, photos in (
+            ("1,500 px", jpegs(1500)),
+            ("4 megapixels", jpegs(megapixels=4)),
+            ("12 megapixels", jpegs(megapixels=12)),
+        ):
+            host.files = {f"/{n}.jpg": data for n, data in enumerate(photos)}
             times = []
             for path in [*host.files] * 3:
                 stamps = [time.perf_counter()]
@@ -248,7 +257,7 @@ def time_parts(folder):
                 encode(pixels[None])
                 stamps.append(time.perf_counter())
                 times.append(np.diff(stamps) * 1000)
-            row(f"{longer} px", *(f"{part:.1f}" for part in np.median(times, axis=0)))
+            row(name, *(f"{part:.1f}" for part in np.median(times, axis=0)))
 
 
 def table(title, columns):

@@ -18,7 +18,7 @@ from stack import ImageHost
 from test_fetch import NO_LENGTH, cut, good, hang_up, in_turn, length, raw, redirect, status
 from test_images import NO_IMAGES, exif, inverted, png, saved, without_segment
 
-FETCH_SECONDS = 3
+FETCH_SECONDS = 5  # more than four attempts take, also on a busy machine
 GOOD, EACH = 140, 2  # images; and bad ones of each kind
 
 
@@ -177,7 +177,7 @@ def test_the_good_ones_are_embedded_and_the_bad_ones_counted(story):
 
 def test_no_run_takes_longer_than_its_deadlines_allow(story):
     for run in (story.first, story.second, story.retried):
-        assert run.result.seconds < 100  # the slow ones alone: 60 x 3 s, among 8 workers
+        assert run.result.seconds < 120  # the slow ones alone: 60 x 5 s, among 8 workers
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import random
+import re
 import struct
 import subprocess
 import sys
@@ -928,6 +929,119 @@ def test_kinds_of_pixels_without_a_colour_are_refused():
         error = refused(saved(Image.new(mode, (32, 32), 7), "TIFF"))
         assert "not supported" in str(error)
         assert error.permanent
+
+
+# --------------------------------------------------------------------------------------------------
+# What the README says of all that
+# --------------------------------------------------------------------------------------------------
+
+
+def turned_blue(kind, **options):
+    """A file that holds a picture on its side: upright, it is blue on the left."""
+    picture = halves(BLUE, WHITE, "RGB").transpose(Image.Transpose.ROTATE_90)
+    return saved(picture, kind, exif=exif(6), **options)
+
+
+def behind_glass(kind, **options):
+    """Blue on the left, fully transparent red on the right."""
+    return saved(halves((*BLUE, 255), (*RED, 0), "RGBA"), kind, **options)
+
+
+def moving(kind, **options):
+    """Blue and white first, another picture after."""
+    return saved(
+        halves(BLUE, WHITE, "RGB"),
+        kind,
+        save_all=True,
+        append_images=[halves(RED, RED, "RGB")],
+        **options,
+    )
+
+
+def deep_gray():
+    """16 bits a pixel: dark on the left, bright on the right."""
+    rows = [struct.pack(">32H", *[0x2020] * 16, *[0xE0E0] * 16)] * 32
+    return png((32, 32), 16, 0, rows)
+
+
+BLUE_AND_WHITE = (BLUE, WHITE)
+OF_THE_README = {
+    "JPEG, progressive JPEG, MPO": [
+        (turned_blue("JPEG", quality=95), BLUE_AND_WHITE),
+        (turned_blue("JPEG", quality=95, progressive=True), BLUE_AND_WHITE),
+        (turned_blue("MPO", quality=95), BLUE_AND_WHITE),
+    ],
+    "CMYK JPEG, TIFF": [
+        (adobe((255, 255, 0, 0)), (BLUE, BLUE)),
+        (plain((255, 255, 0, 0)), (BLUE, BLUE)),
+        (printer_tiff((255, 255, 0, 0)), (BLUE, BLUE)),
+        (
+            saved(
+                Image.new("CMYK", (32, 32), (0, 255, 255, 0)),
+                "TIFF",
+                icc_profile=ink_profile(violet_cyan),  # in which magenta and yellow print nothing
+            ),
+            (WHITE, WHITE),
+        ),
+    ],
+    "PNG, also 16-bit gray (scaled to 8 bits)": [
+        (behind_glass("PNG"), BLUE_AND_WHITE),
+        (deep_gray(), ((0x20,) * 3, (0xE0,) * 3)),
+    ],
+    "WebP, GIF, animated ones and animated PNG": [
+        (behind_glass("WEBP", lossless=True, exact=True), BLUE_AND_WHITE),
+        (behind_glass("GIF"), BLUE_AND_WHITE),
+        (moving("WEBP", lossless=True), BLUE_AND_WHITE),
+        (moving("GIF"), BLUE_AND_WHITE),
+        (moving("PNG"), BLUE_AND_WHITE),
+    ],
+    "AVIF, BMP, TIFF": [
+        (saved(halves(BLUE, WHITE, "RGB"), "AVIF", quality=100), BLUE_AND_WHITE),
+        (saved(halves(BLUE, WHITE, "RGB"), "BMP"), BLUE_AND_WHITE),
+        (saved(halves(BLUE, WHITE, "RGB"), "TIFF"), BLUE_AND_WHITE),
+    ],
+    "gray, bilevel, palette": [
+        (saved(halves(0x20, 0xE0, "L"), "PNG"), ((0x20,) * 3, (0xE0,) * 3)),
+        (saved(halves(0, 1, "1"), "TIFF"), ((0, 0, 0), WHITE)),
+        (saved(palette(BLUE, WHITE), "GIF"), BLUE_AND_WHITE),
+    ],
+    "HEIC": [(saved(halves(BLUE, WHITE, "RGB"), "HEIF", quality=100), BLUE_AND_WHITE)],
+    "SVG, PDF, HTML, JSON, anything else": [
+        (NO_IMAGES[name][0], word)
+        for name, word in [
+            *[("svg", "SVG"), ("pdf", "PDF"), ("html", "HTML"), ("json object", "JSON")],
+            ("zip", "not an image in a known format"),
+        ]
+    ],
+    "broken, truncated or empty files": [
+        (png((32, 32), 8, 2, [bytes(96)] * 32)[:-20] + bytes(20), "broken"),
+        (saved(halves(BLUE, WHITE, "RGB"), "JPEG")[:300], "truncated"),
+        (b"", "empty"),
+    ],
+    "under 16 pixels a side, or over 100 times as long as wide": [
+        (saved(Image.new("RGB", (15, 400)), "PNG"), "smaller than 16 pixels"),
+        (saved(Image.new("RGB", (16, 1601)), "PNG"), "100 times as long as wide"),
+    ],
+    "over 128 megapixels or 50 MB": [
+        (bmp((12_001, 12_000)), "more than 128 megapixels")  # MB: see test_fetch.py
+    ],
+}
+
+
+def test_the_readmes_table_of_formats_is_true():
+    section = (REPO / "README.md").read_text().split("## Which images")[1].split("## ")[0]
+    rows = dict(re.findall(r"^\| (.+?) \| (.+?) \|$", section, re.MULTILINE)[1:])
+    assert rows.pop("---", None) is None
+    assert set(rows) == set(OF_THE_README)
+    for row, samples in OF_THE_README.items():
+        for data, expected in samples:
+            if isinstance(expected, str):
+                assert "failure" in rows[row]
+                assert expected in str(refused(data))
+            else:
+                assert "failure" not in rows[row]
+                found = seen(data)[16, [4, 28]]
+                assert distance(found, np.array(expected)) <= 8, row
 
 
 # --------------------------------------------------------------------------------------------------
