@@ -107,6 +107,7 @@ MAX_OUTAGES = 50  # failures in a row, and none the image's own: the network is 
 
 PAGE_ROWS = 1000  # Supabase cuts answers at 1,000 rows anyway
 WINDOW_ROWS = 10_000  # assets that one statement may look through: 0.1 s, not 8
+LOG_WINDOWS = 20  # of a large catalog that is nearly done nothing else would be seen
 URL_LENGTH = 6000  # of a list of ids in a URL; gateways refuse some 8,000
 WRITE_ROWS = 50  # rows to an upsert; with an index at a million rows far below the 8 s timeout
 WRITE_SECONDS = 2.0  # a vector waits no longer than this to be stored
@@ -235,6 +236,7 @@ class Report:
     def __init__(self, known_failures: int = 0) -> None:
         self.known_failures = known_failures
         self.total: int | None = None  # pending assets within reach, once they are counted
+        self.found_all = False  # the store has no further pending asset
         self.complete = False  # no pending asset is left unattempted
         self.attempted = self.embedded = self.deleted = 0
         self.reasons: Counter[tuple[str, str]] = Counter()
@@ -499,9 +501,11 @@ class SupabaseStore:
         page ends a walk: a server may cap pages below what was asked.
         """
         column = self._settings.id_column
-        for cursor, end in self._windows():
+        for number, (cursor, end) in enumerate(self._windows(), 1):
             for row in self._walk(self._pending, column, "id", cursor, end):
                 yield Asset(row["id"], image_of(row))
+            if number % LOG_WINDOWS == 0:
+                log.info("%d assets looked through", number * WINDOW_ROWS)
         again = None if self._settings.retry_failed else False
         if self._remembers:
             query = functools.partial(self._failed, again)
@@ -1718,40 +1722,45 @@ def flow(
     settings: Settings,
     stop: Stop,
 ) -> Iterator[Loaded]:
-    """Loads assets in `workers` threads and embeds them in lanes, a bounded number of assets
-    ahead of the caller; yields what is done first, so that a slow host delays its own images
-    alone. Ends early when `stop` is set."""
+    """Finds assets in one thread, loads them in `workers` threads and embeds them in lanes, a
+    bounded number of assets ahead of the caller; yields what is done first, so that a slow host
+    delays its own images alone. Ends early when `stop` is set."""
     size, width = settings.batch_size, lanes(settings.device)
-    loaders, embedders = ThreadPoolExecutor(settings.workers), ThreadPoolExecutor(width)
-    done: queue.SimpleQueue[tuple[str, Future[Any]]] = queue.SimpleQueue()
     ahead = 2 * settings.workers + 2 * width * size
-    loading = embedding = 0
+    threads = {"find": 1, "load": settings.workers, "embed": width}
+    pools = {stage: ThreadPoolExecutor(count) for stage, count in threads.items()}
+    done: queue.SimpleQueue[tuple[str, Future[Any]]] = queue.SimpleQueue()
+    busy: Counter[str] = Counter()
     ready: list[Loaded] = []
-    future: Future[Any]
+    more = True
+
+    def start(stage: str, work: Callable[..., Any], *arguments: Any) -> None:
+        busy[stage] += 1
+        future = pools[stage].submit(work, *arguments)
+        future.add_done_callback(lambda future: done.put((stage, future)))
+
     try:
         while not stop.is_set():
-            for asset in itertools.islice(assets, ahead - loading - len(ready) - embedding):
-                future = loaders.submit(load, asset)
-                future.add_done_callback(lambda future: done.put(("loaded", future)))
-                loading += 1
-            while len(ready) >= size or (ready and not embedding):
+            room = ahead - busy["load"] - len(ready) - busy["embed"] * size
+            if more and room > 0 and not busy["find"]:
+                start("find", next, assets, None)
+            while len(ready) >= size or (ready and not busy["embed"]):
                 batch, ready = ready[:size], ready[size:]
-                future = embedders.submit(embed, batch)
-                future.add_done_callback(lambda future: done.put(("embedded", future)))
-                embedding += len(batch)
-            if not loading and not embedding:
+                start("embed", embed, batch)
+            if not busy.total():
                 return
             with contextlib.suppress(queue.Empty):
-                kind, future = done.get(timeout=POLL_SECONDS)
-                if kind == "loaded":
-                    loading -= 1
-                    ready.append(future.result())
-                else:
-                    embedding -= len(future.result())
+                stage, future = done.get(timeout=POLL_SECONDS)
+                busy[stage] -= 1
+                if stage == "embed":
                     yield from future.result()
+                elif stage == "load":
+                    ready.append(future.result())
+                elif more := (asset := future.result()) is not None:
+                    start("load", load, asset)
     finally:
-        loaders.shutdown(wait=False, cancel_futures=True)
-        embedders.shutdown(wait=False, cancel_futures=True)
+        for pool in pools.values():
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def embed(encode: Callable[[np.ndarray], np.ndarray], batch: list[Loaded]) -> list[Loaded]:
@@ -2046,6 +2055,7 @@ def embed_all(store: Store, settings: Settings, stop: Stop) -> int:
     first = next(reachable, None)
     if first is None:
         log.info("nothing to do")
+        report.complete = True
         print(report)
         return report.exit_code
     stop.listen()
@@ -2068,7 +2078,7 @@ def embed_all(store: Store, settings: Settings, stop: Stop) -> int:
         pass
     except Exception as error:
         trouble = error
-    report.complete &= not (trouble or stop.is_set())
+    report.complete = report.found_all and not (trouble or stop.is_set())
     print(report)
     if trouble:
         raise trouble
@@ -2078,7 +2088,7 @@ def embed_all(store: Store, settings: Settings, stop: Stop) -> int:
 def within_reach(store: Store, settings: Settings, report: Report) -> Iterator[Asset]:
     """The pending assets of this shard; notes in the report when there are no more."""
     yield from (asset for asset in store.pending() if in_shard(asset, settings.shard))
-    report.complete = True
+    report.found_all = True
 
 
 def count_pending(store: Store, settings: Settings, report: Report) -> None:

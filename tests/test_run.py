@@ -8,6 +8,7 @@ import threading
 import time
 import uuid
 from collections import Counter
+from urllib.parse import unquote
 
 import pytest
 from conftest import REPO, wait_until
@@ -121,6 +122,33 @@ def test_a_stop_stores_what_is_embedded_and_waits_for_no_hanging_host(stack, hal
     assert end.counts["embedded"] == len(stored(stack)) == 20
     assert end.counts["left"] == 20
     assert end.counts["failed"] == 0
+
+
+class SlowWalk:
+    """A fault that does no harm: a database that needs `seconds` for the pages after the first."""
+
+    def __init__(self, seconds):
+        self.seconds, self.pages = seconds, 0
+
+    def __call__(self, request):
+        path = unquote(request.path)
+        if request.method == "GET" and "product_embeddings()" in path and "order=" in path:
+            self.pages += 1
+            if self.pages > 1:
+                time.sleep(self.seconds)
+
+
+def test_what_is_found_is_stored_while_the_search_for_more_goes_on(cli, stack, gate):
+    gate.opened.set()
+    add(stack, gate, [f"/{n}.jpg" for n in range(5)])
+    stack.gateway.fault = slow = SlowWalk(60)
+    run = cli.start()
+    wait_until(lambda: len(stored(stack)) == 5, seconds=40)
+    assert slow.pages == 2
+    run.send_signal(signal.SIGINT)
+    end = run.finish(20)
+    assert (end.code, end.counts["embedded"]) == (130, 5)
+    assert end.counts["left"] in (0, None)
 
 
 def test_a_stop_loses_no_vector_that_waits_to_be_stored(cli, stack, gate):
