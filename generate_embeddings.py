@@ -106,8 +106,8 @@ READ_SECONDS = 10  # between two packets; the deadline for the whole is FETCH_SE
 MAX_OUTAGES = 50  # failures in a row, and none the image's own: the network is gone, say
 
 PAGE_ROWS = 1000  # Supabase cuts answers at 1,000 rows anyway
-WINDOW_ROWS = 10_000  # assets that one statement may look through: 0.1 s, not 8
-LOG_WINDOWS = 20  # of a large catalog that is nearly done nothing else would be seen
+WINDOW_ROWS = 5_000  # assets that one statement may look through: 0.5 s from a cold disk, not 8
+LOG_WINDOWS = 40  # of a large catalog that is nearly done nothing else would be seen
 URL_LENGTH = 6000  # of a list of ids in a URL; gateways refuse some 8,000
 WRITE_ROWS = 50  # rows to an upsert; with an index at a million rows far below the 8 s timeout
 WRITE_SECONDS = 2.0  # a vector waits no longer than this to be stored

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import uuid
 from types import SimpleNamespace
 
@@ -370,3 +371,21 @@ def test_vectors_of_another_model_are_not_compared(crowd):
     query = "select asset_id from similar_products(%s, 10)"
     of_older = {str(row[0]) for row in crowd.sql(query, [crowd.ids[7]])}
     assert of_older == {crowd.ids[8], crowd.ids[9]}
+
+
+def test_the_readmes_sql_runs_as_it_stands(stack, host, cli):
+    stack.add_assets(
+        (str(uuid.uuid4()), host.url_of(path), "BigClient") for path in [*host.files][:5]
+    )
+    assert cli().code == 0
+    readme = (REPO / "README.md").read_text()
+    blocks = re.findall(r"```sql\n(.*?)```", readme, re.DOTALL)
+    assert len(blocks) > 5
+    for block in blocks:
+        if "join product_embeddings_check" in block:  # the run that comes before it
+            stack.reload_schema()
+            assert cli("--limit", 5, EMBEDDINGS_TABLE="product_embeddings_check").code == 0
+            ((agreement,),) = stack.sql(block)
+            assert agreement == pytest.approx([1, 1, 1])
+        else:
+            stack.sql(block)
