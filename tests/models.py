@@ -13,6 +13,10 @@ from pathlib import Path
 import torch
 from transformers import CLIPConfig, CLIPModel, CLIPVisionModelWithProjection
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.utils import logging
+
+logging.set_verbosity_error()  # it would report the text tower's weights as not expected
+logging.disable_progress_bar()
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "test-models"
 REPOSITORY = "openai/clip-vit-base-patch32"

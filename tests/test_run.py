@@ -242,6 +242,20 @@ def test_a_database_that_comes_back_is_waited_for(stack, gate, halfway):
     assert end.counts["embedded"] == len(stored(stack)) == 40
 
 
+def test_a_key_that_is_rotated_in_mid_run_stops_it_at_once(stack, gate, halfway):
+    run = halfway()
+    role = stack.roles.pop(stack.service_key)
+    try:
+        gate.opened.set()
+        end = run.finish(60)  # and not after the 180 s of DB_RETRY_SECONDS
+    finally:
+        stack.roles[stack.service_key] = role
+    assert end.code == 2
+    assert "the key was refused" in end.error
+    assert "trying again" not in end.err
+    assert end.counts["attempted"] + end.counts["left"] == 40
+
+
 FAULTS = {
     "a reset": "reset",
     "a reset after the work was done": "after",
