@@ -53,7 +53,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 from http.cookiejar import DefaultCookiePolicy
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,6 @@ try:
     from requests.adapters import HTTPAdapter
     from tqdm import tqdm
     from tqdm.contrib.logging import logging_redirect_tqdm
-    from urllib3.connection import HTTPConnection, HTTPSConnection
 except ImportError as error:
     print(f"error: {error}: run pip install -r requirements.txt first", file=sys.stderr)
     sys.exit(2)
@@ -105,12 +105,13 @@ MAX_REDIRECTS = 5
 READ_SECONDS = 10  # between two packets; the deadline for the whole is FETCH_SECONDS
 MAX_OUTAGES = 50  # failures in a row, and none the image's own: the network is gone, say
 
-PAGE_ROWS = 1000  # Supabase cuts answers at 1,000 rows anyway
+PAGE_ROWS = 250  # few enough for image columns that hold data: URLs
 WINDOW_ROWS = 5_000  # assets that one statement may look through: 0.5 s from a cold disk, not 8
 LOG_WINDOWS = 40  # of a large catalog that is nearly done nothing else would be seen
 URL_LENGTH = 6000  # of a list of ids in a URL; gateways refuse some 8,000
 WRITE_ROWS = 50  # rows to an upsert; with an index at a million rows far below the 8 s timeout
 WRITE_SECONDS = 2.0  # a vector waits no longer than this to be stored
+ANSWER_SECONDS = 30.0  # of the database; Supabase ends statements after 8
 CHECK_SECONDS = 5.0  # patience of the checks before the run
 POLL_SECONDS = 0.2  # how soon Ctrl-C is noticed
 LOG_EVERY = 10  # images, where there is no terminal
@@ -146,7 +147,11 @@ class Stop:
             os._exit(128 + number)
         self.code = 128 + number
         # not by print: the handler may have interrupted one
-        os.write(2, b"\nstopping; what is embedded is being stored. Again: ends at once\n")
+        start = b"\n" if os.isatty(2) else b""  # leaves the progress bar's line
+        with contextlib.suppress(OSError):  # Ctrl-C may have ended the reader of a pipe, too
+            os.write(
+                2, start + b"stopping; what is embedded is being stored. Again: ends at once\n"
+            )
 
     def is_set(self) -> bool:
         return self.code != 0
@@ -188,9 +193,9 @@ class Settings:
     key: str = field(default="", repr=False)
     clip_model: str = ""
     assets_table: str = "assets"
-    id_column: str = "id"
-    image_column: str = "image_url"
-    client_column: str = "client_name"
+    asset_id_column: str = "id"
+    asset_image_column: str = "image_url"
+    asset_client_column: str = "client_name"
     embeddings_table: str = "product_embeddings"
     failures_table: str = "product_embedding_failures"
     storage_bucket: str = ""
@@ -238,10 +243,11 @@ class Report:
         self.total: int | None = None  # pending assets within reach, once they are counted
         self.found_all = False  # the store has no further pending asset
         self.complete = False  # no pending asset is left unattempted
-        self.attempted = self.embedded = self.deleted = 0
+        self.attempted = self.embedded = self.deleted = self.lost = 0
         self.reasons: Counter[tuple[str, str]] = Counter()
         self.examples: dict[tuple[str, str], list[Asset]] = {}
         self.started = time.monotonic()
+        self._first = self.started  # the first attempt
         self._lock = threading.Lock()
 
     @property
@@ -253,19 +259,37 @@ class Report:
         """Assets that were not attempted; None where nobody knows."""
         if self.complete or self.total is None:
             return 0 if self.complete else None
-        return max(0, self.total - self.attempted - self.deleted)
+        left = self.total - self.attempted - self.deleted
+        return left if left >= 0 else None
+
+    def goal(self, limit: int | None) -> int | None:
+        """Assets to attempt; None where nobody knows."""
+        return min((n for n in (self.total, limit) if n is not None), default=None)
 
     @property
     def exit_code(self) -> int:
         return 1 if self.failed else 0
 
+    @property
+    def rate(self) -> float:
+        """Images a second, without the start."""
+        return max(0, self.attempted - 1) / max(time.monotonic() - self._first, 0.001)
+
     def attempt(self) -> None:
         with self._lock:
             self.attempted += 1
+            if self.attempted == 1:
+                self._first = time.monotonic()
 
     def stored(self, count: int) -> None:
         with self._lock:
             self.embedded += count
+
+    def unstored(self, count: int) -> None:
+        """Assets whose vectors could not be stored as the run ended: as if never attempted."""
+        with self._lock:
+            self.attempted -= count
+            self.lost += count
 
     def gone(self, asset: Asset) -> None:
         """An asset that was deleted from the database meanwhile: as if never attempted."""
@@ -293,12 +317,15 @@ class Report:
             lines.append(f"  {count:>6,}  {': '.join(cause)}")
             lines += [f"          {a.id}  {shorten(a.image)}" for a in self.examples[cause]]
         if self.known_failures:
-            lines.append(f"Skipped  {self.known_failures:>9,}  known failures (--retry-failed)")
+            known = f"{self.known_failures:>9,}  known failures; --retry-failed tries them"
+            lines.append(f"Skipped  {known}")
+        if self.lost:
+            lines.append(f"Unstored {self.lost:>9,}  embedded in vain; the next run does them")
         if self.deleted:
             lines.append(f"Deleted  {self.deleted:>9,}  from the assets table meanwhile")
         lines += [
             f"Left     {left:>9}",
-            f"Elapsed  {seconds:>8.1f}s  {self.embedded / max(seconds, 0.001):.1f} images/s",
+            f"Elapsed  {seconds:>8.1f}s",
             f"embedded={self.embedded} failed={self.failed} left={left} "
             f"attempted={self.attempted} skipped={self.known_failures} "
             f"deleted={self.deleted} seconds={seconds:.1f}",
@@ -323,9 +350,10 @@ def in_shard(asset: Asset, shard: tuple[int, int]) -> bool:
 
 
 def shorten(text: str, width: int = 60) -> str:
-    """The text on one printable line of at most `width` characters, its end kept."""
+    """The text on one printable line of at most `width` characters, its middle left out."""
     text = "".join(c if c.isprintable() else "?" for c in text)
-    return text if len(text) <= width else "..." + text[3 - width :]
+    half = width // 2 - 2
+    return text if len(text) <= width else f"{text[:half]}...{text[-half:]}"
 
 
 # ------------------------------------------------------------------ stores
@@ -338,7 +366,7 @@ class SupabaseStore:
     """Assets and embeddings in Supabase, through PostgREST.
 
     Errors: RunError for what stops a run (key, table, column, database away for longer than
-    `db_retry_seconds`). Safe to use from two threads.
+    `db_retry_seconds`). Safe to use from several threads.
     """
 
     def __init__(self, settings: Settings, stop: Stop) -> None:
@@ -346,13 +374,14 @@ class SupabaseStore:
         import supabase
 
         self._settings = settings
+        self.place = f"{settings.embeddings_table} at {settings.url}"
         self._stop = stop
-        self._started = datetime.now(UTC).isoformat()
+        self._started = ""
         self._patience = CHECK_SECONDS
-        self._remembers = True
+        self._remembers = False  # until the table of failures is found
         self._here = threading.local()
         http = httpx.Client(
-            timeout=httpx.Timeout(30, connect=READ_SECONDS),
+            timeout=httpx.Timeout(ANSWER_SECONDS, connect=READ_SECONDS),
             follow_redirects=False,  # a redirect would carry the key to another origin
             event_hooks={"response": [self._note_status]},
         )
@@ -363,15 +392,16 @@ class SupabaseStore:
 
     def _note_status(self, response: Any) -> None:
         self._here.status = response.status_code  # an APIError with a JSON body lacks it
+        self._started = self._started or _time_there(response.headers.get("date", ""))
         if response.is_success and "html" in response.headers.get("content-type", ""):
             raise RunError(f"{self._settings.url} {NO_API}")
 
     def check(self) -> None:
         """Finds what would stop the run, before the model is loaded. Writes nothing."""
         s = self._settings
-        columns = f"id:{s.id_column},{s.image_column}"
+        columns = f"id:{s.asset_id_column},{s.asset_image_column}"
         advice = "set ASSETS_TABLE, ASSET_ID_COLUMN and ASSET_IMAGE_COLUMN to your own names"
-        query = self._table(s.assets_table).select(columns).order(s.id_column).limit(1)
+        query = self._table(s.assets_table).select(columns).order(s.asset_id_column).limit(1)
         first = self._send(query, advice).data
         advice = (
             "run schema.sql in Supabase's SQL editor (it shows each column's type, too), "
@@ -389,23 +419,19 @@ class SupabaseStore:
         s = self._settings
         advice = (
             f"add the foreign key: alter table {s.embeddings_table} add foreign key (asset_id) "
-            f"references {s.assets_table} ({s.id_column}) on delete cascade"
+            f"references {s.assets_table} ({s.asset_id_column}) on delete cascade"
         )
-        self._remembers = False
-        self._send(self._pending().lte(s.id_column, some_id).limit(1), advice)
+        self._send(self._pending().lte(s.asset_id_column, some_id).limit(1), advice)
         try:
             columns = "asset_id,model_version,stage,reason,permanent,attempts,updated_at"
             self._send(self._table(s.failures_table).select(columns).limit(1))
             self._remembers = True
-            self._send(self._pending().lte(s.id_column, some_id).limit(1))
+            self._send(self._pending().lte(s.asset_id_column, some_id).limit(1))
         except RunError as error:
             if error.code not in ("42P01", "42703", "PGRST200", "PGRST204", "PGRST205"):
                 raise
             self._remembers = False
-            log.info(
-                'no table "%s" (schema.sql makes it): broken images are tried in every run',
-                s.failures_table,
-            )
+            log.info("broken images are tried in every run: %s; schema.sql mends it", error)
 
     def _check_upsert(self, some_id: Id) -> None:
         """A statement that must fail, as it names one key twice, shows whether it could work:
@@ -436,19 +462,18 @@ class SupabaseStore:
         if s.client is None:
             return
         if not self._send(self._assets().limit(1), "set ASSET_CLIENT_COLUMN to your own").data:
-            raise RunError(
-                f'no asset has {s.client_column} = "{s.client}": check the spelling of --client'
-            )
+            named = f'{s.asset_client_column} = "{s.client}"'
+            raise RunError(f"no asset has {named}: check the spelling of --client")
 
     def _assets(self, columns: str = "", count: Any = None) -> Any:
         """A query for assets, of the client where one is set."""
         s = self._settings
-        table = s.client_column.rpartition(".")[0]
-        columns = f"id:{s.id_column},image:{s.image_column}{columns}"
+        table = s.asset_client_column.rpartition(".")[0]
+        columns = f"id:{s.asset_id_column},image:{s.asset_image_column}{columns}"
         if s.client is not None and table:
             columns += f",{table}!inner()"
         query = self._table(s.assets_table).select(columns, count=count)
-        return query if s.client is None else query.eq(s.client_column, s.client)
+        return query if s.client is None else query.eq(s.asset_client_column, s.client)
 
     def _pending(self, count: Any = None) -> Any:
         """A query for the assets with neither embedding nor failure: an anti-join on the server."""
@@ -462,22 +487,26 @@ class SupabaseStore:
     def _failed(self, permanent: bool | None, count: Any = None) -> Any:
         """A query for the failures of earlier runs, with their assets; of both kinds if None."""
         s = self._settings
-        joined = [f"{table}!inner()" for table in s.client_column.split(".")[:-1]] * bool(s.client)
-        columns = ",".join([f"id:{s.id_column}", f"image:{s.image_column}", *joined])
+        joined = [f"{table}!inner()" for table in s.asset_client_column.split(".")[:-1]] * bool(
+            s.client
+        )
+        columns = ",".join([f"id:{s.asset_id_column}", f"image:{s.asset_image_column}", *joined])
         query = self._table(s.failures_table).select(
             f"asset_id,asset:{s.assets_table}!inner({columns})", count=count
         )
         query = query.eq("model_version", MODEL_VERSION).lt("updated_at", self._started)
         if permanent is not None:
             query = query.is_("permanent", str(permanent).lower())
-        return query if s.client is None else query.eq(f"asset.{s.client_column}", s.client)
+        return query if s.client is None else query.eq(f"asset.{s.asset_client_column}", s.client)
 
-    def count(self) -> int | None:
-        """Pending assets; None where the database takes too long to count them."""
-        column = self._settings.id_column
-        total = 0
+    def count(self, first: Asset | None = None) -> int | None:
+        """Pending assets; None where the database takes too long to count them. `first`, where
+        it is known, is the first of them, and spares the way there."""
+        column = self._settings.asset_id_column
+        total = 0 if first is None or first.again else 1
+        windows = iter(()) if first and first.again else self._windows(first.id if first else None)
         try:
-            for cursor, end in self._windows():
+            for cursor, end in windows:
                 query = _between(self._pending("exact"), column, cursor, end).limit(1)
                 total += self._send(query, divisible=True).count
         except TimeoutError:
@@ -500,7 +529,7 @@ class SupabaseStore:
         By keyset and never by offset, as rows leave the pending set meanwhile. Only an empty
         page ends a walk: a server may cap pages below what was asked.
         """
-        column = self._settings.id_column
+        column = self._settings.asset_id_column
         for number, (cursor, end) in enumerate(self._windows(), 1):
             for row in self._walk(self._pending, column, "id", cursor, end):
                 yield Asset(row["id"], image_of(row))
@@ -523,12 +552,12 @@ class SupabaseStore:
             yield from page
             cursor = page[-1][key]
 
-    def _windows(self) -> Iterator[tuple[Id | None, Id | None]]:
+    def _windows(self, cursor: Id | None = None) -> Iterator[tuple[Id | None, Id | None]]:
         """Stretches of WINDOW_ROWS assets as (after this id, up to this id); None: no bound.
 
         One statement over a long stretch of finished assets would run into the timeout.
         """
-        column, cursor = self._settings.id_column, None
+        column = self._settings.asset_id_column
         while True:
             query = self._table(self._settings.assets_table).select(f"id:{column}").order(column)
             query = _between(query, column, cursor, None)
@@ -550,7 +579,9 @@ class SupabaseStore:
             if path.startswith("sign/"):  # carries a token of its own
                 return image, {}
             path = path.removeprefix("public/").removeprefix("authenticated/")
-        elif ":" in image.split("/", 1)[0]:
+        elif re.match("(?i)(https?|data):", image) or (
+            not s.storage_bucket and ":" in image.split("/", 1)[0]
+        ):
             return image, {}
         elif not image:
             raise Rejected("no image URL")
@@ -596,13 +627,13 @@ class SupabaseStore:
         """Deletes the rows of assets whose image URL changed between page and upsert, so that
         the next run sees to the new image. (Later changes are the trigger's.) Returns ids."""
         s = self._settings
-        columns = f"id:{s.id_column},image:{s.image_column}"
+        columns = f"id:{s.asset_id_column},image:{s.asset_image_column}"
         ids = list(assets)
         some = max(1, URL_LENGTH // (3 * max((len(str(i)) for i in ids), default=1) + 3))
         outdated: list[Id] = []
         for start in range(0, len(ids), some):
             query = self._table(s.assets_table).select(columns)
-            for row in self._send(query.in_(s.id_column, ids[start : start + some])).data:
+            for row in self._send(query.in_(s.asset_id_column, ids[start : start + some])).data:
                 if image_of(row) != assets[row["id"]].image:
                     outdated.append(row["id"])
                     self._send(self._table(table).delete().eq("asset_id", row["id"]))
@@ -657,8 +688,6 @@ class SupabaseStore:
                     raise refusal from None
                 trouble = f"HTTP {status}, {shorten(str(error.message))}"
             except httpx.TransportError as error:
-                if divisible and isinstance(error, httpx.ReadTimeout):
-                    raise TimeoutError from None
                 trouble = f"{type(error).__name__}: {error}"
             self._wait(attempt, started, trouble)
         raise AssertionError  # count() has no end
@@ -668,17 +697,16 @@ class SupabaseStore:
         patience = min(self._patience, 10) if self._stop.is_set() else self._patience
         left = started + patience - time.monotonic()
         if left <= 0:
+            check = "SUPABASE_URL and " if self._patience == CHECK_SECONDS else ""
             raise RunError(
                 f"no answer from the database at {self._settings.url} for {patience:.0f} s "
-                f"({trouble}): check SUPABASE_URL and the project's status, then run again; "
+                f"({trouble}): check {check}the project's status, then run again; "
                 "what is stored stays stored"
             )
         log.info("database: %s; trying again", trouble)
         delay = min(2 ** min(attempt, 5) * random.uniform(0.25, 0.5), left)
-        if self._stop.is_set():
+        if self._stop.wait(delay):
             time.sleep(min(delay, 1))
-        else:
-            self._stop.wait(delay)
 
     def _explain(self, error: Any, status: int, advice: str) -> str:
         s = self._settings
@@ -698,9 +726,21 @@ class SupabaseStore:
                 f"asset_id of {s.embeddings_table} is not unique: run "
                 f'"alter table {s.embeddings_table} add primary key (asset_id)"'
             )
+        if error.code == "PGRST201":
+            advice = "drop all foreign keys between these tables but one"
         if error.code == str(status):
             return f"{s.url} {NO_API} (HTTP {status})"
         return f"{error.message} ({error.code}): {advice or 'see Troubleshooting in README.md'}"
+
+
+def _time_there(date: str) -> str:
+    """The server's time, from its Date header where our clock is off by more than that tells."""
+    now = datetime.now(UTC)
+    with contextlib.suppress(ValueError, TypeError):
+        there = parsedate_to_datetime(date)
+        if abs(there - now) > timedelta(seconds=2):
+            now = there
+    return now.isoformat()
 
 
 def image_of(row: dict[str, Any]) -> str:
@@ -763,10 +803,10 @@ class FolderStore:
             raise RunError("no folder was given")
         self._settings = settings
         self._folder = settings.local
+        self.place = self._folder / self.FILE
         self._started = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")
         self._lock = threading.Lock()
-        with self._errors():
-            self._db = self._open(self._folder / self.FILE)
+        self._db: sqlite3.Connection  # opened by check()
 
     def _open(self, path: Path) -> sqlite3.Connection:
         connect = functools.partial(
@@ -788,10 +828,9 @@ class FolderStore:
         try:
             yield
         except (sqlite3.Error, OSError) as error:
-            path = self._folder / self.FILE
             raise RunError(
-                f"{path}: {error}. It must be a database of this tool in a folder that can be "
-                "written to, with room on the disk"
+                f"{self.place}: {error}. It must be a database of this tool in a folder that can "
+                "be written to, with room on the disk"
             ) from None
 
     @contextlib.contextmanager
@@ -807,10 +846,17 @@ class FolderStore:
 
     def check(self) -> None:
         """Brings the assets table up to date with the folder's files."""
+        files = self._files()
+        first = list(itertools.islice(files, 1))
+        if not first and not self.place.exists():
+            raise RunError(f"no image below {self._folder}")
         with self._errors():
+            self._db = self._open(self.place)
             self._db.execute("pragma foreign_keys = on")
             self._db.executescript(FOLDER_SCHEMA)
-            self._db.executemany("insert or replace into found values (?,?,?,?)", self._files())
+            self._db.executemany(
+                "insert or replace into found values (?,?,?,?)", itertools.chain(first, files)
+            )
         with self._transaction() as db:
             db.execute("delete from assets where id not in (select id from found)")
             db.execute(
@@ -860,7 +906,7 @@ class FolderStore:
         with self._errors(), self._lock:
             return self._db.execute(query, values).fetchall()
 
-    def count(self) -> int | None:
+    def count(self, _: Asset | None = None) -> int | None:
         """Pending assets."""
         last = 2 if self._settings.retry_failed else 1
         return int(self._ask(f"select count(*) {self.REACHED} and failure <= {last}")[0][0])
@@ -934,6 +980,7 @@ Store = SupabaseStore | FolderStore
 _NOT_PUBLIC = [
     ipaddress.ip_network(text) for text in ("192.0.0.0/24", "fec0::/10", "64:ff9b:1::/48", "::/96")
 ]
+PRIVATE = "private address {} (ALLOW_PRIVATE_IMAGE_HOSTS=1 with --retry-failed allows it)"
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
@@ -966,7 +1013,7 @@ class _Attempt:
         self.using(sock)
         peer = sock.getpeername()[0]
         if self.trusted and not proxied and (host, port) != self.trusted and not is_public(peer):
-            raise Rejected(f"private address {peer} (ALLOW_PRIVATE_IMAGE_HOSTS=1 allows it)")
+            raise Rejected(PRIVATE.format(peer))
 
     def using(self, sock: socket.socket) -> None:
         self.close()
@@ -1004,20 +1051,18 @@ class _Watched:
         super().request(*args, **kwargs)  # type: ignore[misc]
 
 
-class _HTTPPool(urllib3.HTTPConnectionPool):
-    class ConnectionCls(_Watched, HTTPConnection):
-        pass
-
-
-class _HTTPSPool(urllib3.HTTPSConnectionPool):
-    class ConnectionCls(_Watched, HTTPSConnection):
-        pass
+def _watched(pool: Any) -> Any:
+    connection = type("Connection", (_Watched, pool.ConnectionCls), {})
+    return type("Pool", (pool,), {"ConnectionCls": connection})
 
 
 class _WatchedAdapter(HTTPAdapter):
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
         super().init_poolmanager(*args, **kwargs)
-        self.poolmanager.pool_classes_by_scheme = {"http": _HTTPPool, "https": _HTTPSPool}
+        self.poolmanager.pool_classes_by_scheme = {
+            "http": _watched(urllib3.HTTPConnectionPool),
+            "https": _watched(urllib3.HTTPSConnectionPool),
+        }
 
 
 class _Session(requests.Session):
@@ -1148,7 +1193,7 @@ class Fetcher:
         with contextlib.suppress(ValueError):
             private = private or not is_public(host)
         if private:
-            raise Rejected(f"private address {host} (ALLOW_PRIVATE_IMAGE_HOSTS=1 allows it)")
+            raise Rejected(PRIVATE.format(host))
 
     @staticmethod
     def _body(response: requests.Response) -> bytes:
@@ -1243,30 +1288,21 @@ def _open(data: bytes) -> Image.Image:
 
 
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\0", b"MM\0*", b"RIFF", b"BM")
-# The name of the first element, after byte order mark, prolog, comments and DOCTYPE; possessive
-# throughout, as backtracking in a hostile file would take for ever
-_ELEMENT = re.compile(
-    rb"(?is)(?:\xef\xbb\xbf)?(?:\s|(?><\?.*?\?>)|(?><!--.*?-->)"
-    rb"|(?><!doctype[^>\[]*(?:\[.*?\]\s*)?>))*+<([\w:]++)"
-)
 
 
 def _what_else(data: bytes) -> str:
     """What the bytes are that Pillow takes for no image."""
-    head = data[: 2**16]
-    element = _ELEMENT.match(head)
-    name = element[1].lower() if element else b""
-    start = head.lstrip(b"\xef\xbb\xbf \t\r\n")[:20].lower()
+    head = data[: 2**16].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    # the first of these elements, whatever prolog, comments and DOCTYPE come before
+    element = re.search(rb"<(svg|!doctype html|html|head|body)\b", head)
     if not data:
         return "an empty file"
-    if name in (b"svg", b"svg:svg"):
-        return "an SVG drawing, which has no pixels"
-    if name in (b"html", b"head", b"body") or start.startswith(b"<!doctype html"):
-        return "an HTML page, not an image"
-    if start.startswith((b"{", b"[")):
-        return "JSON, not an image"
-    if start.startswith(b"%pdf"):
-        return "a PDF, not an image"
+    if head.startswith(b"<") and element:
+        svg = element[1] == b"svg"
+        return "an SVG drawing, which has no pixels" if svg else "an HTML page, not an image"
+    for start, name in ((b"{", "JSON"), (b"[", "JSON"), (b"%pdf", "a PDF")):
+        if head.startswith(start):
+            return f"{name}, not an image"
     if data.startswith(_MAGIC) or data[4:12] in (b"ftypavif", b"ftypavis"):
         return "broken or truncated image file"
     return "not an image in a known format"
@@ -1361,10 +1397,10 @@ def preprocess(image: Image.Image) -> np.ndarray:
     return np.stack([_PIXEL_VALUES[c][levels[:, :, c]] for c in range(3)])
 
 
-Loaded = tuple[Asset, np.ndarray | Failure]
+Result = tuple[Asset, np.ndarray | Failure]  # pixels, later the vector; or why not
 
 
-def load_asset(store: Store, fetcher: Fetcher, asset: Asset) -> Loaded:
+def load_asset(store: Store, fetcher: Fetcher, asset: Asset) -> Result:
     """One asset's pixels (3, 224, 224), or the Failure; raises nothing."""
     stage = "fetch"
     try:
@@ -1609,7 +1645,7 @@ class Writer:
     def __init__(self, store: Store, report: Report) -> None:
         self._store = store
         self._report = report
-        self._queue: queue.Queue[Loaded | None] = queue.Queue(maxsize=WRITE_ROWS)
+        self._queue: queue.Queue[Result | None] = queue.Queue(maxsize=WRITE_ROWS)
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._work, name="writer", daemon=True)
 
@@ -1624,7 +1660,7 @@ class Writer:
         if kind is None:
             self._raise_error()
 
-    def put(self, result: Loaded) -> None:
+    def put(self, result: Result) -> None:
         """Counts one attempt and hands its vector (512,), or its Failure, to the thread."""
         self._report.attempt()
         if isinstance(result[1], Failure):
@@ -1650,10 +1686,9 @@ class Writer:
                         self._store.save_failures(failures)
             except Exception as error:  # raised again in the run's own thread
                 self._error = error
-            for asset, _ in vectors:  # after an error the thread goes on, to count these
-                self._report.fail(Failure(asset, "store", "the run stopped before", False))
+            self._report.unstored(len(vectors))  # after an error the thread goes on to count
 
-    def _gather(self) -> list[Loaded] | None:
+    def _gather(self) -> list[Result] | None:
         """The next batch: WRITE_ROWS results or those of WRITE_SECONDS; None at the end."""
         first = self._queue.get()
         if first is None:
@@ -1701,8 +1736,8 @@ def run(
             outages = outages + 1 if is_outage(result[1]) else 0
             if outages == MAX_OUTAGES:
                 raise RunError(
-                    f"{outages} images failed in a row, the last: {result[1]}. "
-                    "Check this machine's network and the image host, then run again"
+                    f"{outages} images failed in a row, the last: {result[1]}. Check this "
+                    "machine's memory, its network, and the image host, then run again"
                 )
 
 
@@ -1717,11 +1752,11 @@ def lanes(device: str) -> int:
 
 def flow(
     assets: Iterator[Asset],
-    load: Callable[[Asset], Loaded],
-    embed: Callable[[list[Loaded]], list[Loaded]],
+    load: Callable[[Asset], Result],
+    embed: Callable[[list[Result]], list[Result]],
     settings: Settings,
     stop: Stop,
-) -> Iterator[Loaded]:
+) -> Iterator[Result]:
     """Finds assets in one thread, loads them in `workers` threads and embeds them in lanes, a
     bounded number of assets ahead of the caller; yields what is done first, so that a slow host
     delays its own images alone. Ends early when `stop` is set."""
@@ -1731,7 +1766,7 @@ def flow(
     pools = {stage: ThreadPoolExecutor(count) for stage, count in threads.items()}
     done: queue.SimpleQueue[tuple[str, Future[Any]]] = queue.SimpleQueue()
     busy: Counter[str] = Counter()
-    ready: list[Loaded] = []
+    ready: list[Result] = []
     more = True
 
     def start(stage: str, work: Callable[..., Any], *arguments: Any) -> None:
@@ -1763,7 +1798,7 @@ def flow(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def embed(encode: Callable[[np.ndarray], np.ndarray], batch: list[Loaded]) -> list[Loaded]:
+def embed(encode: Callable[[np.ndarray], np.ndarray], batch: list[Result]) -> list[Result]:
     """The batch with vectors (512,) in the place of pixels; one by one if together fails."""
     results = [result for result in batch if isinstance(result[1], Failure)]
     good = [(asset, pixels) for asset, pixels in batch if not isinstance(pixels, Failure)]
@@ -1798,6 +1833,7 @@ class Progress:
         self._limit = settings.limit
         self._bar = tqdm(
             desc="loading the model",
+            bar_format="{desc} ...",
             unit="img",
             dynamic_ncols=True,
             leave=False,
@@ -1812,16 +1848,17 @@ class Progress:
 
     def show(self) -> None:
         report, bar = self.report, self._bar
-        known = [n for n in (report.total, self._limit) if n is not None]
-        total = min(known, default=None)
+        total = report.goal(self._limit)
         if not bar.disable:
             bar.total = total
+            bar.bar_format = None
             bar.set_description_str(refresh=False)
             bar.set_postfix(failed=report.failed, refresh=False)
             bar.update(report.attempted - bar.n)
         elif report.attempted % LOG_EVERY == 0:
-            rate = report.attempted / (time.monotonic() - report.started)
-            left = f", {(total - report.attempted) / rate:.0f} s left" if total else ""
+            rate = report.rate
+            ahead = (total or 0) - report.attempted
+            left = f", {ahead / rate:.0f} s left" if ahead >= 0 and rate else ""
             log.info(
                 "%d/%s done, %d failed, %.1f images/s%s",
                 *(report.attempted, total or "?", report.failed, rate, left),
@@ -1835,6 +1872,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line's flags."""
     usage = argparse.ArgumentParser(
         prog="generate_embeddings.py",
+        usage="%(prog)s [--limit N] [--client NAME] [--local DIR] [...]   -h: all flags",
         description="Give every product image in a Supabase database, or in a folder, "
         "a CLIP embedding. Run again to resume.",
         epilog="Settings come from the environment and from .env: see README.md. Exit codes: "
@@ -1843,7 +1881,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add = usage.add_argument
     add("--limit", type=at_least_one, metavar="N", help="attempt at most N assets")
-    add("--client", metavar="NAME", help="only this client's assets")
+    add("--client", metavar="NAME", help="only this client's assets; a subfolder of DIR")
     add("--local", type=folder, metavar="DIR", help="embed a folder's images instead; no account")
     add(
         "--workers",
@@ -1892,22 +1930,29 @@ def folder(text: str) -> Path:
     return path.resolve()
 
 
-def read_settings(args: argparse.Namespace, env: dict[str, str]) -> Settings:
+def read_settings(args: argparse.Namespace) -> Settings:
     """Flags and environment as Settings. Raises RunError that names the setting at fault."""
+    nearest = load_dotenv()
+    try:
+        return parse_settings(args, os.environ)
+    except RunError as error:
+        if nearest is None:
+            raise
+        raise RunError(f"{error} (settings were read from {nearest})") from None
+
+
+def parse_settings(args: argparse.Namespace, env: Mapping[str, str]) -> Settings:
+    """Flags and settings as Settings; raises RunError."""
 
     def get(*names: str, default: str = "") -> str:
         return next((env[name].strip() for name in names if env.get(name, "").strip()), default)
 
     names: dict[str, Any] = {
-        field_name: identifier(name, get(name, default=getattr(Settings, field_name)))
-        for field_name, name in {
-            "assets_table": "ASSETS_TABLE",
-            "id_column": "ASSET_ID_COLUMN",
-            "image_column": "ASSET_IMAGE_COLUMN",
-            "client_column": "ASSET_CLIENT_COLUMN",
-            "embeddings_table": "EMBEDDINGS_TABLE",
-            "failures_table": "FAILURES_TABLE",
-        }.items()
+        name: identifier(name.upper(), get(name.upper(), default=getattr(Settings, name)))
+        for name in (
+            *("assets_table", "asset_id_column", "asset_image_column", "asset_client_column"),
+            *("embeddings_table", "failures_table"),
+        )
     }
     url = key = ""
     if args.local is None:
@@ -1944,14 +1989,15 @@ def seconds(name: str, value: str) -> float:
 
 def model_folder(value: str) -> str:
     """The folder in CLIP_MODEL; raises RunError where there is none."""
-    if value and not Path(value).is_dir():
+    path = Path(value).expanduser()
+    if value and not path.is_dir():
         raise RunError(f"CLIP_MODEL={value!r} is not a folder: it must hold a copy of {MODEL_ID}")
-    return value
+    return str(path) if value else ""
 
 
 def project_url(value: str) -> str:
     """The project's origin, without a path; raises RunError that never shows the value."""
-    if not value:
+    if not value or "YOUR-PROJECT" in value:
         raise RunError(
             "SUPABASE_URL (or NEXT_PUBLIC_SUPABASE_URL) is not set: copy .env.example to .env and "
             "fill it in, or use --local DIR, which needs no account"
@@ -1974,7 +2020,8 @@ def service_key(value: str) -> str:
             f"SUPABASE_SERVICE_ROLE_KEY holds a public ({role}) key, to which the database "
             f"shows no rows: {advice}"
         )
-    if not value.isascii() or (role is None and not re.fullmatch(r"sb_secret_[\w-]+", value)):
+    plain = re.fullmatch(r"[\w.-]+", value, re.ASCII)  # else it would be quoted in errors
+    if not plain or (role is None and not value.startswith("sb_secret_")):
         raise RunError(f"SUPABASE_SERVICE_ROLE_KEY does not look like a key: {advice}")
     return value
 
@@ -2001,30 +2048,37 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     warnings.filterwarnings("ignore", module="PIL")  # about oddities that do no harm
     stop = Stop()
+    # as process 1 of a container it would else be ignored until the run listens
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
-        load_dotenv()
-        settings = read_settings(args, dict(os.environ))
+        settings = read_settings(args)
         make = FolderStore if settings.local else SupabaseStore
         store: Store = make(settings, stop)
         store.check()
         code = (preview if settings.dry_run else embed_all)(store, settings, stop)
         return stop.code or code
     except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(str(error))
         return stop.code or 2
     except ImportError as error:
-        print(f"error: {error}: run pip install -r requirements.txt first", file=sys.stderr)
+        complain(f"{error}: run pip install -r requirements.txt first")
         return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        complain("interrupted")
         return 130
     except Exception as error:  # a defect; exit code 1 would say that some images failed
         log.debug("", exc_info=True)
-        print(f"error: unexpected {type(error).__name__}: {error}; -v says more", file=sys.stderr)
+        complain(f"unexpected {type(error).__name__}: {error}; -v says more")
         return 2
 
 
-def load_dotenv() -> None:
+def complain(trouble: str) -> None:
+    """Prints why a run ended, where there still is someone to read it."""
+    with contextlib.suppress(OSError):
+        print(f"error: {trouble}", file=sys.stderr)
+
+
+def load_dotenv() -> Path | None:
     """Puts the nearest .env into the environment, where that does not say otherwise."""
     nearest = next((path for path in (Path(".env"), HERE / ".env") if path.is_file()), None)
     try:
@@ -2032,15 +2086,18 @@ def load_dotenv() -> None:
             dotenv.load_dotenv(nearest, encoding="utf-8-sig")
     except (UnicodeDecodeError, OSError):
         raise RunError(f"{nearest} can't be read as text in UTF-8: save it as that") from None
+    return nearest and nearest.resolve()
 
 
 def preview(store: Store, settings: Settings, _: Stop) -> int:
     """Says what a run would do."""
     report = Report()
     count_pending(store, settings, report)
-    known = [n for n in (report.total, settings.limit) if n is not None]
     about = "about " if settings.shard[1] > 1 else ""
-    print(f"Would embed {about}{min(known, default='an unknown number of')} assets")
+    goal = report.goal(settings.limit)
+    print(f"Would embed {about}{'an unknown number of' if goal is None else goal} assets")
+    if skipped := store.count_known_failures():
+        print(f"Would skip {skipped} known failures; --retry-failed tries them")
     for asset in itertools.islice(
         within_reach(store, settings, report), min(5, settings.limit or 5)
     ):
@@ -2054,28 +2111,28 @@ def embed_all(store: Store, settings: Settings, stop: Stop) -> int:
     reachable = within_reach(store, settings, report)
     first = next(reachable, None)
     if first is None:
-        log.info("nothing to do")
+        log.info("nothing to do: no asset lacks an embedding, but for known failures")
         report.complete = True
         print(report)
         return report.exit_code
+    log.info("vectors go to %s", store.place)
     stop.listen()
     background = ThreadPoolExecutor(2)  # both while the first images load
     model = background.submit(ClipEncoder, settings)
-    background.submit(count_pending, store, settings, report)
+    background.submit(count_pending, store, settings, report, first)
 
     def encode(pixels: np.ndarray) -> np.ndarray:
-        while not model.done():
-            if stop.wait(POLL_SECONDS):
-                raise KeyboardInterrupt
-        return model.result().encode(pixels)
+        try:
+            encoder = model.result()
+        except (ValueError, RuntimeError) as error:  # would else count as the image's own
+            raise RunError(f"the model could not be loaded: {error}") from None
+        return encoder.encode(pixels)
 
     assets = itertools.islice(itertools.chain([first], reachable), settings.limit)
     trouble: Exception | None = None
     try:
         with logging_redirect_tqdm(), Progress(report, settings, stop) as progress:
             run(store, assets, encode, settings, progress)
-    except KeyboardInterrupt:
-        pass
     except Exception as error:
         trouble = error
     report.complete = report.found_all and not (trouble or stop.is_set())
@@ -2091,16 +2148,18 @@ def within_reach(store: Store, settings: Settings, report: Report) -> Iterator[A
     report.found_all = True
 
 
-def count_pending(store: Store, settings: Settings, report: Report) -> None:
+def count_pending(
+    store: Store, settings: Settings, report: Report, first: Asset | None = None
+) -> None:
     """Counts beside the run, window by window: at a million assets it takes a while."""
     with contextlib.suppress(RunError):  # the run itself will meet the same trouble
-        count = store.count()
+        count = store.count(first)
         report.total = None if count is None else round(count / settings.shard[1])
 
 
 if __name__ == "__main__":
     code = main()
-    with contextlib.suppress(BrokenPipeError):  # as in: ... | head
+    with contextlib.suppress(OSError, AttributeError):  # as in: ... | head, or >&-
         sys.stdout.flush()
     # A download may hang in a thread, and Python would wait for it
     os._exit(code)

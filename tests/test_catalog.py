@@ -8,6 +8,8 @@ import socket
 import time
 import uuid
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from functools import partial
 
 import numpy as np
@@ -338,6 +340,25 @@ def test_images_that_failed_before_keep_no_others_waiting(stack, host, cli):
     assert last.counts["failed"] == 60
 
 
+def test_failures_of_this_run_are_not_taken_for_earlier_ones_where_our_clock_is_ahead(
+    stack, host, cli, monkeypatch
+):
+    late = timedelta(minutes=10)
+    date = format_datetime(datetime.now(UTC) - late, usegmt=True)
+    monkeypatch.setattr("stack._Handler.date_time_string", lambda *_: date)
+    stack.sql("""
+        create function late() returns trigger language plpgsql as
+          $$ begin new.updated_at := now() - interval '10 minutes'; return new; end $$;
+        create trigger late before insert or update on product_embedding_failures
+          for each row execute function late();
+    """)
+    new_id, closed = ids(), f"http://127.0.0.1:{closed_port()}"
+    good, bad = host.url_of("/flower.jpg"), f"{closed}/1.jpg"
+    stack.add_assets((next(new_id), bad if n % 10 else good, None) for n in range(200))
+    run = cli("--workers", 4, FETCH_SECONDS=0.5)
+    assert run.counts == run.counts | {"embedded": 20, "failed": 180, "left": 0}
+
+
 def test_fifty_dead_images_in_a_row_do_not_stop_a_run(stack, host, cli):
     new_id = ids()
     stack.add_assets((next(new_id), host.url_of(f"/gone/{n}"), None) for n in range(70))
@@ -359,7 +380,7 @@ def test_a_worker_that_hangs_does_not_keep_the_command_from_ending(stack, host, 
 # Private storage
 # --------------------------------------------------------------------------------------------------
 
-STORED = ("products/a b.jpg", "products/größe & 1.jpg", "100%.jpg")
+STORED = ("2026-05-01T10:00:00.jpg", "products/a b.jpg", "products/größe & 1.jpg", "100%.jpg")
 
 
 @pytest.fixture
@@ -374,7 +395,7 @@ def test_a_path_is_read_from_the_storage_bucket(stack, bucket, cli):
     new_id = ids()
     stack.add_assets((next(new_id), path, None) for path in (*STORED, "/products/a b.jpg"))
     run = cli(STORAGE_BUCKET=bucket)
-    assert (run.code, run.counts["embedded"]) == (0, 4)
+    assert (run.code, run.counts["embedded"]) == (0, 5)
 
 
 def test_storage_urls_of_the_own_project_are_read_with_the_key(stack, bucket, cli):

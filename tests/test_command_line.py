@@ -112,10 +112,10 @@ def test_a_usage_error_is_one_line_and_exit_2(cli, arguments, named):
     assert named in errors[0]
 
 
-def test_a_limit_beyond_any_catalog_is_no_limit(cli, tmp_path):
-    run = cli("--local", tmp_path, "--limit", "99999999999999999999")
+def test_a_limit_beyond_any_catalog_is_no_limit(cli, album):
+    run = cli("--local", album, "--dry-run", "--limit", "99999999999999999999")
     assert run.code == 0
-    assert run.counts["attempted"] == 0
+    assert run.out.startswith("Would embed 25 assets")
 
 
 # Dry run
@@ -172,13 +172,12 @@ def test_the_report_ends_with_a_line_for_programs(piped):
         assert re.search(rf"(?m)^{word}\b", piped.out)
 
 
-def test_on_a_terminal_there_is_one_progress_bar_and_no_noise(cli, photos, tmp_path):
-    for n in range(12):
-        (tmp_path / f"{n}.jpg").write_bytes(photos[SMALL[n % 3]])
+def terminal(cli, arguments, columns):
+    """What a run shows on a terminal of that width."""
     ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 25, 100, 0, 0))
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 25, columns, 0, 0))
     run = subprocess.Popen(
-        cli.command(["--local", tmp_path]),
+        cli.command(arguments),
         env=cli.environment(TERM="xterm"),
         cwd=cli.folder,
         stdin=theirs,
@@ -194,13 +193,31 @@ def test_on_a_terminal_there_is_one_progress_bar_and_no_noise(cli, photos, tmp_p
         pass  # how Linux says that the other end is closed
     finally:
         os.close(ours)
-    assert run.wait(60) == 0
-    before_report, report = seen.decode().replace("\r\n", "\n").split("Embedded", 1)
+    run.wait(60)
+    return seen.decode().replace("\r\n", "\n")
+
+
+def test_on_a_terminal_there_is_one_progress_bar_and_no_noise(cli, photos, tmp_path):
+    for n in range(12):
+        (tmp_path / f"{n}.jpg").write_bytes(photos[SMALL[n % 3]])
+    shown = terminal(cli, ["--local", tmp_path], columns=100)
+    before_report, report = shown.split("Embedded", 1)
     drawn = [piece for piece in re.split(r"[\r\n]", before_report) if piece.strip()]
-    assert all("img" in piece for piece in drawn), drawn
+    where, loading, *bars = drawn
+    assert where == f"vectors go to {tmp_path / 'product_embeddings.sqlite3'}"
+    assert loading == "loading the model ..."
+    assert all("img" in piece for piece in bars), drawn
     assert re.search(r"\d+%\|.*\d+/12 \[\d\d:\d\d<.*img/?s?.*failed=0", drawn[-1])
-    assert before_report.count("\n") <= 1
+    assert before_report.count("\n") <= 2
     assert report.splitlines()[-1].startswith("embedded=12 ")
+
+
+def test_a_closed_stdout_does_not_change_the_exit_code(cli, album):
+    command = " ".join(map(str, cli.command(["--local", album, "--dry-run"])))
+    run = subprocess.run(
+        ["sh", "-c", f"{command} >&-"], env=cli.environment(), cwd=cli.folder, timeout=60
+    )
+    assert run.returncode == 0
 
 
 def test_a_reader_that_leaves_early_causes_no_traceback(cli, album):

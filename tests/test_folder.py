@@ -220,10 +220,27 @@ def test_client_and_limit_combine(cli, photos, tmp_path):
     assert "--client" in typo.error
 
 
-def test_the_folder_may_be_relative_and_empty(cli, tmp_path):
+def test_a_folder_without_images_is_an_error_that_leaves_no_file(cli, tmp_path):
+    write(tmp_path / "notes.txt", b"none")
+    run = cli("--local", tmp_path)
+    assert run.code == 2
+    assert str(tmp_path) in run.error
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_the_folder_may_be_relative_and_lose_its_images(cli, tmp_path, photos):
+    write(tmp_path / "flower.jpg", photos["flower.jpg"])
+    write(tmp_path / "bad.jpg", b"")
+    assert cli("--local", ".", cwd=tmp_path).counts["embedded"] == 1
+    shown = cli("--local", ".", "--dry-run", cwd=tmp_path).out.splitlines()
+    assert shown[0] == "Would embed 0 assets"
+    assert shown[1].startswith("Would skip 1 known failures")
+    (tmp_path / "flower.jpg").unlink()
+    (tmp_path / "bad.jpg").unlink()
     run = cli("--local", ".", cwd=tmp_path)
     assert run.code == 0
-    assert run.counts["attempted"] == run.counts["left"] == 0
+    assert run.counts["attempted"] == run.counts["left"] == run.counts["skipped"] == 0
+    assert stored(tmp_path) == {}
 
 
 def test_a_file_name_that_is_no_text_is_left_out_with_a_warning(cli, small):

@@ -151,6 +151,31 @@ def test_what_is_found_is_stored_while_the_search_for_more_goes_on(cli, stack, g
     assert end.counts["left"] in (0, None)
 
 
+SEVERED = f"""
+import os, sys
+reader, writer = os.pipe()
+os.dup2(writer, 2)
+os.close(reader)
+sys.path.insert(0, {str(REPO)!r})
+import generate_embeddings as script
+code = script.main()
+sys.stdout.flush()
+os._exit(code)
+"""
+
+
+def test_ctrl_c_that_ends_the_reader_of_the_log_as_well_stores_what_is_embedded(
+    stack, halfway, tmp_path
+):
+    script = tmp_path / "severed.py"
+    script.write_text(SEVERED)
+    run = halfway(script=script)
+    run.send_signal(signal.SIGINT)
+    end = run.finish(60)
+    assert end.code == 130
+    assert end.counts["embedded"] == len(stored(stack)) == 20
+
+
 def test_a_stop_loses_no_vector_that_waits_to_be_stored(cli, stack, gate):
     gate.free = 10
     ids = add(stack, gate, [f"/{n}.jpg" for n in range(40)])
@@ -200,7 +225,7 @@ def test_a_stop_while_the_model_loads(cli, stack, gate, full):
 
 @pytest.mark.parametrize(
     ("number", "codes"),
-    [(signal.SIGINT, {130}), (signal.SIGTERM, {143, -signal.SIGTERM})],
+    [(signal.SIGINT, {130}), (signal.SIGTERM, {143})],
     ids=["Ctrl-C", "SIGTERM"],
 )
 def test_a_stop_during_the_checks(cli, stack, number, codes):
@@ -226,7 +251,10 @@ def test_a_database_that_is_gone_for_good_ends_the_run_with_a_true_report(stack,
     end = run.finish()
     assert end.code == 2
     assert "no answer from the database" in end.error
+    assert "SUPABASE_URL" not in end.error  # it was right
     assert end.counts["embedded"] == len(stored(stack)) == 20
+    assert end.counts["failed"] == 0  # the images are good
+    assert re.search(r"(?m)^Unstored +[1-9]", end.out)
     assert end.counts["attempted"] + end.counts["left"] == 40
 
 
@@ -240,6 +268,53 @@ def test_a_database_that_comes_back_is_waited_for(stack, gate, halfway):
     end = run.finish()
     assert end.code == 0, end.err
     assert end.counts["embedded"] == len(stored(stack)) == 40
+
+
+SILENT = f"""
+import sys
+sys.path.insert(0, {str(REPO)!r})
+import generate_embeddings as script
+assert script.ANSWER_SECONDS
+script.ANSWER_SECONDS = 1
+sys.exit(script.main())
+"""
+
+
+def test_a_database_that_takes_requests_and_never_answers_ends_the_run_in_time(
+    cli, stack, gate, tmp_path
+):
+    script = tmp_path / "silent.py"
+    script.write_text(SILENT)
+    gate.opened.set()
+    add(stack, gate, [f"/{n}.jpg" for n in range(40)])
+    stack.gateway.fault = hang = Hang()
+    end = cli(script=script, DB_RETRY_SECONDS=3)
+    assert end.code == 2
+    assert "no answer from the database" in end.error
+    assert hang.upserts <= 5  # three seconds of one each; halves of batches would come on top
+    assert (end.counts["embedded"], end.counts["failed"]) == (0, 0)
+
+
+class Hang:
+    """Upserts get no answer, but for the one of the checks, which names one row twice."""
+
+    upserts = 0
+
+    def __call__(self, request):
+        if is_upsert(request) and len({row["asset_id"] for row in json.loads(request.body)}) > 1:
+            self.upserts += 1
+            return "hang"
+        return None
+
+
+def test_a_model_that_fails_to_load_is_not_the_images_fault(cli, stack, host, tmp_path):
+    add(stack, host, ["/flower.jpg"] * 60)
+    (tmp_path / "transformers.py").write_text("raise ValueError('numpy.dtype size changed')")
+    end = cli(PYTHONPATH=tmp_path)
+    assert end.code == 2
+    assert "numpy.dtype size changed" in end.error
+    assert (end.counts["failed"], end.counts["left"]) == (0, 60)
+    assert stack.sql("select count(*) from product_embedding_failures") == [(0,)]
 
 
 def test_a_key_that_is_rotated_in_mid_run_stops_it_at_once(stack, gate, halfway):
@@ -292,7 +367,7 @@ def test_a_page_of_pending_assets_that_fails_is_asked_for_again(cli, stack, host
     faults = iter(["reset", (503, HTML, b"<html>Unavailable</html>"), "after"])
 
     def fault(request):
-        paged = request.method == "GET" and "limit=1000" in request.path
+        paged = request.method == "GET" and "limit=250" in request.path
         return next(faults, None) if paged else None
 
     stack.gateway.fault = fault

@@ -82,6 +82,7 @@ def test_a_dotenv_file_beside_the_script_is_read_where_the_current_folder_has_no
     run = cli("--dry-run", env={}, cwd=here, script=script)
     assert run.code == 2
     assert "SUPABASE_SERVICE_ROLE_KEY" in run.error
+    assert f"read from {here / '.env'}" in run.error
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
@@ -105,6 +106,7 @@ def token(role):
     [
         ({"SUPABASE_URL": None}, "SUPABASE_URL .*not set.*--local"),
         ({"SUPABASE_URL": "  "}, "SUPABASE_URL .*not set"),
+        ({"SUPABASE_URL": "https://YOUR-PROJECT.supabase.co"}, "SUPABASE_URL .*not set"),
         ({"SUPABASE_URL": "abc.supabase.co"}, "SUPABASE_URL.*https://"),
         ({"SUPABASE_URL": "https://"}, "SUPABASE_URL"),
         ({"SUPABASE_URL": "https://YOUR PROJECT.supabase.co"}, "SUPABASE_URL"),
@@ -128,6 +130,7 @@ def token(role):
         ({"ASSET_CLIENT_COLUMN": ".name"}, "ASSET_CLIENT_COLUMN"),
         ({"EMBEDDINGS_TABLE": 'x"; drop table assets; --'}, "EMBEDDINGS_TABLE"),
         ({"CLIP_MODEL": "/no/such/folder"}, "CLIP_MODEL.*not a folder"),
+        ({"CLIP_MODEL": "~/no/such/folder"}, "CLIP_MODEL.*not a folder"),
     ],
 )
 def test_a_wrong_setting_is_named_in_one_line(cli, settings, words):
@@ -138,13 +141,23 @@ def test_a_wrong_setting_is_named_in_one_line(cli, settings, words):
     assert run.out == ""
 
 
+def test_a_key_with_a_line_break_is_refused_and_not_shown(cli):
+    key = token("service_role")
+    run = cli(env=GOOD, SUPABASE_SERVICE_ROLE_KEY=f"{key[:-20]}\n{key[-20:]}")
+    assert run.code == 2
+    assert "does not look like a key" in run.error
+    assert key[:-20] not in run.err
+    assert key[-20:] not in run.err
+
+
 def test_url_and_key_swapped_do_not_print_the_key(cli, stack):
     run = cli(SUPABASE_URL=stack.service_key, SUPABASE_SERVICE_ROLE_KEY=stack.url)
     assert run.code == 2
     assert "SUPABASE_URL" in run.error
 
 
-def test_settings_of_the_database_are_not_looked_at_for_a_folder(cli, tmp_path):
+def test_settings_of_the_database_are_not_looked_at_for_a_folder(cli, tmp_path, photos):
+    (tmp_path / "a.png").write_bytes(photos["coffee.png"])
     run = cli("--local", tmp_path, "--dry-run", SUPABASE_URL="nonsense")
     assert run.code == 0
 

@@ -338,6 +338,18 @@ def test_ids_of_any_kind_and_windows_smaller_than_the_catalog(cli, stack, host, 
 # Large catalogs
 
 
+def test_what_is_left_is_counted_from_the_first_pending_asset_on(cli, stack, host, tuned):
+    stack.reset("bigint")
+    stack.add_assets((n, f"{host.url_of('/flower.jpg')}?{n}", "x") for n in range(40))
+    stack.sql(
+        "insert into product_embeddings select id, array_fill(0.1, array[512])::vector, %s "
+        "from assets where id < 10",
+        [VERSION],
+    )
+    run = cli("PAGE_ROWS=2", "WINDOW_ROWS=4", "--", "--limit", 25, script=tuned)
+    assert run.counts == run.counts | {"embedded": 25, "left": 5}
+
+
 @pytest.mark.parametrize("cap", [1000, 100])
 def test_1000_assets_are_embedded_once_each_whatever_the_cap(cli, stack, cap):
     if cap != 1000:
