@@ -247,7 +247,7 @@ class Report:
         self.reasons: Counter[tuple[str, str]] = Counter()
         self.examples: dict[tuple[str, str], list[Asset]] = {}
         self.started = time.monotonic()
-        self._first = self.started  # the first attempt
+        self._pace: tuple[float, int] | None = None  # the first vector's time and number
         self._lock = threading.Lock()
 
     @property
@@ -272,14 +272,17 @@ class Report:
 
     @property
     def rate(self) -> float:
-        """Images a second, without the start."""
-        return max(0, self.attempted - 1) / max(time.monotonic() - self._first, 0.001)
+        """Assets a second since the first vector; the model loads before that."""
+        if self._pace is None:
+            return 0.0
+        since, before = self._pace
+        return (self.attempted - before) / max(time.monotonic() - since, 0.001)
 
-    def attempt(self) -> None:
+    def attempt(self, outcome: np.ndarray | Failure) -> None:
         with self._lock:
             self.attempted += 1
-            if self.attempted == 1:
-                self._first = time.monotonic()
+            if self._pace is None and not isinstance(outcome, Failure):
+                self._pace = time.monotonic(), self.attempted
 
     def stored(self, count: int) -> None:
         with self._lock:
@@ -1662,7 +1665,7 @@ class Writer:
 
     def put(self, result: Result) -> None:
         """Counts one attempt and hands its vector (512,), or its Failure, to the thread."""
-        self._report.attempt()
+        self._report.attempt(result[1])
         if isinstance(result[1], Failure):
             self._report.fail(result[1])
         else:
