@@ -1,5 +1,6 @@
 """Settings: from the environment and .env, and what is said of wrong ones."""
 
+import ast
 import re
 import shutil
 import uuid
@@ -12,7 +13,7 @@ SETTINGS = [
     *("SUPABASE_URL", "NEXT_PUBLIC_SUPABASE_URL"),
     *("SUPABASE_SERVICE_ROLE_KEY", "SUPABASE_SECRET_KEY", "CLIP_MODEL"),
     *("ASSETS_TABLE", "ASSET_ID_COLUMN", "ASSET_IMAGE_COLUMN", "ASSET_CLIENT_COLUMN"),
-    "EMBEDDINGS_TABLE",
+    *("EMBEDDINGS_TABLE", "FAILURES_TABLE"),
 ]
 GOOD = {"SUPABASE_URL": "https://abc.supabase.co", "SUPABASE_SERVICE_ROLE_KEY": "sb_secret_abc"}
 NEXT_TO_NOTHING = "http://127.0.0.1:9"  # asked for five seconds, and nothing answers
@@ -180,6 +181,29 @@ NAMES = {*SETTINGS, *re.findall(r'"((?!HF_|OMP_)[A-Z]+(?:_[A-Z]+)+)"', SCRIPT.re
 def test_every_setting_is_in_readme_and_example(name):
     for file in ("README.md", ".env.example"):
         assert re.search(rf"\b{name}\b", (REPO / file).read_text()), file
+
+
+# Of PostgREST and PostgreSQL, passed on as they are
+FOREIGN = ["relation", "does not exist", "column", "Could not find the table"]
+FOREIGN += ["Could not find a relationship between", "permission denied for table"]
+FOREIGN += ["more than one relationship was found", "has client_name ="]
+
+
+def test_every_message_in_the_readmes_troubleshooting_is_one_of_the_script():
+    table = (REPO / "README.md").read_text().split("## Troubleshooting")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (`.+?`) \|", table, re.MULTILINE)
+    assert len(rows) > 20
+    texts = FOREIGN.copy()
+    for node in ast.walk(ast.parse(SCRIPT.read_text())):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            texts.append(node.value)
+        if isinstance(node, ast.JoinedStr):
+            literals = (getattr(part, "value", "") for part in node.values)
+            texts.append("".join(x if isinstance(x, str) else "\0" for x in literals))
+    for row in rows:
+        for message in re.findall("`(.+?)`", row):
+            for piece in filter(None, re.split(r"\s*\.\.\.\s*|:$", message)):
+                assert any(piece in text for text in texts), message
 
 
 def test_every_flag_is_in_the_readme(cli):
