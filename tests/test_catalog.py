@@ -359,6 +359,17 @@ def test_failures_of_this_run_are_not_taken_for_earlier_ones_where_our_clock_is_
     assert run.counts == run.counts | {"embedded": 20, "failed": 180, "left": 0}
 
 
+def test_of_very_many_reasons_the_report_shows_some_and_counts_all():
+    from generate_embeddings import Asset, Failure, Report
+
+    report = Report()
+    for n in range(70):
+        report.fail(Failure(Asset(n, f"{n}.jpg"), "store", f"reason {n}", False))
+    assert report.failed == 70
+    assert len(str(report).splitlines()) < 120
+    assert "20  store: other reasons" in str(report)
+
+
 def test_fifty_dead_images_in_a_row_do_not_stop_a_run(stack, host, cli):
     new_id = ids()
     stack.add_assets((next(new_id), host.url_of(f"/gone/{n}"), None) for n in range(70))

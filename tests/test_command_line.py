@@ -212,6 +212,13 @@ def test_on_a_terminal_there_is_one_progress_bar_and_no_noise(cli, photos, tmp_p
     assert report.splitlines()[-1].startswith("embedded=12 ")
 
 
+def test_a_defect_is_one_line_and_no_exit_code_of_failed_images(cli, stack, tmp_path):
+    (tmp_path / "supabase.py").write_text("{}['gone']")
+    run = cli(PYTHONPATH=tmp_path)
+    assert run.code == 2
+    assert "unexpected KeyError" in run.error
+
+
 def test_a_closed_stdout_does_not_change_the_exit_code(cli, album):
     command = " ".join(map(str, cli.command(["--local", album, "--dry-run"])))
     run = subprocess.run(

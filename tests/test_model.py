@@ -216,6 +216,20 @@ def test_encode_gives_unit_vectors_alone_and_in_a_batch(tiny, photos):
         encoder.encode(np.full_like(pixels[:1], np.nan))
 
 
+def test_without_the_private_operators_of_torch_the_vectors_are_the_same(tiny, monkeypatch):
+    import torch
+
+    pixels = np.random.default_rng(0).normal(size=(3, 3, 224, 224)).astype(np.float32)
+    settings = script.Settings(clip_model=str(tiny))
+    usual = script.ClipEncoder(settings).encode(pixels)
+
+    def absent(*_):
+        raise RuntimeError("no such operator for this processor")
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", absent)
+    assert np.abs(script.ClipEncoder(settings).encode(pixels) - usual).max() < 1e-5
+
+
 def test_batches_give_the_vectors_of_single_images(cli, folder):
     assert cli("--local", folder).code == 0
     alone = vectors(folder)

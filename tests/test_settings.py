@@ -130,6 +130,8 @@ def token(role):
         ({"ASSET_CLIENT_COLUMN": "a.b.c"}, "ASSET_CLIENT_COLUMN"),
         ({"ASSET_CLIENT_COLUMN": ".name"}, "ASSET_CLIENT_COLUMN"),
         ({"EMBEDDINGS_TABLE": 'x"; drop table assets; --'}, "EMBEDDINGS_TABLE"),
+        ({"FETCH_SECONDS": "soon"}, "FETCH_SECONDS"),
+        ({"DB_RETRY_SECONDS": "-1"}, "DB_RETRY_SECONDS"),
         ({"CLIP_MODEL": "/no/such/folder"}, "CLIP_MODEL.*not a folder"),
         ({"CLIP_MODEL": "~/no/such/folder"}, "CLIP_MODEL.*not a folder"),
     ],

@@ -17,6 +17,7 @@ from PIL import Image
 from stack import ImageHost
 
 VERSION = "clip-vit-base-patch32"
+PROJECT = "https://abc.supabase.co"
 LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
 EARLIER = (
     "insert into product_embeddings select id, array_fill(0.1, array[512])::vector, %s, %s, %s "
@@ -336,6 +337,37 @@ def test_ids_of_any_kind_and_windows_smaller_than_the_catalog(cli, stack, host, 
 
 
 # Large catalogs
+
+
+def test_a_count_that_takes_too_long_leaves_the_total_unknown_and_nothing_else(cli, stack, host):
+    add(stack, host, ["/flower.jpg"] * 3)
+    late = (500, [("Content-Type", "application/json")], b'{"code":"57014","message":"late"}')
+
+    def fault(request):
+        count = "count=exact" in request.headers.get("prefer", "")
+        return late if count and "=is.null" in request.path and "limit=1" in request.path else None
+
+    stack.gateway.fault = fault
+    some = cli("--limit", 2)
+    assert (some.code, some.counts["embedded"], some.counts["left"]) == (0, 2, None)
+    rest = cli()
+    assert (rest.code, rest.counts["embedded"], rest.counts["left"]) == (0, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("image", "place"),
+    [
+        ("//cdn.example.com/a.jpg", "https://cdn.example.com/a.jpg"),
+        *[(url, url) for url in ("https://x.example.com/a.jpg", "data:image/png;base64,AAAA")],
+        *[(url, url) for url in [f"{PROJECT}/storage/v1/object/sign/shop/a.jpg?token=t"]],
+    ],
+)
+def test_the_key_goes_to_none_of_these(image, place):
+    import generate_embeddings as script
+
+    for bucket in ("", "shop"):
+        settings = script.Settings(url=PROJECT, key="sb_secret_x", storage_bucket=bucket)
+        assert script.SupabaseStore(settings, script.Stop()).locate(image) == (place, {})
 
 
 def test_what_is_left_is_counted_from_the_first_pending_asset_on(cli, stack, host, tuned):
