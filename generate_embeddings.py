@@ -514,8 +514,8 @@ class SupabaseStore:
                 total += self._send(query, divisible=True).count
         except TimeoutError:
             return None
-        again = None if self._settings.retry_failed else False
-        return total + (self._count_failed(again) if self._remembers else 0)
+        permanent = None if self._settings.retry_failed else False
+        return total + (self._count_failed(permanent) if self._remembers else 0)
 
     def count_known_failures(self) -> int:
         """Assets that are left out because of an earlier permanent failure."""
@@ -538,9 +538,9 @@ class SupabaseStore:
                 yield Asset(row["id"], image_of(row))
             if number % LOG_WINDOWS == 0:
                 log.info("%d assets looked through", number * WINDOW_ROWS)
-        again = None if self._settings.retry_failed else False
+        permanent = None if self._settings.retry_failed else False
         if self._remembers:
-            query = functools.partial(self._failed, again)
+            query = functools.partial(self._failed, permanent)
             for row in self._walk(query, "asset_id", "asset_id", None, None):
                 yield Asset(row["asset_id"], image_of(row["asset"]), again=True)
 
@@ -1766,16 +1766,16 @@ def flow(
     size, width = settings.batch_size, lanes(settings.device)
     ahead = 2 * settings.workers + 2 * width * size
     threads = {"find": 1, "load": settings.workers, "embed": width}
-    pools = {stage: ThreadPoolExecutor(count) for stage, count in threads.items()}
+    pools = {step: ThreadPoolExecutor(count) for step, count in threads.items()}
     done: queue.SimpleQueue[tuple[str, Future[Any]]] = queue.SimpleQueue()
     busy: Counter[str] = Counter()
     ready: list[Result] = []
     more = True
 
-    def start(stage: str, work: Callable[..., Any], *arguments: Any) -> None:
-        busy[stage] += 1
-        future = pools[stage].submit(work, *arguments)
-        future.add_done_callback(lambda future: done.put((stage, future)))
+    def start(step: str, work: Callable[..., Any], *arguments: Any) -> None:
+        busy[step] += 1
+        future = pools[step].submit(work, *arguments)
+        future.add_done_callback(lambda future: done.put((step, future)))
 
     try:
         while not stop.is_set():
@@ -1788,11 +1788,11 @@ def flow(
             if not busy.total():
                 return
             with contextlib.suppress(queue.Empty):
-                stage, future = done.get(timeout=POLL_SECONDS)
-                busy[stage] -= 1
-                if stage == "embed":
+                step, future = done.get(timeout=POLL_SECONDS)
+                busy[step] -= 1
+                if step == "embed":
                     yield from future.result()
-                elif stage == "load":
+                elif step == "load":
                     ready.append(future.result())
                 elif more := (asset := future.result()) is not None:
                     start("load", load, asset)
