@@ -331,11 +331,11 @@ def test_images_that_failed_before_keep_no_others_waiting(stack, host, cli):
     new_id = ids()
     stack.add_assets((next(new_id), f"{closed}/{n}.jpg", None) for n in range(60))
     stack.add_assets((next(new_id), host.url_of("/flower.jpg"), None) for _ in range(5))
-    assert cli(FETCH_SECONDS="1.5").code == 2
+    assert cli(FETCH_SECONDS="0.5").code == 2
     before = len(vectors(stack))
-    limited = cli("--limit", "3", FETCH_SECONDS="1.5")
+    limited = cli("--limit", "3", FETCH_SECONDS="0.5")
     assert limited.counts["embedded"] == len(vectors(stack)) - before
-    last = cli(FETCH_SECONDS="1.5")
+    last = cli(FETCH_SECONDS="0.5")
     assert (last.code, len(vectors(stack)), last.counts["left"]) == (1, 5, 0)
     assert last.counts["failed"] == 60
 
