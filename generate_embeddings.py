@@ -2114,7 +2114,8 @@ def embed_all(store: Store, settings: Settings, stop: Stop) -> int:
     reachable = within_reach(store, settings, report)
     first = next(reachable, None)
     if first is None:
-        log.info("nothing to do: no asset lacks an embedding, but for known failures")
+        known = " or is a known failure" if report.known_failures else ""
+        log.info("nothing to do: every asset asked for has an embedding%s", known)
         report.complete = True
         print(report)
         return report.exit_code
