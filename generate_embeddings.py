@@ -336,15 +336,6 @@ class Report:
         return "\n".join(lines)
 
 
-def cores() -> int:
-    """The processor cores that this run may use; OMP_NUM_THREADS, where set, has the last word."""
-    wanted = os.environ.get("OMP_NUM_THREADS", "")
-    if wanted.isdecimal() and int(wanted):
-        return int(wanted)
-    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return there or 1
-
-
 def in_shard(asset: Asset, shard: tuple[int, int]) -> bool:
     """Whether an asset is in part I of N: by a hash of its id, so the same at any time."""
     part, parts = shard
@@ -490,10 +481,10 @@ class SupabaseStore:
     def _failed(self, permanent: bool | None, count: Any = None) -> Any:
         """A query for the failures of earlier runs, with their assets; of both kinds if None."""
         s = self._settings
-        joined = [f"{table}!inner()" for table in s.asset_client_column.split(".")[:-1]] * bool(
-            s.client
-        )
-        columns = ",".join([f"id:{s.asset_id_column}", f"image:{s.asset_image_column}", *joined])
+        columns = f"id:{s.asset_id_column},image:{s.asset_image_column}"
+        table = s.asset_client_column.rpartition(".")[0]
+        if s.client is not None and table:
+            columns += f",{table}!inner()"
         query = self._table(s.failures_table).select(
             f"asset_id,asset:{s.assets_table}!inner({columns})", count=count
         )
@@ -1744,6 +1735,15 @@ def run(
                 )
 
 
+def cores() -> int:
+    """The processor cores that this run may use; OMP_NUM_THREADS, where set, has the last word."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    if wanted.isdecimal() and int(wanted):
+        return int(wanted)
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return there or 1
+
+
 def lanes(device: str) -> int:
     """How many batches to embed at once: on CPUs one on each core, in a single thread.
 
@@ -1768,9 +1768,7 @@ def flow(
     threads = {"find": 1, "load": settings.workers, "embed": width}
     pools = {step: ThreadPoolExecutor(count) for step, count in threads.items()}
     done: queue.SimpleQueue[tuple[str, Future[Any]]] = queue.SimpleQueue()
-    busy: Counter[str] = Counter()
-    ready: list[Result] = []
-    more = True
+    busy, ready, more = Counter[str](), list[Result](), True
 
     def start(step: str, work: Callable[..., Any], *arguments: Any) -> None:
         busy[step] += 1
@@ -1884,7 +1882,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add = usage.add_argument
     add("--limit", type=at_least_one, metavar="N", help="attempt at most N assets")
-    add("--client", metavar="NAME", help="only this client's assets; a subfolder of DIR")
+    add("--client", metavar="NAME", help="only this client's (with --local: subfolder's) images")
     add("--local", type=folder, metavar="DIR", help="embed a folder's images instead; no account")
     add(
         "--workers",

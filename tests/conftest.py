@@ -20,6 +20,18 @@ SCRIPT = REPO / "generate_embeddings.py"
 TIMEOUT = 120  # seconds; for a busy machine: no run here takes a quarter of it
 CLOSED = "http://127.0.0.1:9"  # nothing listens there
 
+# Runs the script with other constants: NAME=value ... -- arguments
+TUNED = f"""
+import sys
+sys.path.insert(0, {str(REPO)!r})
+import generate_embeddings as script
+end = sys.argv.index("--")
+for name, value in (pair.split("=") for pair in sys.argv[1:end]):
+    assert hasattr(script, name), name
+    setattr(script, name, type(getattr(script, name))(value))
+sys.exit(script.main(sys.argv[end + 1:]))
+"""
+
 COUNTS = re.compile(r"embedded=\d+ failed=\d+ left=(\d+|unknown) attempted=\d+( \w+=[\d.]+)*")
 
 
@@ -198,6 +210,14 @@ def full():
     import models
 
     return models.full_model()
+
+
+@pytest.fixture
+def tuned(tmp_path):
+    """The script with other constants, for `script=`: NAME=value ... -- arguments"""
+    path = tmp_path / "tuned.py"
+    path.write_text(TUNED)
+    return path
 
 
 @pytest.fixture

@@ -30,17 +30,6 @@ code = subprocess.call([sys.executable, *sys.argv[1:]])
 print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, file=sys.stderr)
 sys.exit(code)
 """
-# Runs the script with other constants: NAME=value ... -- arguments
-TUNED = f"""
-import sys
-sys.path.insert(0, {str(REPO)!r})
-import generate_embeddings as script
-end = sys.argv.index("--")
-for name, value in (pair.split("=") for pair in sys.argv[1:end]):
-    assert hasattr(script, name), name
-    setattr(script, name, type(getattr(script, name))(value))
-sys.exit(script.main(sys.argv[end + 1:]))
-"""
 
 
 def stored(stack, table="product_embeddings"):
@@ -88,13 +77,6 @@ class Upserts:
         """How often each id was sent with success."""
         answered = (ids for request, ids in self.seen if request.status in (200, 201, 204))
         return Counter(i for ids in answered for i in ids)
-
-
-@pytest.fixture
-def tuned(tmp_path):
-    path = tmp_path / "tuned.py"
-    path.write_text(TUNED)
-    return path
 
 
 # The main job: real photographs, the full architecture
