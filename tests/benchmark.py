@@ -4,7 +4,8 @@ Starts the real stack and an image host that answers after 100 ms, and prints fr
     1. the model alone: transformers' own classes as they come (1.00) against ours
     2. the whole job: a sequential stand-in ("written in half an hour": requests, transformers'
        processor and model, one upsert each) against the script
-    3. the same at a host 300 ms away and with larger photographs
+    3. the script over the model alone, in turns: with a host 300 ms away and with larger
+       photographs, too
     4. where an image's time goes
 Figures are medians; contenders take turns, so that a machine's moods hit all of them. Where
 onnxruntime or openvino is installed, the model in them is a line, too (they need onnx and
@@ -29,6 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from models import full_model
 from PIL import Image
@@ -109,27 +111,29 @@ def exported(model):
     return made
 
 
-def time_models(folder, rounds):
-    """Prints and returns milliseconds per image, name -> median."""
+def time_model(run, batch, lanes, repeats=2):
+    """Milliseconds per image."""
     pixels = np.random.default_rng(0).normal(size=(8, 3, 224, 224)).astype(np.float32)
-    runs = contenders(folder)
-    times = {name: [] for name in runs}
-    for number in range(rounds + 2):
-        for name, (run, batch, lanes) in runs.items():
-            torch.set_num_threads(script.lanes("cpu") // lanes)
-            with ThreadPoolExecutor(lanes) as pool:  # new threads: they keep that number
-                jobs = [pixels[:batch]] * lanes * 2
-                began = time.perf_counter()
-                list(pool.map(run, jobs))
-                seconds = time.perf_counter() - began
-            if number > 1:  # the first ones warm up
-                times[name].append(seconds / batch / len(jobs) * 1000)
+    torch.set_num_threads(script.lanes("cpu") // lanes)
+    with ThreadPoolExecutor(lanes) as pool:  # new threads: they keep that number
+        jobs = [pixels[:batch]] * lanes * repeats
+        list(pool.map(run, jobs[: 2 * lanes]))  # what oneDNN prepares, it keeps for each thread
+        began = time.perf_counter()
+        list(pool.map(run, jobs))
+        seconds = time.perf_counter() - began
+    return seconds / batch / len(jobs) * 1000
+
+
+def time_models(models, rounds):
+    """Prints a table of the models alone."""
+    times = {name: [] for name in models}
+    for _ in range(rounds):
+        for name, model in models.items():
+            times[name].append(time_model(*model))
     medians = {name: statistics.median(values) for name, values in times.items()}
-    basis = medians[EAGER]
     table("Model alone", ["", "ms an image", "ratio"])
     for name, median in medians.items():
-        row(name, f"{median:.0f}", f"{median / basis:.2f}")
-    return medians
+        row(name, f"{median:.0f}", f"{median / medians[EAGER]:.2f}")
 
 
 # ------------------------------------------------------------------ the whole job
@@ -206,8 +210,8 @@ JOBS = {
 }
 
 
-def time_jobs(stack, host, count, rounds, alone):
-    """Prints the tables of the whole job."""
+def time_jobs(stack, host, count, rounds):
+    """Prints the table of the whole job."""
     fill(stack, host, jpegs(1500), count)
     found = median_jobs(stack, JOBS, rounds)
     slowest = found["sequential stand-in"][0]
@@ -217,25 +221,44 @@ def time_jobs(stack, host, count, rounds, alone):
     )
     for name, (each, first, peak) in found.items():
         row(name, f"{each:.0f}", f"{slowest / each:.1f}", f"{first:.1f}", f"{peak:.0f}")
+
+
+CASES = {
+    "1,500 px, host 100 ms away": ({"longer_side": 1500}, 0.1),
+    "1,500 px, host 300 ms away": ({"longer_side": 1500}, 0.3),
+    "4 megapixels, host 100 ms away": ({"megapixels": 4}, 0.1),
+    "12 megapixels, host 100 ms away": ({"megapixels": 12}, 0.1),
+}
+
+
+def time_of_hosts():
+    """Seconds of processor time so far, on each core, of what stands in for other machines: the
+    image host and the gateway (in this process), PostgREST and PostgreSQL."""
+    here = psutil.Process()
+    others = [p for p in psutil.process_iter() if p.name().startswith("postgre")]
+    spent = [process.cpu_times() for process in (here, *others)]
+    return sum(time.user + time.system for time in spent) / script.cores()
+
+
+def time_overhead(stack, host, count, rounds, models):
+    """Prints the whole job's time over that of the model alone, measured right before it."""
+    found = {name: [] for name in CASES}
+    for _ in range(rounds):
+        for name, (photos, latency) in CASES.items():
+            alone = [time_model(*models[which], repeats=20) for which in (ALL_CORES, EACH_CORE)]
+            fill(stack, host, jpegs(**photos), count)
+            host.latency = latency
+            before = time_of_hosts()
+            each = time_job(stack, PROGRAM)[0]
+            hosts = (time_of_hosts() - before) / count * 1000
+            found[name].append((each, hosts, *(each / model for model in alone)))
     table(
         "Whole job (default) over the model alone",
-        ["", "ms an image", "over all cores", "over each core"],
+        ["", "ms an image", "hosts' part", "over all cores", "over each core"],
     )
-    row("1,500 px, host 100 ms away", *over(found["script (default)"][0], alone))
-    default = {"script": PROGRAM}
-    host.latency = 0.3
-    each = median_jobs(stack, default, rounds)["script"][0]
-    row("1,500 px, host 300 ms away", *over(each, alone))
-    host.latency = 0.1
-    for megapixels in (4, 12):
-        fill(stack, host, jpegs(megapixels=megapixels), count)
-        each = median_jobs(stack, default, rounds)["script"][0]
-        row(f"{megapixels} megapixels, host 100 ms away", *over(each, alone))
-
-
-def over(each, alone):
-    """A time and its ratios to the model's, with one image on all cores and one on each."""
-    return f"{each:.0f}", *(f"{each / alone[name]:.2f}" for name in (ALL_CORES, EACH_CORE))
+    for name, runs in found.items():
+        each, hosts, *ratios = (statistics.median(values) for values in zip(*runs, strict=True))
+        row(name, f"{each:.0f}", f"{hosts:.1f}", *(f"{ratio:.2f}" for ratio in ratios))
 
 
 def time_parts(folder):
@@ -292,12 +315,14 @@ def main():
     if args.stand_in:
         return stand_in()
     print(f"{processor()}, {os.cpu_count()} cores, torch {torch.__version__}, {platform.system()}")
-    alone = time_models(full_model(), 10 * args.rounds)
+    models = contenders(full_model())
+    time_models(models, 10 * args.rounds)
     if args.model:
         return None
     time_parts(full_model())
     with Stack() as stack, ImageHost(latency=0.1) as host:
-        time_jobs(stack, host, args.images, args.rounds, alone)
+        time_jobs(stack, host, args.images, args.rounds)
+        time_overhead(stack, host, args.images, args.rounds, models)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"\n(this program itself: {peak:.0f} MB)")
     return None
