@@ -21,8 +21,12 @@ Exit codes
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 
+if __name__ == "__main__":  # Ctrl-C while the imports go on: no traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 if sys.version_info < (3, 11):
     print("error: Python 3.11 or later is needed, not " + sys.version.split()[0], file=sys.stderr)
     sys.exit(2)
@@ -38,11 +42,9 @@ import ipaddress
 import itertools
 import json
 import logging
-import os
 import queue
 import random
 import re
-import signal
 import socket
 import sqlite3
 import threading
@@ -51,7 +53,7 @@ import uuid
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
@@ -98,7 +100,7 @@ MAX_ASPECT = 100  # above it: rules and borders, of which CLIP would see a slive
 KEEP_SCALE = 3  # large images are first reduced to at least this many times SIDE
 
 # A core embeds 10 (float32) to 20 images/s; with a host 300 ms away each download gives 3
-WORKERS_PER_CORE = 4
+WORKERS_PER_CORE = 8
 MOST_WORKERS = 64  # more at once few image hosts like
 FETCH_ATTEMPTS = 4
 MAX_REDIRECTS = 5
@@ -110,7 +112,7 @@ WINDOW_ROWS = 5_000  # assets that one statement may look through: 0.5 s from a 
 LOG_WINDOWS = 40  # of a large catalog that is nearly done nothing else would be seen
 URL_LENGTH = 6000  # of a list of ids in a URL; gateways refuse some 8,000
 WRITE_ROWS = 50  # rows to an upsert; with an index at a million rows far below the 8 s timeout
-WRITE_SECONDS = 2.0  # a vector waits no longer than this to be stored
+WRITE_SECONDS = 2.0  # a vector waits no longer than this, but for the batch before its own
 ANSWER_SECONDS = 30.0  # of the database; Supabase ends statements after 8
 CHECK_SECONDS = 5.0  # patience of the checks before the run
 POLL_SECONDS = 0.2  # how soon Ctrl-C is noticed
@@ -230,10 +232,7 @@ class Failure:
 
 
 class Report:
-    """The counts of a run: attempted == embedded + failed, however it ends.
-
-    Two threads report here (the run and the writer), hence the lock.
-    """
+    """The counts of a run. What was embedded or failed was attempted, however the run ends."""
 
     EXAMPLES = 3  # of each reason
     REASONS = 50  # told apart; some hold an address or a database's words
@@ -243,16 +242,21 @@ class Report:
         self.total: int | None = None  # pending assets within reach, once they are counted
         self.found_all = False  # the store has no further pending asset
         self.complete = False  # no pending asset is left unattempted
-        self.attempted = self.embedded = self.deleted = self.lost = 0
+        self.embedded = 0  # and stored
+        self.deleted = 0  # from the assets table, while they were embedded
+        self.lost = 0  # vectors that nobody knows to be stored, as the database was gone
         self.reasons: Counter[tuple[str, str]] = Counter()
         self.examples: dict[tuple[str, str], list[Asset]] = {}
         self.started = time.monotonic()
-        self._pace: tuple[float, int] | None = None  # the first vector's time and number
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # the run and its writer both report failures
 
     @property
     def failed(self) -> int:
         return self.reasons.total()
+
+    @property
+    def attempted(self) -> int:
+        return self.embedded + self.failed
 
     @property
     def left(self) -> int | None:
@@ -269,37 +273,6 @@ class Report:
     @property
     def exit_code(self) -> int:
         return 1 if self.failed else 0
-
-    @property
-    def rate(self) -> float:
-        """Assets a second since the first vector; the model loads before that."""
-        if self._pace is None:
-            return 0.0
-        since, before = self._pace
-        return (self.attempted - before) / max(time.monotonic() - since, 0.001)
-
-    def attempt(self, outcome: np.ndarray | Failure) -> None:
-        with self._lock:
-            self.attempted += 1
-            if self._pace is None and not isinstance(outcome, Failure):
-                self._pace = time.monotonic(), self.attempted
-
-    def stored(self, count: int) -> None:
-        with self._lock:
-            self.embedded += count
-
-    def unstored(self, count: int) -> None:
-        """Assets whose vectors could not be stored as the run ended: as if never attempted."""
-        with self._lock:
-            self.attempted -= count
-            self.lost += count
-
-    def gone(self, asset: Asset) -> None:
-        """An asset that was deleted from the database meanwhile: as if never attempted."""
-        log.debug("asset %s was deleted meanwhile", asset.id)
-        with self._lock:
-            self.attempted -= 1
-            self.deleted += 1
 
     def fail(self, failure: Failure) -> None:
         log.debug("asset %s: %s", failure.asset.id, failure)
@@ -323,7 +296,7 @@ class Report:
             known = f"{self.known_failures:>9,}  known failures; --retry-failed tries them"
             lines.append(f"Skipped  {known}")
         if self.lost:
-            lines.append(f"Unstored {self.lost:>9,}  embedded in vain; the next run does them")
+            lines.append(f"Unstored {self.lost:>9,}  perhaps not stored; the next run sees to them")
         if self.deleted:
             lines.append(f"Deleted  {self.deleted:>9,}  from the assets table meanwhile")
         lines += [
@@ -418,14 +391,15 @@ class SupabaseStore:
         self._send(self._pending().lte(s.asset_id_column, some_id).limit(1), advice)
         try:
             columns = "asset_id,model_version,stage,reason,permanent,attempts,updated_at"
-            self._send(self._table(s.failures_table).select(columns).limit(1))
+            advice = "run schema.sql, which makes that table; drop an old one first"
+            self._send(self._table(s.failures_table).select(columns).limit(1), advice)
             self._remembers = True
-            self._send(self._pending().lte(s.asset_id_column, some_id).limit(1))
+            self._send(self._pending().lte(s.asset_id_column, some_id).limit(1), advice)
         except RunError as error:
             if error.code not in ("42P01", "42703", "PGRST200", "PGRST204", "PGRST205"):
                 raise
             self._remembers = False
-            log.info("broken images are tried in every run: %s; schema.sql mends it", error)
+            log.info("broken images are tried in every run: %s", error)
 
     def _check_upsert(self, some_id: Id) -> None:
         """A statement that must fail, as it names one key twice, shows whether it could work:
@@ -462,12 +436,15 @@ class SupabaseStore:
     def _assets(self, columns: str = "", count: Any = None) -> Any:
         """A query for assets, of the client where one is set."""
         s = self._settings
-        table = s.asset_client_column.rpartition(".")[0]
-        columns = f"id:{s.asset_id_column},image:{s.asset_image_column}{columns}"
-        if s.client is not None and table:
-            columns += f",{table}!inner()"
-        query = self._table(s.assets_table).select(columns, count=count)
+        query = self._table(s.assets_table).select(self._columns() + columns, count=count)
         return query if s.client is None else query.eq(s.asset_client_column, s.client)
+
+    def _columns(self) -> str:
+        """What is asked of an asset; with a client in another table, that it has one there."""
+        s = self._settings
+        table = s.asset_client_column.rpartition(".")[0]
+        columns = f"id:{s.asset_id_column},image:{s.asset_image_column}"
+        return f"{columns},{table}!inner()" if s.client is not None and table else columns
 
     def _pending(self, count: Any = None) -> Any:
         """A query for the assets with neither embedding nor failure: an anti-join on the server."""
@@ -481,12 +458,8 @@ class SupabaseStore:
     def _failed(self, permanent: bool | None, count: Any = None) -> Any:
         """A query for the failures of earlier runs, with their assets; of both kinds if None."""
         s = self._settings
-        columns = f"id:{s.asset_id_column},image:{s.asset_image_column}"
-        table = s.asset_client_column.rpartition(".")[0]
-        if s.client is not None and table:
-            columns += f",{table}!inner()"
         query = self._table(s.failures_table).select(
-            f"asset_id,asset:{s.assets_table}!inner({columns})", count=count
+            f"asset_id,asset:{s.assets_table}!inner({self._columns()})", count=count
         )
         query = query.eq("model_version", MODEL_VERSION).lt("updated_at", self._started)
         if permanent is not None:
@@ -1178,8 +1151,7 @@ class Fetcher:
         parts = urlsplit(url)
         host = (parts.hostname or "").rstrip(".")
         port = parts.port or (443 if parts.scheme == "https" else 80)
-        proxied = requests.utils.get_environ_proxies(url)
-        if self._trusted in (None, (host, port)) or not proxied:
+        if self._trusted in (None, (host, port)) or not requests.utils.get_environ_proxies(url):
             return
         private = host == "localhost" or host.endswith(".localhost")
         with contextlib.suppress(OSError):
@@ -1575,7 +1547,10 @@ class ClipEncoder:
             "mps": torch.backends.mps.is_available(),
         }
         if not there[device]:
-            raise RunError(f"--device {device}: this torch ({torch.__version__}) finds none here")
+            raise RunError(
+                f"--device {device}: this torch ({torch.__version__}) finds none here: leave the "
+                "flag out"
+            )
         able = any(
             yes is True for name, yes in torch.cpu.get_capabilities().items() if "bf16" in name
         )
@@ -1611,7 +1586,7 @@ class ClipEncoder:
             network = isinstance(error, requests.RequestException)
             reason = _network_reason(error)[0] if network else shorten(str(error), 100)
             raise RunError(
-                f"{MODEL_ID} could not be downloaded ({reason}): check the network and run "
+                f"{MODEL_ID} could not be downloaded ({reason}): check network and disk and run "
                 "again, or set CLIP_MODEL to a folder with a copy of it"
             ) from None
 
@@ -1632,82 +1607,77 @@ class ClipEncoder:
 
 
 class Writer:
-    """One background thread that stores results in batches, so the model never waits for the
-    network. put() waits when WRITE_ROWS results lie ahead, and raises what ended the
-    thread's work; leaving the context stores what is left."""
+    """Stores results in batches, in a thread of its own, so that the model never waits for the
+    network: while one batch is stored the next one fills. Raises what ended that thread's work;
+    leaving the context stores what is left."""
 
     def __init__(self, store: Store, report: Report) -> None:
         self._store = store
         self._report = report
-        self._queue: queue.Queue[Result | None] = queue.Queue(maxsize=WRITE_ROWS)
-        self._error: Exception | None = None
-        self._thread = threading.Thread(target=self._work, name="writer", daemon=True)
+        self._batch: list[Result] = []
+        self._since = 0.0  # when the batch's first result came
+        self._pool = ThreadPoolExecutor(1)
+        self._storing = self._pool.submit(self._save, [])  # the batch before
 
     def __enter__(self) -> Writer:
-        self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._queue.put(None)
-        while self._thread.is_alive():  # a join with a timeout lets signals through
-            self._thread.join(POLL_SECONDS)
-        if kind is None:
-            self._raise_error()
+        try:
+            self._flush()
+            self._wait()
+        except Exception:
+            if kind is None:  # else what ended the run says more
+                raise
+        finally:
+            self._report.lost += len(successes(self._batch))
 
     def put(self, result: Result) -> None:
-        """Counts one attempt and hands its vector (512,), or its Failure, to the thread."""
-        self._report.attempt(result[1])
-        if isinstance(result[1], Failure):
-            self._report.fail(result[1])
-        else:
-            log.debug("asset %s: embedded", result[0].id)
-        self._queue.put(result)
-        self._raise_error()
+        """Takes one result: a vector (512,), or a Failure."""
+        if not self._batch:
+            self._since = time.monotonic()
+        self._batch.append(result)
+        if len(self._batch) == WRITE_ROWS:
+            self._flush()
 
-    def _raise_error(self) -> None:
-        if self._error is not None:
-            raise self._error
+    def poll(self) -> None:
+        """To be called now and then: notices what ended the work, and a batch that is old."""
+        if self._storing.done():
+            self._storing.result()
+            if self._batch and time.monotonic() - self._since > WRITE_SECONDS:
+                self._flush()
 
-    def _work(self) -> None:
-        while (batch := self._gather()) is not None:
-            vectors = [(a, v) for a, v in batch if not isinstance(v, Failure)]
-            failures = [v for _, v in batch if isinstance(v, Failure)]
-            try:
-                if self._error is None:
-                    self._store_vectors(vectors)
-                    vectors = []
-                    if failures:
-                        self._store.save_failures(failures)
-            except Exception as error:  # raised again in the run's own thread
-                self._error = error
-            self._report.unstored(len(vectors))  # after an error the thread goes on to count
+    def _flush(self) -> None:
+        self._wait()
+        batch, self._batch = self._batch, []
+        self._storing = self._pool.submit(self._save, batch)
 
-    def _gather(self) -> list[Result] | None:
-        """The next batch: WRITE_ROWS results or those of WRITE_SECONDS; None at the end."""
-        first = self._queue.get()
-        if first is None:
-            return None
-        batch = [first]
-        until = time.monotonic() + WRITE_SECONDS
-        while len(batch) < WRITE_ROWS:
-            try:
-                result = self._queue.get(timeout=max(0.0, until - time.monotonic()))
-            except queue.Empty:
-                break
-            if result is None:
-                self._queue.put(None)
-                break
-            batch.append(result)
-        return batch
+    def _wait(self) -> None:
+        while not self._storing.done():
+            wait([self._storing], POLL_SECONDS)  # for ever would keep signals off on Windows
+        self._storing.result()
 
-    def _store_vectors(self, vectors: list[tuple[Asset, np.ndarray]]) -> None:
-        refused = self._store.save(vectors) if vectors else []
-        self._report.stored(len(vectors) - len(refused))
+    def _save(self, batch: list[Result]) -> None:
+        vectors = successes(batch)
+        try:
+            refused = self._store.save(vectors) if vectors else []
+        except BaseException:
+            self._report.lost += len(vectors)
+            raise
+        self._report.embedded += len(vectors) - len(refused)
         for asset, reason in refused:
             if reason is None:
-                self._report.gone(asset)
+                log.debug("asset %s was deleted meanwhile", asset.id)
+                self._report.deleted += 1
             else:
                 self._report.fail(Failure(asset, "store", reason, False))
+        if failures := [outcome for _, outcome in batch if isinstance(outcome, Failure)]:
+            self._store.save_failures(failures)
+
+
+def successes(results: list[Result]) -> list[tuple[Asset, np.ndarray]]:
+    """The results without the failures: pixels or vectors."""
+    return [(asset, array) for asset, array in results if not isinstance(array, Failure)]
 
 
 def run(
@@ -1724,11 +1694,15 @@ def run(
     load = functools.partial(load_asset, store, Fetcher(settings))
     outages = 0
     with Writer(store, progress.report) as writer:
-        for result in flow(assets, load, functools.partial(embed, encode), settings, progress.stop):
-            writer.put(result)
-            progress.show()
-            outages = outages + 1 if is_outage(result[1]) else 0
-            if outages == MAX_OUTAGES:
+        for results in flow(
+            assets, load, functools.partial(embed, encode), settings, progress.stop
+        ):
+            for result in results:
+                progress.show(result)
+                writer.put(result)
+                outages = outages + 1 if is_outage(result[1]) else 0
+            writer.poll()
+            if outages >= MAX_OUTAGES:  # after a batch: its failures come first
                 raise RunError(
                     f"{outages} images failed in a row, the last: {result[1]}. Check this "
                     "machine's memory, its network, and the image host, then run again"
@@ -1759,10 +1733,10 @@ def flow(
     embed: Callable[[list[Result]], list[Result]],
     settings: Settings,
     stop: Stop,
-) -> Iterator[Result]:
+) -> Iterator[list[Result]]:
     """Finds assets in one thread, loads them in `workers` threads and embeds them in lanes, a
-    bounded number of assets ahead of the caller; yields what is done first, so that a slow host
-    delays its own images alone. Ends early when `stop` is set."""
+    bounded number of assets ahead of the caller. Yields what is done first, so that a slow host
+    delays its own images alone; or [] after POLL_SECONDS. Ends early when `stop` is set."""
     size, width = settings.batch_size, lanes(settings.device)
     ahead = 2 * settings.workers + 2 * width * size
     threads = {"find": 1, "load": settings.workers, "embed": width}
@@ -1772,28 +1746,29 @@ def flow(
 
     def start(step: str, work: Callable[..., Any], *arguments: Any) -> None:
         busy[step] += 1
-        future = pools[step].submit(work, *arguments)
-        future.add_done_callback(lambda future: done.put((step, future)))
+        pools[step].submit(work, *arguments).add_done_callback(lambda f: done.put((step, f)))
 
     try:
-        while not stop.is_set():
+        while (on := not stop.is_set()) or not done.empty():  # what is done is never dropped
             room = ahead - busy["load"] - len(ready) - busy["embed"] * size
-            if more and room > 0 and not busy["find"]:
+            if on and more and room > 0 and not busy["find"]:
                 start("find", next, assets, None)
-            while len(ready) >= size or (ready and not busy["embed"]):
+            while on and (len(ready) >= size or (ready and not busy["embed"])):
                 batch, ready = ready[:size], ready[size:]
                 start("embed", embed, batch)
             if not busy.total():
                 return
+            results: list[Result] = []
             with contextlib.suppress(queue.Empty):
                 step, future = done.get(timeout=POLL_SECONDS)
                 busy[step] -= 1
                 if step == "embed":
-                    yield from future.result()
+                    results = future.result()
                 elif step == "load":
                     ready.append(future.result())
                 elif more := (asset := future.result()) is not None:
                     start("load", load, asset)
+            yield results
     finally:
         for pool in pools.values():
             pool.shutdown(wait=False, cancel_futures=True)
@@ -1802,7 +1777,7 @@ def flow(
 def embed(encode: Callable[[np.ndarray], np.ndarray], batch: list[Result]) -> list[Result]:
     """The batch with vectors (512,) in the place of pixels; one by one if together fails."""
     results = [result for result in batch if isinstance(result[1], Failure)]
-    good = [(asset, pixels) for asset, pixels in batch if not isinstance(pixels, Failure)]
+    good = successes(batch)
     if not good:
         return results
     try:
@@ -1832,6 +1807,8 @@ class Progress:
         self.report = report
         self.stop = stop
         self._limit = settings.limit
+        self._done = 0  # embedded or failed, stored or not yet
+        self._paced: tuple[float, int] | None = None  # since the first vector: the model was loaded
         self._bar = tqdm(
             desc="loading the model",
             bar_format="{desc} ...",
@@ -1847,23 +1824,41 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
-    def show(self) -> None:
-        report, bar = self.report, self._bar
-        total = report.goal(self._limit)
-        if not bar.disable:
-            bar.total = total
-            bar.bar_format = None
-            bar.set_description_str(refresh=False)
-            bar.set_postfix(failed=report.failed, refresh=False)
-            bar.update(report.attempted - bar.n)
-        elif report.attempted % LOG_EVERY == 0:
-            rate = report.rate
-            ahead = (total or 0) - report.attempted
+    def show(self, result: Result) -> None:
+        """Counts one result, and shows it."""
+        asset, outcome = result
+        self._done += 1
+        if isinstance(outcome, Failure):
+            self.report.fail(outcome)
+        else:
+            log.debug("asset %s: embedded", asset.id)
+            self._paced = self._paced or (time.monotonic(), self._done)
+        total = self.report.goal(self._limit)
+        if not self._bar.disable:
+            self._draw(total)
+        elif self._done % LOG_EVERY == 0:
+            rate = self._rate()
+            ahead = (total or 0) - self._done
             left = f", {ahead / rate:.0f} s left" if ahead >= 0 and rate else ""
             log.info(
                 "%d/%s done, %d failed, %.1f images/s%s",
-                *(report.attempted, total or "?", report.failed, rate, left),
+                *(self._done, total or "?", self.report.failed, rate, left),
             )
+
+    def _draw(self, total: int | None) -> None:
+        bar = self._bar
+        bar.total = total
+        bar.bar_format = None
+        bar.set_description_str(refresh=False)
+        bar.set_postfix(failed=self.report.failed, refresh=False)
+        bar.update()
+
+    def _rate(self) -> float:
+        """Assets a second; 0 where no vector has been made."""
+        if self._paced is None:
+            return 0.0
+        since, before = self._paced
+        return (self._done - before) / max(time.monotonic() - since, 0.001)
 
 
 # ------------------------------------------------------------------ command line
@@ -1887,9 +1882,9 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--workers",
         type=at_least_one,
-        default=min(MOST_WORKERS, max(8, WORKERS_PER_CORE * cores())),
+        default=min(MOST_WORKERS, WORKERS_PER_CORE * cores()),
         metavar="N",
-        help=f"downloads at once (8, or {WORKERS_PER_CORE} a core; not over {MOST_WORKERS})",
+        help=f"downloads at once ({WORKERS_PER_CORE} a core; not over {MOST_WORKERS})",
     )
     add("--batch-size", type=at_least_one, default=1, metavar="N", help="images to a batch (1)")
     add(
@@ -1927,7 +1922,8 @@ def folder(text: str) -> Path:
     """A flag's folder; raises ArgumentTypeError where there is none."""
     path = Path(text).expanduser()
     if not path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a folder")
+        there = "is not a folder" if path.exists() else "does not exist"
+        raise argparse.ArgumentTypeError(f"{text!r} {there}")
     return path.resolve()
 
 
@@ -1998,15 +1994,20 @@ def model_folder(value: str) -> str:
 
 def project_url(value: str) -> str:
     """The project's origin, without a path; raises RunError that never shows the value."""
-    if not value or "YOUR-PROJECT" in value:
+    if not value:
         raise RunError(
             "SUPABASE_URL (or NEXT_PUBLIC_SUPABASE_URL) is not set: copy .env.example to .env and "
             "fill it in, or use --local DIR, which needs no account"
         )
+    if "YOUR-PROJECT" in value:
+        raise RunError("SUPABASE_URL still holds the example's YOUR-PROJECT: put in your own")
     url = value.rstrip("/").removesuffix("/rest/v1")
     if not re.fullmatch(r"https?://[\w-]+(\.[\w-]+)*(:\d{1,4}|:[1-5]\d{4})?", url, re.ASCII):
         # without the value: it may be the key, pasted into the wrong line
-        raise RunError("SUPABASE_URL is not like https://YOUR-PROJECT.supabase.co")
+        raise RunError(
+            "SUPABASE_URL is not like https://YOUR-PROJECT.supabase.co: copy it from the "
+            "project's API settings (not the dashboard's address, nor the key)"
+        )
     return url
 
 
@@ -2038,6 +2039,8 @@ def token_role(key: str) -> str | None:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
+    if sys.stderr is None:  # 2>&-: and the next file that is opened must not get its number
+        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
     args = parser().parse_args(argv)
     logging.basicConfig(
         format="%(message)s" if sys.stderr.isatty() else "%(asctime)s %(message)s",
@@ -2049,6 +2052,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     warnings.filterwarnings("ignore", module="PIL")  # about oddities that do no harm
     stop = Stop()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # as process 1 of a container it would else be ignored until the run listens
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:

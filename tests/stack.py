@@ -604,7 +604,7 @@ def main():
                 (uuid.uuid5(uuid.NAMESPACE_URL, path), images.url_of(path), f"client-{n % 2 + 1}")
                 for n, path in enumerate(files)
             )
-            print(f"# {len(files)} photographs of 2 clients; paste this into another terminal:")
+            print(f"# {len(files)} photographs of client-1 and client-2; paste elsewhere:")
             settings = stack.env()
             for name in ("SUPABASE_URL", "SUPABASE_SERVICE_ROLE_KEY", "ALLOW_PRIVATE_IMAGE_HOSTS"):
                 print(f"export {name}={settings[name]}")

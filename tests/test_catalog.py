@@ -179,7 +179,7 @@ def test_the_good_ones_are_embedded_and_the_bad_ones_counted(story):
 
 def test_no_run_takes_longer_than_its_deadlines_allow(story):
     for run in (story.first, story.second, story.retried):
-        assert run.result.seconds < 120  # the slow ones alone: 60 x 5 s, among 8 workers
+        assert run.result.seconds < 120  # the slow ones alone: 60 x 5 s, among 8 workers or more
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -331,7 +331,7 @@ def test_images_that_failed_before_keep_no_others_waiting(stack, host, cli):
     new_id = ids()
     stack.add_assets((next(new_id), f"{closed}/{n}.jpg", None) for n in range(60))
     stack.add_assets((next(new_id), host.url_of("/flower.jpg"), None) for _ in range(5))
-    assert cli(FETCH_SECONDS="0.5").code == 2
+    assert cli("--workers", 8, FETCH_SECONDS="0.5").code == 2  # before it comes to the good ones
     before = len(vectors(stack))
     limited = cli("--limit", "3", FETCH_SECONDS="0.5")
     assert limited.counts["embedded"] == len(vectors(stack)) - before

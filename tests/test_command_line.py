@@ -4,6 +4,7 @@ import fcntl
 import os
 import pty
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import termios
 import uuid
 
 import pytest
-from conftest import REPO, SCRIPT, Cli
+from conftest import REPO, SCRIPT, Cli, wait_until
 
 STAMPED = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
 SMALL = ("flower.jpg", "china.jpg", "rocket.jpg")
@@ -219,24 +220,50 @@ def test_a_defect_is_one_line_and_no_exit_code_of_failed_images(cli, stack, tmp_
     assert "unexpected KeyError" in run.error
 
 
-def test_a_closed_stdout_does_not_change_the_exit_code(cli, album):
-    command = " ".join(map(str, cli.command(["--local", album, "--dry-run"])))
-    run = subprocess.run(
-        ["sh", "-c", f"{command} >&-"], env=cli.environment(), cwd=cli.folder, timeout=60
-    )
+@pytest.fixture
+def in_shell(cli, album):
+    """Runs the script on the album by a shell, with what follows the command there."""
+
+    def run(redirection, *flags):
+        command = " ".join(map(str, cli.command(["--local", album, *flags])))
+        return subprocess.run(
+            ["sh", "-c", f"{command} {redirection}"],
+            env=cli.environment(),
+            cwd=cli.folder,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    return run
+
+
+def test_a_closed_stdout_does_not_change_the_exit_code(in_shell):
+    assert in_shell(">&-", "--dry-run").returncode == 0
+
+
+def test_a_closed_stderr_stops_no_run(in_shell, album):
+    (album / "product_embeddings.sqlite3").unlink(missing_ok=True)
+    run = in_shell("2>&-")
     assert run.returncode == 0
+    assert "embedded=25 failed=0" in run.stdout
 
 
-def test_a_reader_that_leaves_early_causes_no_traceback(cli, album):
-    command = " ".join(map(str, cli.command(["--local", album, "--dry-run"])))
-    run = subprocess.run(
-        ["sh", "-c", f"{command} | true"],
-        env=cli.environment(),
-        cwd=cli.folder,
-        capture_output=True,
-        text=True,
+def test_a_reader_that_leaves_early_causes_no_traceback(in_shell):
+    assert in_shell("| true", "--dry-run").stderr == ""
+
+
+def test_ctrl_c_while_python_imports_shows_no_traceback(cli, tmp_path):
+    marker = tmp_path / "importing"
+    (tmp_path / "dotenv.py").write_text(
+        f"import pathlib, time\npathlib.Path({str(marker)!r}).touch()\ntime.sleep(60)\n"
     )
-    assert run.stderr == ""
+    run = cli.start("--help", PYTHONPATH=tmp_path)
+    wait_until(marker.exists)
+    run.send_signal(signal.SIGINT)
+    end = run.finish(20)
+    assert end.code == 130
+    assert end.err == ""
 
 
 # Missing packages

@@ -179,6 +179,27 @@ def test_a_stop_loses_no_vector_that_waits_to_be_stored(cli, stack, gate):
     assert stored(stack) == set(ids[:10])
 
 
+def test_a_stop_loses_no_vector_that_is_made_while_the_database_is_slow(cli, stack, gate, tuned):
+    gate.free = 10
+    ids = add(stack, gate, [f"/{n}.jpg" for n in range(10)])
+    slow = threading.Event()
+
+    def first_is_slow(request):
+        if is_upsert(request) and not slow.is_set():
+            slow.set()
+            time.sleep(5)
+
+    stack.gateway.fault = first_is_slow
+    run = cli.start("WRITE_ROWS=3", "--", "--workers", 10, script=tuned)
+    assert slow.wait(60)
+    time.sleep(3)  # the model is done with the other seven
+    run.send_signal(signal.SIGINT)
+    end = run.finish(60)
+    assert end.code == 130
+    assert end.counts["embedded"] == 10
+    assert stored(stack) == set(ids)
+
+
 def test_a_second_stop_ends_the_run_at_once(stack, gate, halfway):
     run = halfway()
     hanging = threading.Event()
@@ -409,3 +430,17 @@ def test_when_every_download_fails_the_run_stops_and_says_so(cli, stack):
     assert "network" in run.error
     assert 50 <= run.counts["failed"] < 120
     assert run.counts["left"] == 120 - run.counts["attempted"]
+
+
+def test_failures_that_share_a_batch_with_good_images_are_no_outage(cli, stack, host):
+    def busy(handler):  # until the good ones are there, and wait for the model to load
+        wait_until(lambda: sum(path == "/flower.jpg" for path, _ in host.requests) == 20)
+        time.sleep(0.2)
+        handler.reply(503, [("Retry-After", "60")], b"busy")
+
+    host.files["/busy.jpg"] = busy
+    ids = add(stack, host, ["/busy.jpg"] * 60 + ["/flower.jpg"] * 20)
+    run = cli("--workers", 80, "--batch-size", 80, FETCH_SECONDS=20)
+    assert run.code == 1
+    assert run.counts == run.counts | {"embedded": 20, "failed": 60, "left": 0}
+    assert stored(stack) == set(ids[60:])

@@ -107,7 +107,7 @@ def token(role):
     [
         ({"SUPABASE_URL": None}, "SUPABASE_URL .*not set.*--local"),
         ({"SUPABASE_URL": "  "}, "SUPABASE_URL .*not set"),
-        ({"SUPABASE_URL": "https://YOUR-PROJECT.supabase.co"}, "SUPABASE_URL .*not set"),
+        ({"SUPABASE_URL": "https://YOUR-PROJECT.supabase.co"}, "SUPABASE_URL .*YOUR-PROJECT: put"),
         ({"SUPABASE_URL": "abc.supabase.co"}, "SUPABASE_URL.*https://"),
         ({"SUPABASE_URL": "https://"}, "SUPABASE_URL"),
         ({"SUPABASE_URL": "https://YOUR PROJECT.supabase.co"}, "SUPABASE_URL"),
