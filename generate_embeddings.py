@@ -99,7 +99,7 @@ MIN_SIDE = 16  # pixels; below it: tracking pixels and spacers
 MAX_ASPECT = 100  # above it: rules and borders, of which CLIP would see a sliver
 KEEP_SCALE = 3  # large images are first reduced to at least this many times SIDE
 
-# A core embeds 10 (float32) to 20 images/s; with a host 300 ms away each download gives 3
+# A core embeds 10 (float32) to 40 images/s; with a host 300 ms away each download gives 3
 WORKERS_PER_CORE = 8
 MOST_WORKERS = 64  # more at once few image hosts like
 FETCH_ATTEMPTS = 4
