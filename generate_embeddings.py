@@ -116,6 +116,7 @@ WRITE_SECONDS = 2.0  # a vector waits no longer than this, but for the batch bef
 ANSWER_SECONDS = 30.0  # of the database; Supabase ends statements after 8
 CHECK_SECONDS = 5.0  # patience of the checks before the run
 POLL_SECONDS = 0.2  # how soon Ctrl-C is noticed
+ECHO_SECONDS = 0.5  # signals that are this close count as one: timeout(1) sends each of its twice
 LOG_EVERY = 10  # images, where there is no terminal
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".webp", ".avif"}
@@ -139,6 +140,7 @@ class Stop:
     """
 
     code = 0  # the exit code, once set
+    _since = 0.0
 
     def listen(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -146,8 +148,10 @@ class Stop:
 
     def _handle(self, number: int, _: object) -> None:
         if self.code:
-            os._exit(128 + number)
-        self.code = 128 + number
+            if time.monotonic() - self._since > ECHO_SECONDS:
+                os._exit(128 + number)
+            return
+        self.code, self._since = 128 + number, time.monotonic()
         # not by print: the handler may have interrupted one
         start = b"\n" if os.isatty(2) else b""  # leaves the progress bar's line
         with contextlib.suppress(OSError):  # Ctrl-C may have ended the reader of a pipe, too

@@ -223,6 +223,16 @@ def test_a_second_stop_ends_the_run_at_once(stack, gate, halfway):
     assert "Traceback" not in run.err
 
 
+def test_two_signals_at_a_time_are_one_stop(stack, halfway):
+    run = halfway()
+    run.send_signal(signal.SIGTERM)
+    time.sleep(0.1)
+    run.send_signal(signal.SIGTERM)  # as timeout(1) does: to its child, then to the group
+    end = run.finish(60)
+    assert end.code == 143, end.err
+    assert end.counts["embedded"] == len(stored(stack)) == 20
+
+
 def test_a_stop_while_the_model_loads(cli, stack, gate, full):
     gate.free = 40
     add(stack, gate, [f"/{n}.jpg" for n in range(40)])
