@@ -99,7 +99,7 @@ MIN_SIDE = 16  # pixels; below it: tracking pixels and spacers
 MAX_ASPECT = 100  # above it: rules and borders, of which CLIP would see a sliver
 KEEP_SCALE = 3  # large images are first reduced to at least this many times SIDE
 
-# A core embeds 10 (float32) to 40 images/s; with a host 300 ms away each download gives 3
+# A core embeds 10 (float32) to 40 images/s, more in batches; a host 300 ms away gives a worker 3
 WORKERS_PER_CORE = 8
 MOST_WORKERS = 64  # more at once few image hosts like
 FETCH_ATTEMPTS = 4
@@ -134,13 +134,13 @@ class RunError(Exception):
 
 
 class Stop:
-    """Set by the first Ctrl-C or SIGTERM; the second one ends the process at once.
+    """Set by the first Ctrl-C or SIGTERM; one after ECHO_SECONDS ends the process at once.
 
     Without locks, unlike threading.Event: a handler runs amid the code it interrupts.
     """
 
     code = 0  # the exit code, once set
-    _since = 0.0
+    _since = 0.0  # when the first signal came
 
     def listen(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -151,7 +151,8 @@ class Stop:
             if time.monotonic() - self._since > ECHO_SECONDS:
                 os._exit(128 + number)
             return
-        self.code, self._since = 128 + number, time.monotonic()
+        self._since = time.monotonic()
+        self.code = 128 + number
         # not by print: the handler may have interrupted one
         start = b"\n" if os.isatty(2) else b""  # leaves the progress bar's line
         with contextlib.suppress(OSError):  # Ctrl-C may have ended the reader of a pipe, too

@@ -185,10 +185,10 @@ def time_job(stack, command, **settings):
         text=True,
     )
     stamps = re.findall(r"^([\d-]+ [\d:]+[.,]\d+) .*embedded$", run.stdout, re.MULTILINE)
-    if run.returncode or len(stamps) <= WAVE + AHEAD:
+    if run.returncode or len(stamps) <= AHEAD + WAVE + AHEAD:
         raise SystemExit(f"{command} failed:\n{run.stdout[-3000:]}")
     times = [datetime.datetime.fromisoformat(stamp.replace(",", ".")) for stamp in stamps]
-    middle = times[WAVE - 1 : len(times) - AHEAD]
+    middle = times[AHEAD + WAVE - 1 : len(times) - AHEAD]
     each = (middle[-1] - middle[0]).total_seconds() / (len(middle) - 1) * 1000
     peak = int(re.search(r"^peak (\d+)", run.stdout, re.MULTILINE)[1]) / 1024
     return each, (times[0] - began).total_seconds(), peak
@@ -205,7 +205,7 @@ def median_jobs(stack, commands, rounds):
 
 def fill(stack, host, photos, count):
     """A catalog over these photographs, of which `count` are timed."""
-    numbers = range(WAVE + count + AHEAD)
+    numbers = range(AHEAD + WAVE + count + AHEAD)
     host.files = {f"/{number}.jpg": photos[number % len(photos)] for number in numbers}
     stack.sql("truncate assets cascade")
     stack.add_assets((uuid.uuid4(), host.url_of(path), "client") for path in host.files)
@@ -318,13 +318,14 @@ def processor():
 
 def main():
     usage = argparse.ArgumentParser(description="Times the model and the whole job.")
-    usage.add_argument("--images", type=int, default=128, help="timed in a run (128)")
+    usage.add_argument("--images", type=int, default=128, help="timed in a run, at least (128)")
     usage.add_argument("--rounds", type=int, default=3, help="runs of each contender (3)")
     usage.add_argument("--model", action="store_true", help="time the model alone")
     usage.add_argument("--stand-in", action="store_true", help=argparse.SUPPRESS)
     args = usage.parse_args()
     if args.stand_in:
         return stand_in()
+    count = WAVE * math.ceil(args.images / WAVE)  # else a run's last batches are timed in part
     print(f"{processor()}, {os.cpu_count()} cores, torch {torch.__version__}, {platform.system()}")
     models = contenders(full_model())
     time_models(models, 10 * args.rounds)
@@ -332,8 +333,8 @@ def main():
         return None
     time_parts(full_model())
     with Stack() as stack, ImageHost(latency=0.1) as host:
-        time_jobs(stack, host, args.images, args.rounds)
-        time_overhead(stack, host, args.images, args.rounds, models)
+        time_jobs(stack, host, count, args.rounds)
+        time_overhead(stack, host, count, args.rounds, models)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"\n(this program itself: {peak:.0f} MB)")
     return None
