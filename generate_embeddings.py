@@ -1741,7 +1741,7 @@ def flow(
 ) -> Iterator[list[Result]]:
     """Finds assets in one thread, loads them in `workers` threads and embeds them in lanes, a
     bounded number of assets ahead of the caller. Yields what is done first, so that a slow host
-    delays its own images alone; or [] after POLL_SECONDS. Ends early when `stop` is set."""
+    delays its own images alone; or [], every POLL_SECONDS at least. Ends early on `stop`."""
     size, width = settings.batch_size, lanes(settings.device)
     ahead = 2 * settings.workers + 2 * width * size
     threads = {"find": 1, "load": settings.workers, "embed": width}

@@ -2,11 +2,11 @@
 
 Starts the real stack and an image host that answers after 100 ms, and prints from one run
     1. the model alone: transformers' own classes as they come (1.00) against ours
-    2. the whole job: a sequential stand-in ("written in half an hour": requests, transformers'
+    2. where an image's time goes
+    3. the whole job: a sequential stand-in ("written in half an hour": requests, transformers'
        processor and model, one upsert each) against the script
-    3. the script over the model alone, in turns: with a host 300 ms away and with larger
+    4. the script over the model alone, in turns: with a host 300 ms away and with larger
        photographs, too
-    4. where an image's time goes
 Figures are medians; contenders take turns, so that a machine's moods hit all of them. Where
 onnxruntime or openvino is installed, the model in them is a line, too (they need onnx and
 onnxscript to take it over).
