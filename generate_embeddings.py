@@ -1,22 +1,26 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0",
+#     "transformers==5.23.0",
+#     "pillow==13.0.0",
+#     "requests==2.34.2",
+#     "supabase==2.34.1",
+#     "python-dotenv==1.2.4",
+#     "tqdm==4.70.1",
+# ]
+# ///
 """Give every product image in a Supabase database (or a folder) a CLIP embedding.
 
-    pending assets -> fetch + decode + preprocess (threads) -> embed -> upsert -> report
+    find pending assets -> load (fetch, decode) -> embed -> store -> report
 
-Glossary
     asset     one product image to embed: an id and where its image is
-    page      a short list of pending assets, read by keyset (id > last)
-    pixels    a float32 array (3, 224, 224), what CLIP's image tower takes
-    vector    a float32 array (512,) of unit length, what it gives
-    failure   an asset that got no vector, with the stage and the reason
+    pending   without an embedding of this model version; the store says which assets are
+    levels    a uint8 array (224, 224, 3), what CLIP sees of an image
+    pixels    the same as float32 (3, 224, 224), normalised: what its image tower takes
+    vector    a float32 array (512,) of unit length, what that gives
 
-Commands
-    python generate_embeddings.py --limit 10              the first ten
-    python generate_embeddings.py --client "BigClient"    one client's
-    python generate_embeddings.py                         all; run again to resume
-    python generate_embeddings.py --local photos          a folder, no account
-
-Exit codes
-    0 all done   1 some assets failed   2 could not run   130 interrupted (143 by SIGTERM)
+Exit codes: 0 all done, 1 some assets failed, 2 could not run, 130 interrupted (143 by SIGTERM).
 """
 
 from __future__ import annotations
@@ -25,8 +29,9 @@ import os
 import signal
 import sys
 
-if __name__ == "__main__":  # Ctrl-C while the imports go on: no traceback
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+if __name__ == "__main__":  # a stop while the imports go on: no traceback
+    for _number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(_number, lambda number, _: os._exit(128 + number))
 if sys.version_info < (3, 11):
     print("error: Python 3.11 or later is needed, not " + sys.version.split()[0], file=sys.stderr)
     sys.exit(2)
@@ -35,33 +40,41 @@ import argparse
 import base64
 import contextlib
 import functools
-import hashlib
+import html
 import http.client
 import io
 import ipaddress
 import itertools
 import json
 import logging
+import math
+import multiprocessing
 import queue
 import random
 import re
+import shutil
 import socket
 import sqlite3
+import textwrap
 import threading
 import time
-import uuid
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
-from email.utils import parsedate_to_datetime
-from http.cookiejar import DefaultCookiePolicy
+from dataclasses import dataclass, field, fields
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote, urljoin, urlsplit
+from urllib.parse import unquote, urljoin, urlsplit
 from urllib.request import DataHandler, Request
+from zlib import crc32
+
+HERE = Path(__file__).resolve().parent
+INSTALL = "pip install -r requirements.txt"
+if sys.prefix == sys.base_prefix:  # no virtual environment is active
+    INSTALL = ". .venv/bin/activate && " + INSTALL
+    INSTALL = INSTALL if (HERE / ".venv").is_dir() else "python3 -m venv .venv && " + INSTALL
 
 try:
     import dotenv
@@ -73,48 +86,52 @@ try:
     from tqdm import tqdm
     from tqdm.contrib.logging import logging_redirect_tqdm
 except ImportError as error:
-    print(f"error: {error}: run pip install -r requirements.txt first", file=sys.stderr)
+    print(f"error: {error}: run {INSTALL}", file=sys.stderr)
     sys.exit(2)
 
 log = logging.getLogger("generate_embeddings")
-HERE = Path(__file__).resolve().parent
 
 # ------------------------------------------------------------------ the contract
 
+VERSION = "2.0"
 MODEL_ID = "openai/clip-vit-base-patch32"
 MODEL_REVISION = "3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268"  # pinned: vectors must not drift
 MODEL_VERSION = "clip-vit-base-patch32"  # what rows carry; another value counts as lacking
 MODEL_CACHE = HERE / ".cache" / "transformers"
+VIT_B_32: dict[str, Any] = {"num_hidden_layers": 12, "hidden_size": 768, "patch_size": 32}
+VIT_B_32 |= {"num_attention_heads": 12, "intermediate_size": 3072, "hidden_act": "quick_gelu"}
+CONTRACT = 1  # the version of schema.sql's functions
 DIMENSIONS = 512
 SIDE = 224  # pixels; CLIP sees a square
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, by channel
 STD = (0.26862954, 0.26130258, 0.27577711)
 
-MAX_BYTES = 50 * 2**20  # of one image file; also what one download can hold in memory
-MAX_PIXELS = 128_000_000  # 512 MB once decoded: more would not fit a 2 GB machine
-LARGE_PIXELS = 4_000_000  # above it images are decoded one at a time, so memory stays flat
-BAND_ROWS = 1024  # and brought to RGB in bands of about that many rows
-Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit would only warn
+MAX_BYTES = 50 * 2**20  # of one image file
+HEAVY_BYTES = 4 * 2**20  # of files above this at most HEAVY_FILES are in memory at once
+HEAVY_FILES = 4
 MIN_SIDE = 16  # pixels; below it: tracking pixels and spacers
 MAX_ASPECT = 100  # above it: rules and borders, of which CLIP would see a sliver
 KEEP_SCALE = 3  # large images are first reduced to at least this many times SIDE
+DECODE_SECONDS = 5  # of a core for one image; the largest honest ones take 2
+DECODE_MB = 400  # of memory for one image, on each core: 45 megapixels in four channels, twice
+DECODE_PATIENCE = 60.0  # seconds, on however busy a machine, until a decoder counts as hung
 
 # A core embeds 10 (float32) to 40 images/s, more in batches; a host 300 ms away gives a worker 3
 WORKERS_PER_CORE = 8
 MOST_WORKERS = 64  # more at once few image hosts like
+SLOW_SECONDS = 4.0  # a download that takes longer makes room for another
+MOST_SLOW = 64  # downloads that do
 FETCH_ATTEMPTS = 4
 MAX_REDIRECTS = 5
-READ_SECONDS = 10  # between two packets; the deadline for the whole is FETCH_SECONDS
-MAX_OUTAGES = 50  # failures in a row, and none the image's own: the network is gone, say
+READ_SECONDS = 10.0  # between two packets; the deadline for the whole is FETCH_SECONDS
+HOST_FAILURES = 20  # in a row, none an image's own: the host's other images are left
+HOSTS_DOWN = 3  # one after the other, with no image between: the network is gone
 
-PAGE_ROWS = 250  # few enough for image columns that hold data: URLs
-WINDOW_ROWS = 5_000  # assets that one statement may look through: 0.5 s from a cold disk, not 8
-LOG_WINDOWS = 40  # of a large catalog that is nearly done nothing else would be seen
-URL_LENGTH = 6000  # of a list of ids in a URL; gateways refuse some 8,000
-WRITE_ROWS = 50  # rows to an upsert; with an index at a million rows far below the 8 s timeout
-WRITE_SECONDS = 2.0  # a vector waits no longer than this, but for the batch before its own
-ANSWER_SECONDS = 30.0  # of the database; Supabase ends statements after 8
-CHECK_SECONDS = 5.0  # patience of the checks before the run
+PAGE_ROWS = 250
+WRITE_ROWS = 50  # results to a call; with an index at a million rows far below the 8 s timeout
+WRITE_SECONDS = 2.0  # a result waits no longer than this, but for the batch before its own
+ANSWER_SECONDS = 30.0  # of the database, for one question
+CHECK_SECONDS = 5.0  # patience with the database before the run, when the URL may be wrong
 POLL_SECONDS = 0.2  # how soon Ctrl-C is noticed
 ECHO_SECONDS = 0.5  # signals that are this close count as one: timeout(1) sends each of its twice
 LOG_EVERY = 10  # images, where there is no terminal
@@ -130,60 +147,39 @@ FORMATS = ["JPEG", "PNG", "GIF", "WEBP", "AVIF", "TIFF", "BMP"]
 class RunError(Exception):
     """The run can't start or go on; the message is one line that says what to do."""
 
-    code = ""  # the database's, where it gave one
-
-
-class Stop:
-    """Set by the first Ctrl-C or SIGTERM; one after ECHO_SECONDS ends the process at once.
-
-    Without locks, unlike threading.Event: a handler runs amid the code it interrupts.
-    """
-
-    code = 0  # the exit code, once set
-    _since = 0.0  # when the first signal came
-
-    def listen(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
-
-    def _handle(self, number: int, _: object) -> None:
-        if self.code:
-            if time.monotonic() - self._since > ECHO_SECONDS:
-                os._exit(128 + number)
-            return
-        self._since = time.monotonic()
-        self.code = 128 + number
-        # not by print: the handler may have interrupted one
-        start = b"\n" if os.isatty(2) else b""  # leaves the progress bar's line
-        with contextlib.suppress(OSError):  # Ctrl-C may have ended the reader of a pipe, too
-            os.write(
-                2, start + b"stopping; what is embedded is being stored. Again: ends at once\n"
-            )
-
-    def is_set(self) -> bool:
-        return self.code != 0
-
-    def wait(self, seconds: float) -> bool:
-        end = time.monotonic() + seconds
-        while not self.code and (left := end - time.monotonic()) > 0:
-            time.sleep(min(left, POLL_SECONDS))
-        return self.is_set()
-
 
 class Rejected(Exception):  # noqa: N818 - no error of the program
-    """One image can't be used. `permanent`: trying again later would give the same."""
+    """One image can't be used. `permanent`: trying again later would give the same.
+    `retry_after`: seconds until another attempt in this run may help; None: none will."""
 
     def __init__(
         self, reason: str, permanent: bool = True, retry_after: float | None = None
     ) -> None:
         super().__init__(reason)
-        self.permanent = permanent
-        self.retry_after = retry_after
+        self.permanent, self.retry_after = permanent, retry_after
+
+
+def setting(default: Any, pattern: str, advice: str, *names: str) -> Any:
+    """A field of Settings that the environment or .env gives by the first of these names: what
+    the pattern's group holds. What does not match it is refused with the advice."""
+    metadata = {"pattern": pattern, "advice": advice, "names": names}
+    return field(default=default, repr=False, metadata=metadata)
+
+
+URL_ADVICE = (
+    "is not like https://abcdefghijkl.supabase.co: copy the project's URL from the dashboard "
+    "(Connect), not the dashboard's own address, nor the key"
+)
+KEY_ADVICE = "copy a secret key (sb_secret_...) from the dashboard, Settings > API Keys"
+NO_KEY = f"is no secret key, nor a legacy service_role key: {KEY_ADVICE}"
+A_URL = r"(https?://(?!YOUR-PROJECT)[\w-]+(?:\.[\w-]+)*(?::\d{1,5})?)(?:/rest/v1)?/?"
+A_KEY = r"(sb_secret_[\w-]+|[\w-]+\.[\w-]+\.[\w-]+)"
+A_NUMBER, NO_NUMBER = r"(\d+(?:\.\d+)?)", "is not a number of seconds"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything a run depends on, from the command line and the environment."""
+    """Everything a run depends on: the command line's flags, then the settings."""
 
     local: Path | None = None
     limit: int | None = None
@@ -193,22 +189,18 @@ class Settings:
     batch_size: int = 1
     dtype: str = "float32"
     device: str = "cpu"
+    gallery: Path | None = None
     dry_run: bool = False
     retry_failed: bool = False
     verbose: bool = False
-    url: str = ""
-    key: str = field(default="", repr=False)
-    clip_model: str = ""
-    assets_table: str = "assets"
-    asset_id_column: str = "id"
-    asset_image_column: str = "image_url"
-    asset_client_column: str = "client_name"
-    embeddings_table: str = "product_embeddings"
-    failures_table: str = "product_embedding_failures"
-    storage_bucket: str = ""
-    allow_private_hosts: bool = False
-    fetch_seconds: float = 30.0
-    db_retry_seconds: float = 180.0
+    url: str = setting("", A_URL, URL_ADVICE, "SUPABASE_URL", "NEXT_PUBLIC_SUPABASE_URL")
+    key: str = setting("", A_KEY, NO_KEY, "SUPABASE_SECRET_KEY", "SUPABASE_SERVICE_ROLE_KEY")
+    model_version: str = setting(MODEL_VERSION, "(.+)", "", "MODEL_VERSION")
+    clip_model: str = setting("", "(.+)", "", "CLIP_MODEL")
+    fetch_seconds: float = setting(30.0, A_NUMBER, NO_NUMBER, "FETCH_SECONDS")
+    db_retry_seconds: float = setting(180.0, A_NUMBER, NO_NUMBER, "DB_RETRY_SECONDS")
+    private_hosts: bool = setting(False, "([01])", "is not 0 or 1", "ALLOW_PRIVATE_IMAGE_HOSTS")
+    key_source: str = "SUPABASE_SECRET_KEY"  # the setting that it is of, and where that was read
 
 
 Id = str | int  # uuid and text come as str
@@ -216,514 +208,328 @@ Id = str | int  # uuid and text come as str
 
 @dataclass(frozen=True)
 class Asset:
-    """One image to embed: the database's id of it, and a URL or a path."""
+    """One image to embed: the store's id of it, and a URL or a path."""
 
     id: Id
     image: str
-    again: bool = False  # it failed in an earlier run, for a reason that may have passed
+    mark: int = 0  # the store's, of this very image: a hash of the URL, or the file's time
+    size: int = 0  # bytes of `image`, which comes cut short where it is too large
+
+    @functools.cached_property
+    def host(self) -> str:
+        """The image host; empty for files and for data: URLs."""
+        with contextlib.suppress(ValueError):
+            return urlsplit(self.image[:2000]).netloc.rpartition("@")[2]
+        return ""
+
+    def __str__(self) -> str:
+        return self.image if self.id == self.image else f"{self.id}  {shorten(self.image)}"
 
 
 @dataclass(frozen=True)
-class Failure:
-    """Why an asset got no vector. Stages: fetch, decode, embed, store."""
+class Loaded:
+    """An asset with its pixels, float32 (3, 224, 224)."""
+
+    asset: Asset
+    pixels: np.ndarray
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """An asset with its vector, float32 (512,) of unit length."""
+
+    asset: Asset
+    vector: np.ndarray
+
+
+@dataclass(frozen=True)
+class Failed:
+    """An asset that got no vector. Stages: fetch, decode, embed, store."""
 
     asset: Asset
     stage: str
     reason: str
-    permanent: bool
+    permanent: bool = False
 
     def __str__(self) -> str:
         return f"{self.stage}: {self.reason}"
 
 
+Result = Embedded | Failed
+
+
+@dataclass(frozen=True)
+class Status:
+    """How many assets there are of the run's client and shard."""
+
+    assets: int
+    done: int
+    failed: int  # for good
+    waiting: int = 0  # failed several times: not yet tried again
+
+    def __str__(self) -> str:
+        counts = {"done": self.done, "failed for good": self.failed}
+        counts["failed before, tried later"] = self.waiting
+        told = "".join(f"{n:,} {what}, " for what, n in counts.items() if n)
+        return f"{self.assets:,} asset{'s' * (self.assets != 1)}: {told}"
+
+
+# Outcomes of schema.sql's store_embeddings that make no attempt
+ASIDE = {
+    "deleted": "deleted meanwhile",
+    "superseded": "done by another run meanwhile",
+    "changed": "got another image meanwhile: for the next run",
+    "busy": "in the app's hands: for the next run",
+}
+
+
 class Report:
-    """The counts of a run. What was embedded or failed was attempted, however the run ends."""
+    """The counts of a run. An asset was attempted once its vector or failure is stored."""
 
-    EXAMPLES = 3  # of each reason
-    REASONS = 50  # told apart; some hold an address or a database's words
-
-    def __init__(self, known_failures: int = 0) -> None:
-        self.known_failures = known_failures
-        self.total: int | None = None  # pending assets within reach, once they are counted
-        self.found_all = False  # the store has no further pending asset
-        self.complete = False  # no pending asset is left unattempted
+    def __init__(self, pending: int, skipped: int) -> None:
+        self.pending = pending  # as counted before the run
+        self.skipped = skipped  # failures of earlier runs that are not tried
+        self.found = 0  # pending assets that came by
+        self.found_all = False
         self.embedded = 0  # and stored
-        self.deleted = 0  # from the assets table, while they were embedded
-        self.lost = 0  # vectors that nobody knows to be stored, as the database was gone
-        self.reasons: Counter[tuple[str, str]] = Counter()
-        self.examples: dict[tuple[str, str], list[Asset]] = {}
+        self.gone = 0  # pending no more, though not by this run
+        self.failures: Counter[str] = Counter()  # by what happened
+        self.examples: dict[str, list[str]] = {}
+        self.aside: Counter[str] = Counter()  # not attempted, by what happened
         self.started = time.monotonic()
-        self._lock = threading.Lock()  # the run and its writer both report failures
 
     @property
     def failed(self) -> int:
-        return self.reasons.total()
+        return self.failures.total()
 
     @property
     def attempted(self) -> int:
         return self.embedded + self.failed
 
     @property
-    def left(self) -> int | None:
-        """Assets that were not attempted; None where nobody knows."""
-        if self.complete or self.total is None:
-            return 0 if self.complete else None
-        left = self.total - self.attempted - self.deleted
-        return left if left >= 0 else None
+    def left(self) -> int:
+        """Assets that are still pending."""
+        known = self.found if self.found_all else max(self.pending, self.found)
+        return known - self.attempted - self.gone
 
-    def goal(self, limit: int | None) -> int | None:
-        """Assets to attempt; None where nobody knows."""
-        return min((n for n in (self.total, limit) if n is not None), default=None)
+    def count(self, result: Result, outcome: str, reason: str) -> None:
+        """Takes what the store says became of a result."""
+        if outcome in ASIDE:
+            self.aside[ASIDE[outcome]] += 1
+            self.gone += outcome in ("deleted", "superseded")
+        elif outcome == "stored":
+            self.embedded += 1
+        else:
+            failed = str(result) if isinstance(result, Failed) else f"store: {reason}"
+            self.failures[failed] += 1
+            if self.failures[failed] <= 3:
+                self.examples.setdefault(failed, []).append(f"          {result.asset}")
 
-    @property
-    def exit_code(self) -> int:
-        return 1 if self.failed else 0
-
-    def fail(self, failure: Failure) -> None:
-        log.debug("asset %s: %s", failure.asset.id, failure)
-        cause = (failure.stage, failure.reason)
-        with self._lock:
-            if len(self.reasons) >= self.REASONS and cause not in self.reasons:
-                cause = (failure.stage, "other reasons")
-            self.reasons[cause] += 1
-            examples = self.examples.setdefault(cause, [])
-            if len(examples) < self.EXAMPLES:
-                examples.append(failure.asset)
-
-    def __str__(self) -> str:
+    def lines(self) -> Iterator[str]:
+        """What is printed at the end; the last line is for programs."""
         seconds = time.monotonic() - self.started
-        left = "unknown" if self.left is None else self.left
-        lines = [f"Embedded {self.embedded:>9,}", f"Failed   {self.failed:>9,}"]
-        for cause, count in self.reasons.most_common():
-            lines.append(f"  {count:>6,}  {': '.join(cause)}")
-            lines += [f"          {a.id}  {shorten(a.image)}" for a in self.examples[cause]]
-        if self.known_failures:
-            known = f"{self.known_failures:>9,}  known failures; --retry-failed tries them"
-            lines.append(f"Skipped  {known}")
-        if self.lost:
-            lines.append(f"Unstored {self.lost:>9,}  perhaps not stored; the next run sees to them")
-        if self.deleted:
-            lines.append(f"Deleted  {self.deleted:>9,}  from the assets table meanwhile")
-        lines += [
-            f"Left     {left:>9}",
-            f"Elapsed  {seconds:>8.1f}s",
-            f"embedded={self.embedded} failed={self.failed} left={left} "
-            f"attempted={self.attempted} skipped={self.known_failures} "
-            f"deleted={self.deleted} seconds={seconds:.1f}",
-        ]
-        return "\n".join(lines)
+        yield f"Embedded {self.embedded:>9,}"
+        yield f"Failed   {self.failed:>9,}"
+        for failed, count in self.failures.most_common(50):
+            yield f"  {count:>6,}  {failed}"
+            yield from self.examples[failed]
+        if self.skipped:
+            known = f"known failure{'s' * (self.skipped != 1)}; --retry-failed tries them"
+            yield f"Skipped  {self.skipped:>9,}  {known}"
+        yield f"Left     {self.left:>9,}"
+        yield from (f"  {count:>6,}  {why}" for why, count in self.aside.most_common(50))
+        yield f"Elapsed  {seconds:>8.1f}s"
+        counts = f"embedded={self.embedded} failed={self.failed} left={self.left} "
+        counts += f"attempted={self.attempted} skipped={self.skipped} gone={self.gone}"
+        yield f"{counts} seconds={seconds:.1f}"
 
 
-def in_shard(asset: Asset, shard: tuple[int, int]) -> bool:
-    """Whether an asset is in part I of N: by a hash of its id, so the same at any time."""
-    part, parts = shard
-    digest = hashlib.blake2b(str(asset.id).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") % parts == part - 1
+class Stop:
+    """Set by the first Ctrl-C, SIGTERM or SIGHUP; one after ECHO_SECONDS ends the process."""
+
+    code = 0  # the exit code, once set; no threading.Event: handlers must not wait for locks
+    _since = 0.0
+
+    def listen(self) -> None:
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP, nohup ignores it
+            if number and signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._handle)
+
+    def _handle(self, number: int, _: object) -> None:
+        if not self.code:
+            self.code, self._since = 128 + number, time.monotonic()
+            # not by print: the handler may have interrupted one
+            with contextlib.suppress(OSError):  # Ctrl-C may have ended a pipe's reader, too
+                os.write(2, b"\nstopping: storing what is embedded; Ctrl-C again ends at once\n")
+        elif time.monotonic() - self._since > ECHO_SECONDS:
+            os._exit(self.code)
+
+
+def printable(text: str) -> str:
+    """Text from outside on its way to the screen: one line, no escape codes."""
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def shorten(text: str, width: int = 60) -> str:
-    """The text on one printable line of at most `width` characters, its middle left out."""
-    text = "".join(c if c.isprintable() else "?" for c in text)
+    """The text in at most `width` characters, its middle left out."""
     half = width // 2 - 2
     return text if len(text) <= width else f"{text[:half]}...{text[-half:]}"
 
 
 # ------------------------------------------------------------------ stores
 
-
-NO_API = "does not answer like a Supabase project: check SUPABASE_URL and any proxy"
+SILENCE = "no answer from the database"
+CHECK_URL = "check SUPABASE_URL and the project's status, then run again; what is stored stays"
+RUN_SQL = "run this version's schema.sql in Supabase's SQL editor, then this script again"
+# PostgREST's and PostgreSQL's codes of trouble that may pass; a gateway's are HTTP's
+PASSING = re.compile(r"5\d\d|408|425|429|PGRST00\d|(08|40|53|57)...|55P03|XX000")
 
 
 class SupabaseStore:
-    """Assets and embeddings in Supabase, through PostgREST.
+    """Assets and embeddings in Supabase, by the functions of schema.sql alone.
 
-    Errors: RunError for what stops a run (key, table, column, database away for longer than
-    `db_retry_seconds`). Safe to use from several threads.
+    Errors: RunError for what stops a run (key, schema, database away for longer than
+    DB_RETRY_SECONDS). Safe to use from several threads.
     """
 
     def __init__(self, settings: Settings, stop: Stop) -> None:
         import httpx
         import supabase
 
-        self._settings = settings
-        self.place = f"{settings.embeddings_table} at {settings.url}"
-        self._stop = stop
-        self._started = ""
-        self._patience = CHECK_SECONDS
-        self._remembers = False  # until the table of failures is found
-        self._here = threading.local()
-        http = httpx.Client(
-            timeout=httpx.Timeout(ANSWER_SECONDS, connect=READ_SECONDS),
-            follow_redirects=False,  # a redirect would carry the key to another origin
-            event_hooks={"response": [self._note_status]},
-        )
-        options = supabase.ClientOptions(httpx_client=http, postgrest_client_retry=False)
-        self._table: Callable[[str], Any] = supabase.create_client(
-            settings.url, settings.key, options
-        ).table
+        self._settings, self._stop, self._patience = settings, stop, CHECK_SECONDS
+        self.place = f"product_embeddings at {settings.url}"
+        answer = min(ANSWER_SECONDS, max(CHECK_SECONDS, settings.db_retry_seconds))
+        self.longest = settings.db_retry_seconds + answer  # seconds for all attempts at a call
+        timeout = httpx.Timeout(answer, connect=READ_SECONDS)
+        # no redirects: one would carry the key to another origin
+        self._here = threading.local()  # an APIError of a gateway's JSON lacks the status
+        hooks = {"response": [lambda response: setattr(self._here, "status", response.status_code)]}
+        http = httpx.Client(timeout=timeout, follow_redirects=False, event_hooks=hooks)
+        options = supabase.ClientOptions(httpx_client=http)
+        self._rpc = supabase.create_client(settings.url, settings.key, options).rpc
 
-    def _note_status(self, response: Any) -> None:
-        self._here.status = response.status_code  # an APIError with a JSON body lacks it
-        self._started = self._started or _time_there(response.headers.get("date", ""))
-        if response.is_success and "html" in response.headers.get("content-type", ""):
-            raise RunError(f"{self._settings.url} {NO_API}")
-
-    def check(self) -> None:
-        """Finds what would stop the run, before the model is loaded. Writes nothing."""
+    def _of(self, **more: Any) -> dict[str, Any]:
         s = self._settings
-        columns = f"id:{s.asset_id_column},{s.asset_image_column}"
-        advice = "set ASSETS_TABLE, ASSET_ID_COLUMN and ASSET_IMAGE_COLUMN to your own names"
-        query = self._table(s.assets_table).select(columns).order(s.asset_id_column).limit(1)
-        first = self._send(query, advice).data
-        advice = (
-            "run schema.sql in Supabase's SQL editor (it shows each column's type, too), "
-            "or set EMBEDDINGS_TABLE"
-        )
-        columns = "asset_id,embedding,model_version,created_at,updated_at"
-        self._send(self._table(s.embeddings_table).select(columns).limit(1), advice)
-        self._check_client()
-        if first:
-            self._check_joins(first[0]["id"])
-            self._check_upsert(first[0]["id"])
-        self._patience = s.db_retry_seconds
+        of = {"model_version": s.model_version, "client": s.client}
+        return of | {"shard": s.shard[0], "shards": s.shard[1]} | more
 
-    def _check_joins(self, some_id: Id) -> None:
-        s = self._settings
-        advice = (
-            f"add the foreign key: alter table {s.embeddings_table} add foreign key (asset_id) "
-            f"references {s.assets_table} ({s.asset_id_column}) on delete cascade"
-        )
-        self._send(self._pending().lte(s.asset_id_column, some_id).limit(1), advice)
-        try:
-            columns = "asset_id,model_version,stage,reason,permanent,attempts,updated_at"
-            advice = "run schema.sql, which makes that table; drop an old one first"
-            self._send(self._table(s.failures_table).select(columns).limit(1), advice)
-            self._remembers = True
-            self._send(self._pending().lte(s.asset_id_column, some_id).limit(1), advice)
-        except RunError as error:
-            if error.code not in ("42P01", "42703", "PGRST200", "PGRST204", "PGRST205"):
-                raise
-            self._remembers = False
-            log.info("broken images are tried in every run: %s", error)
+    def status(self) -> Status:
+        """What there is, asked before anything heavy is loaded."""
+        answer = self._call("embedding_status", dict, **self._of())
+        self._patience = self._settings.db_retry_seconds
+        if answer.get("contract") != CONTRACT:
+            raise RunError(f"the database's functions are of another version: {RUN_SQL}")
+        if not answer["client_exists"]:
+            raise RunError(f"no asset is of client {self._settings.client!r}: check the spelling")
+        self._time = answer["time"]
+        return Status(*(answer[n] for n in ("assets", "done", "failed_for_good", "waiting")))
 
-    def _check_upsert(self, some_id: Id) -> None:
-        """A statement that must fail, as it names one key twice, shows whether it could work:
-        the constraint, the vector's size and the right to write are looked at before that."""
-        from postgrest import APIError
+    def pages(self) -> Iterator[list[Asset]]:
+        """Pending assets in the order of their ids, a page at a time and each once; those that
+        failed in an earlier run come last, so that they never keep the others waiting."""
+        wanted = min(self._settings.limit or PAGE_ROWS, PAGE_ROWS)
+        failed = {"failed_before": self._time, "permanent_too": self._settings.retry_failed}
+        for which in ({}, failed):
+            last: Id | None = None
+            while True:
+                of = self._of(after=last, wanted=wanted, **which)
+                page, last = self._call("pending_assets", read_page, **of)
+                yield page
+                if last is None:
+                    break
 
-        s = self._settings
-        row = self._row(some_id) | {"embedding": vector_text(np.zeros(DIMENSIONS))}
-        try:
-            query = self._table(s.embeddings_table).upsert(
-                [row, row], on_conflict="asset_id", returning="minimal"
-            )
-            self._send(query, "run schema.sql in Supabase's SQL editor", rows=True)
-        except APIError as error:
-            if error.code == "22000":
-                raise RunError(
-                    f'{s.embeddings_table}.embedding has the wrong size ({error.message}): run "'
-                    f"alter table {s.embeddings_table} drop column embedding, "
-                    f'add column embedding vector({DIMENSIONS})", then schema.sql again'
-                ) from None
-            if error.code != "21000":
-                raise RunError(
-                    f"the database refuses rows for {s.embeddings_table}: {error.message}"
-                ) from None
-
-    def _check_client(self) -> None:
-        s = self._settings
-        if s.client is None:
-            return
-        if not self._send(self._assets().limit(1), "set ASSET_CLIENT_COLUMN to your own").data:
-            named = f'{s.asset_client_column} = "{s.client}"'
-            raise RunError(f"no asset has {named}: check the spelling of --client")
-
-    def _assets(self, columns: str = "", count: Any = None) -> Any:
-        """A query for assets, of the client where one is set."""
-        s = self._settings
-        query = self._table(s.assets_table).select(self._columns() + columns, count=count)
-        return query if s.client is None else query.eq(s.asset_client_column, s.client)
-
-    def _columns(self) -> str:
-        """What is asked of an asset; with a client in another table, that it has one there."""
-        s = self._settings
-        table = s.asset_client_column.rpartition(".")[0]
-        columns = f"id:{s.asset_id_column},image:{s.asset_image_column}"
-        return f"{columns},{table}!inner()" if s.client is not None and table else columns
-
-    def _pending(self, count: Any = None) -> Any:
-        """A query for the assets with neither embedding nor failure: an anti-join on the server."""
-        s = self._settings
-        others = [s.embeddings_table] + [s.failures_table] * self._remembers
-        query = self._assets("".join(f",{other}()" for other in others), count)
-        for other in others:
-            query = query.eq(f"{other}.model_version", MODEL_VERSION).is_(other, "null")
-        return query
-
-    def _failed(self, permanent: bool | None, count: Any = None) -> Any:
-        """A query for the failures of earlier runs, with their assets; of both kinds if None."""
-        s = self._settings
-        query = self._table(s.failures_table).select(
-            f"asset_id,asset:{s.assets_table}!inner({self._columns()})", count=count
-        )
-        query = query.eq("model_version", MODEL_VERSION).lt("updated_at", self._started)
-        if permanent is not None:
-            query = query.is_("permanent", str(permanent).lower())
-        return query if s.client is None else query.eq(f"asset.{s.asset_client_column}", s.client)
-
-    def count(self, first: Asset | None = None) -> int | None:
-        """Pending assets; None where the database takes too long to count them. `first`, where
-        it is known, is the first of them, and spares the way there."""
-        column = self._settings.asset_id_column
-        total = 0 if first is None or first.again else 1
-        windows = iter(()) if first and first.again else self._windows(first.id if first else None)
-        try:
-            for cursor, end in windows:
-                query = _between(self._pending("exact"), column, cursor, end).limit(1)
-                total += self._send(query, divisible=True).count
-        except TimeoutError:
-            return None
-        permanent = None if self._settings.retry_failed else False
-        return total + (self._count_failed(permanent) if self._remembers else 0)
-
-    def count_known_failures(self) -> int:
-        """Assets that are left out because of an earlier permanent failure."""
-        left_out = self._remembers and not self._settings.retry_failed
-        return self._count_failed(True) if left_out else 0
-
-    def _count_failed(self, permanent: bool | None) -> int:
-        return int(self._send(self._failed(permanent, "exact").limit(1)).count or 0)
-
-    def pending(self) -> Iterator[Asset]:
-        """Yields pending assets in the order of their ids, read as they are needed; those that
-        failed in an earlier run come last, so that they never keep the others waiting.
-
-        By keyset and never by offset, as rows leave the pending set meanwhile. Only an empty
-        page ends a walk: a server may cap pages below what was asked.
-        """
-        column = self._settings.asset_id_column
-        for number, (cursor, end) in enumerate(self._windows(), 1):
-            for row in self._walk(self._pending, column, "id", cursor, end):
-                yield Asset(row["id"], image_of(row))
-            if number % LOG_WINDOWS == 0:
-                log.info("%d assets looked through", number * WINDOW_ROWS)
-        permanent = None if self._settings.retry_failed else False
-        if self._remembers:
-            query = functools.partial(self._failed, permanent)
-            for row in self._walk(query, "asset_id", "asset_id", None, None):
-                yield Asset(row["asset_id"], image_of(row["asset"]), again=True)
-
-    def _walk(
-        self, make: Callable[[], Any], column: str, key: str, cursor: Id | None, end: Id | None
-    ) -> Iterator[dict[str, Any]]:
-        while True:
-            query = _between(make().order(column), column, cursor, end).limit(PAGE_ROWS)
-            page = self._send(query).data
-            if not page:
-                return
-            yield from page
-            cursor = page[-1][key]
-
-    def _windows(self, cursor: Id | None = None) -> Iterator[tuple[Id | None, Id | None]]:
-        """Stretches of WINDOW_ROWS assets as (after this id, up to this id); None: no bound.
-
-        One statement over a long stretch of finished assets would run into the timeout.
-        """
-        column = self._settings.asset_id_column
-        while True:
-            query = self._table(self._settings.assets_table).select(f"id:{column}").order(column)
-            query = _between(query, column, cursor, None)
-            last = self._send(query.range(WINDOW_ROWS - 1, WINDOW_ROWS - 1)).data
-            end = last[0]["id"] if last else None
-            yield cursor, end
-            if end is None:
-                return
-            cursor = end
-
-    def locate(self, image: str) -> tuple[str, dict[str, str]]:
+    def locate(self, asset: Asset) -> tuple[str, dict[str, str]]:
         """Where an image is and the headers to send there; the key only to the own storage."""
-        s = self._settings
-        if image.startswith("//"):
-            image = "https:" + image
-        objects = f"{s.url}/storage/v1/object/"
-        if image.startswith(objects):
-            path = image.removeprefix(objects)
-            if path.startswith("sign/"):  # carries a token of its own
-                return image, {}
-            path = path.removeprefix("public/").removeprefix("authenticated/")
-        elif re.match("(?i)(https?|data):", image) or (
-            not s.storage_bucket and ":" in image.split("/", 1)[0]
-        ):
-            return image, {}
-        elif not image:
+        s, image = self._settings, asset.image.strip()
+        if len(asset.image) < asset.size // 4:  # bytes of a character
+            raise Rejected(f"a data: URL of {asset.size // 2**20} MB, which belongs into a file")
+        if not image:
             raise Rejected("no image URL")
-        elif not s.storage_bucket:
-            reason = "not a URL: if it is a path in Supabase Storage, set STORAGE_BUCKET"
-            raise Rejected(reason, permanent=False)
-        else:
-            path = f"{quote(s.storage_bucket)}/{quote(image.lstrip('/'))}"
+        image = f"https:{image}" if image.startswith("//") else image
+        objects = f"{s.url}/storage/v1/object/"
+        path = image.removeprefix(objects)
+        if path == image or path.startswith("sign/"):  # which carries a token of its own
+            return image, {}
+        path = path.removeprefix("public/").removeprefix("authenticated/")
         if ".." in unquote(path).split("/"):
             raise Rejected("a storage path with '..' in it")
-        return f"{objects}authenticated/{path}", {
-            "apikey": s.key,
-            "Authorization": f"Bearer {s.key}",
-        }
+        key = {"apikey": s.key, "Authorization": f"Bearer {s.key}"}
+        return f"{objects}authenticated/{path}", key
 
-    def save(self, rows: list[tuple[Asset, np.ndarray]]) -> list[tuple[Asset, str | None]]:
-        """Upserts vectors (512,). Returns the assets that the database refused, each with the
-        reason, None for an asset that was deleted meanwhile."""
-        assets = {asset.id: asset for asset, _ in rows}
-        table = self._settings.embeddings_table
-        made = [self._row(a.id) | {"embedding": vector_text(v)} for a, v in rows]
-        refused = {
-            row["asset_id"]: None if error.code == "23503" else str(error.message)
-            for row, error in self._upsert(table, made)
-        }
-        refused |= dict.fromkeys(self._drop_outdated(table, assets), "its image URL has changed")
-        return [(assets[asset_id], reason) for asset_id, reason in refused.items()]
+    def save(self, results: list[Result]) -> list[tuple[str, str]]:
+        """Stores vectors and notes failures, in one transaction. Returns for each result its
+        outcome (schema.sql lists them) and the reason where it was refused."""
+        vectors, failures = [], []
+        for result in results:
+            row = {"asset_id": result.asset.id, "image_hash": result.asset.mark}
+            if isinstance(result, Embedded):
+                vectors.append(row | {"embedding": vector_text(result.vector)})
+            else:
+                failures.append(row | why(result))
 
-    def save_failures(self, failures: list[Failure]) -> None:
-        """Remembers failures, so that later runs skip the permanent ones."""
-        if not self._remembers:
-            return
-        s = self._settings
-        columns = ("stage", "reason", "permanent")
-        rows = [
-            self._row(f.asset.id) | {name: getattr(f, name) for name in columns} for f in failures
-        ]
-        for row, error in self._upsert(s.failures_table, rows):
-            log.debug("failure of asset %s not remembered: %s", row["asset_id"], error.message)
-        self._drop_outdated(s.failures_table, {f.asset.id: f.asset for f in failures})
+        def read(answer: Any) -> list[tuple[str, str]]:
+            by_id = {row["asset_id"]: (row["outcome"], row.get("reason", "")) for row in answer}
+            return [by_id[result.asset.id] for result in results]
 
-    def _drop_outdated(self, table: str, assets: dict[Id, Asset]) -> list[Id]:
-        """Deletes the rows of assets whose image URL changed between page and upsert, so that
-        the next run sees to the new image. (Later changes are the trigger's.) Returns ids."""
-        s = self._settings
-        columns = f"id:{s.asset_id_column},image:{s.asset_image_column}"
-        ids = list(assets)
-        some = max(1, URL_LENGTH // (3 * max((len(str(i)) for i in ids), default=1) + 3))
-        outdated: list[Id] = []
-        for start in range(0, len(ids), some):
-            query = self._table(s.assets_table).select(columns)
-            for row in self._send(query.in_(s.asset_id_column, ids[start : start + some])).data:
-                if image_of(row) != assets[row["id"]].image:
-                    outdated.append(row["id"])
-                    self._send(self._table(table).delete().eq("asset_id", row["id"]))
-        return outdated
+        rows = {"vectors": vectors, "failures": failures}
+        version = self._settings.model_version
+        return self._call("store_embeddings", read, model_version=version, **rows)  # type: ignore[no-any-return]
 
-    @staticmethod
-    def _row(asset_id: Id) -> dict[str, Any]:
-        # "now" is PostgreSQL's own word for the time at the server
-        return {"asset_id": asset_id, "model_version": MODEL_VERSION, "updated_at": "now"}
+    def gallery(self) -> dict[str, Any]:
+        """What the gallery shows: see embedding_gallery in schema.sql."""
+        version, client = self._settings.model_version, self._settings.client
+        of = {"model_version": version, "client": client}
+        return self._call("embedding_gallery", dict, **of)  # type: ignore[no-any-return]
 
-    def _upsert(self, table: str, rows: list[dict[str, Any]]) -> list[tuple[dict[str, Any], Any]]:
-        """Upserts rows; halves a batch that is refused or too slow, so that one bad row fails
-        alone. Returns the refused rows with their APIError. created_at is not sent: kept."""
-        from postgrest import APIError
-
-        try:
-            query = self._table(table).upsert(rows, on_conflict="asset_id", returning="minimal")
-            self._send(query, "run schema.sql again", rows=True, divisible=len(rows) > 1)
-            return []
-        except TimeoutError:
-            log.info("database: %d rows took too long, trying half of them", len(rows))
-        except APIError as error:
-            if len(rows) == 1:
-                return [(rows[0], error)]
-        middle = len(rows) // 2
-        return self._upsert(table, rows[:middle]) + self._upsert(table, rows[middle:])
-
-    def _send(
-        self, query: Any, advice: str = "", rows: bool = False, divisible: bool = False
-    ) -> Any:
-        """Sends one request; tries again, with backoff, for as long as trouble may pass.
-
-        Raises RunError; for a request that brings `rows` APIError where those are at fault, and
-        TimeoutError at once for a `divisible` one that took too long.
-        """
+    def _call(self, function: str, read: Callable[[Any], Any], **arguments: Any) -> Any:
+        """The answer of a function of schema.sql as `read` takes it; asked again, with backoff,
+        while trouble may pass. What `read` can't make sense of is no answer. Raises RunError."""
         import httpx
         from postgrest import APIError
 
         started = time.monotonic()
         for attempt in itertools.count():
             try:
-                return query.execute()
+                return read(self._rpc(function, arguments).execute().data)
             except APIError as error:
-                status = self._here.status
-                if divisible and error.code == "57014":
-                    raise TimeoutError from None
-                if rows and error.code and re.match("21|22|23|P0", error.code):
-                    raise
-                if status not in (408, 425, 429) and status < 500:
-                    refusal = RunError(self._explain(error, status, advice))
-                    refusal.code = error.code or ""
-                    raise refusal from None
-                trouble = f"HTTP {status}, {shorten(str(error.message))}"
-            except httpx.TransportError as error:
+                error.code = str(error.code or self._here.status)
+                if not PASSING.fullmatch(error.code):
+                    raise RunError(self._explain(error)) from None
+                trouble = f"{error.code}, {shorten(str(error.message))}"
+            except httpx.RequestError as error:
                 trouble = f"{type(error).__name__}: {error}"
-            self._wait(attempt, started, trouble)
+            except (AttributeError, LookupError, TypeError, ValueError):
+                trouble = f"an answer that {function} never gives"
+            patience = min(self._patience, 10) if self._stop.code else self._patience
+            left = started + patience - time.monotonic()
+            if left <= 0:
+                raise RunError(f"{SILENCE} for {patience:.0f} s ({trouble}): {CHECK_URL}")
+            log.info("database: %s; trying again", trouble)
+            time.sleep(min(2 ** min(attempt, 4) * random.uniform(0.25, 0.5), left))
         raise AssertionError  # count() has no end
 
-    def _wait(self, attempt: int, started: float, trouble: str) -> None:
-        """Sleeps before the next attempt, or raises RunError when patience is at its end."""
-        patience = min(self._patience, 10) if self._stop.is_set() else self._patience
-        left = started + patience - time.monotonic()
-        if left <= 0:
-            check = "SUPABASE_URL and " if self._patience == CHECK_SECONDS else ""
-            raise RunError(
-                f"no answer from the database at {self._settings.url} for {patience:.0f} s "
-                f"({trouble}): check {check}the project's status, then run again; "
-                "what is stored stays stored"
-            )
-        log.info("database: %s; trying again", trouble)
-        delay = min(2 ** min(attempt, 5) * random.uniform(0.25, 0.5), left)
-        if self._stop.wait(delay):
-            time.sleep(min(delay, 1))
-
-    def _explain(self, error: Any, status: int, advice: str) -> str:
-        s = self._settings
-        if error.code == "42501":
-            return (
-                f'{error.message}: set SUPABASE_SERVICE_ROLE_KEY to the service_role key, or run "'
-                f"grant all on {s.assets_table}, {s.embeddings_table}, {s.failures_table} "
-                'to service_role"'
-            )
-        if status in (401, 403):
-            return (
-                f"the key was refused ({error.message}): copy the service_role (or secret) key "
-                "from the project's API settings to SUPABASE_SERVICE_ROLE_KEY"
-            )
-        if error.code == "42P10":
-            return (
-                f"asset_id of {s.embeddings_table} is not unique: run "
-                f'"alter table {s.embeddings_table} add primary key (asset_id)"'
-            )
-        if error.code == "PGRST201":
-            advice = "drop all foreign keys between these tables but one"
-        if error.code == str(status):
-            return f"{s.url} {NO_API} (HTTP {status})"
-        return f"{error.message} ({error.code}): {advice or 'see Troubleshooting in README.md'}"
+    def _explain(self, error: Any) -> str:
+        source, code = self._settings.key_source, error.code
+        if code in ("PGRST202", "42883", "42P01", "42703"):
+            return f"the database lacks what this script calls ({error.message}): {RUN_SQL}"
+        if code in ("401", "403", "42501", "PGRST301", "PGRST302", "PGRST303"):
+            return f"the key in {source} was refused ({error.message}): {KEY_ADVICE}"
+        if re.fullmatch(r"\d\d\d", code):
+            return f"{self._settings.url} does not answer like a Supabase project (HTTP {code})"
+        return f"the database says {error.message!r} ({code}): {RUN_SQL}"
 
 
-def _time_there(date: str) -> str:
-    """The server's time, from its Date header where our clock is off by more than that tells."""
-    now = datetime.now(UTC)
-    with contextlib.suppress(ValueError, TypeError):
-        there = parsedate_to_datetime(date)
-        if abs(there - now) > timedelta(seconds=2):
-            now = there
-    return now.isoformat()
+def read_page(answer: Any) -> tuple[list[Asset], Id | None]:
+    """A page as pending_assets gives it, and the id after which the next one begins."""
+    rows = answer["assets"]
+    assets = [Asset(r["id"], r["image"] or "", r["image_hash"], r["bytes"]) for r in rows]
+    return assets, answer["last"]
 
 
-def image_of(row: dict[str, Any]) -> str:
-    """The image column of a row, as one string; empty where there is none."""
-    return str(row["image"] or "").strip()
-
-
-def _between(query: Any, column: str, after: Id | None, up_to: Id | None) -> Any:
-    if after is not None:
-        query = query.gt(column, after)
-    return query if up_to is None else query.lte(column, up_to)
+def why(failed: Failed) -> dict[str, Any]:
+    """A failure's columns."""
+    return {name: getattr(failed, name) for name in ("stage", "reason", "permanent")}
 
 
 def vector_text(vector: np.ndarray) -> str:
@@ -731,69 +537,37 @@ def vector_text(vector: np.ndarray) -> str:
     return "[" + ",".join(map(str, vector.astype(np.float32))) + "]"
 
 
-FOLDER_SCHEMA = """
-create table if not exists assets (
-    id text primary key, image_url text not null, client_name text not null,
-    modified integer not null);
-create index if not exists assets_client on assets (client_name, id);
-create table if not exists product_embeddings (
-    asset_id text primary key references assets (id) on delete cascade,
-    embedding blob not null, model_version text not null,
-    created_at text not null default (strftime('%Y-%m-%dT%H:%M:%fZ', 'now')),
-    updated_at text not null default (strftime('%Y-%m-%dT%H:%M:%fZ', 'now')));
-create table if not exists product_embedding_failures (
-    asset_id text primary key references assets (id) on delete cascade,
-    model_version text not null, stage text not null, reason text not null,
-    permanent integer not null, attempts integer not null default 1,
-    created_at text not null default (strftime('%Y-%m-%dT%H:%M:%fZ', 'now')),
-    updated_at text not null default (strftime('%Y-%m-%dT%H:%M:%fZ', 'now')));
-create trigger if not exists image_changed after update on assets
-    when old.modified is not new.modified begin
-        delete from product_embeddings where asset_id = new.id;
-        delete from product_embedding_failures where asset_id = new.id;
-    end;
-create temp table if not exists found (id text primary key, image_url, client_name, modified);
+# A row is of the image as it was at that time of modification
+FOLDER_TABLE = """
+create table if not exists images (asset_id text primary key, modified integer not null,
+    model_version text not null, embedding blob, stage text, reason text, permanent integer,
+    attempts integer not null, created_at text not null, updated_at text not null)
+"""
+FOLDER_SAVE = """
+insert into images values (:id, :mark, :version, :embedding, :stage, :reason, :permanent, 1,
+    :now, :now)
+on conflict do update set modified = :mark, model_version = :version, embedding = :embedding,
+    stage = :stage, reason = :reason, permanent = :permanent, updated_at = :now,
+    attempts = 1 + iif(modified = :mark and model_version = :version, attempts, 0)
+where :embedding is not null or embedding is null or modified <> :mark
+    or model_version <> :version
 """
 
 
-def _raise(error: OSError) -> None:
-    raise RunError(f"{error.filename} can't be read ({error.strerror}): nothing was changed")
-
-
 class FolderStore:
-    """The images below a folder, with their embeddings in one SQLite file in that folder.
+    """The images below a folder, with their embeddings in one SQLite file there.
 
-    Tables and columns are those of schema.sql, vectors little-endian float32 blobs.
-    Errors: RunError where the file can't be read or written.
+    Ids are the paths below it, clients its subfolders, vectors little-endian float32 blobs.
+    Errors: RunError where the folder or that file is of no use.
     """
 
     FILE = "product_embeddings.sqlite3"
-    LOCK_SECONDS = 60.0  # for another process on the same folder
+    longest = math.inf
 
-    def __init__(self, settings: Settings, stop: Stop) -> None:
-        if settings.local is None:
-            raise RunError("no folder was given")
-        self._settings = settings
-        self._folder = settings.local
-        self.place = self._folder / self.FILE
-        self._started = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")
-        self._lock = threading.Lock()
-        self._db: sqlite3.Connection  # opened by check()
-
-    def _open(self, path: Path) -> sqlite3.Connection:
-        connect = functools.partial(
-            sqlite3.connect,
-            timeout=self.LOCK_SECONDS,
-            isolation_level=None,
-            check_same_thread=False,
-        )
-        if not self._settings.dry_run:
-            return connect(path)
-        memory = connect(":memory:")
-        if path.exists():
-            with contextlib.closing(connect(path)) as file:
-                file.backup(memory)
-        return memory
+    def __init__(self, settings: Settings, _: Stop) -> None:
+        self._settings, self._folder = settings, settings.local or Path()
+        self.place = str(self._folder / self.FILE)
+        self._below = "" if settings.client is None else f"{settings.client.strip('/')}/"
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
@@ -801,591 +575,577 @@ class FolderStore:
             yield
         except (sqlite3.Error, OSError) as error:
             raise RunError(
-                f"{self.place}: {error}. It must be a database of this tool in a folder that can "
-                "be written to, with room on the disk"
+                f"{self.place}: {error}. It must be a database of this version of the script, in "
+                "a folder that can be written to, with room on the disk"
             ) from None
 
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._errors(), self._lock:
-            self._db.execute("begin immediate")
-            try:
-                yield self._db
-                self._db.execute("commit")
-            except BaseException:
-                self._db.execute("rollback")
-                raise
-
-    def check(self) -> None:
-        """Brings the assets table up to date with the folder's files."""
-        files = self._files()
-        first = list(itertools.islice(files, 1))
-        if not first and not self.place.exists():
-            raise RunError(f"no image below {self._folder}")
+    def status(self) -> Status:
+        """Compares the folder's images with what the file says of them."""
+        s, files = self._settings, dict(self._files())
+        there = Path(self.place).exists()
+        if not files and not there:
+            raise RunError(f"no image below {self._folder}, by the endings of the files there")
         with self._errors():
-            self._db = self._open(self.place)
-            self._db.execute("pragma foreign_keys = on")
-            self._db.executescript(FOLDER_SCHEMA)
-            self._db.executemany(
-                "insert or replace into found values (?,?,?,?)", itertools.chain(first, files)
-            )
-        with self._transaction() as db:
-            db.execute("delete from assets where id not in (select id from found)")
-            db.execute(
-                "insert into assets select * from found where true on conflict (id) do update "
-                "set modified = excluded.modified where modified <> excluded.modified"
-            )
-        client = self._settings.client
-        if client and not self._ask("select 1 from assets where client_name = :client limit 1"):
-            raise RunError(
-                f"no image below {self._folder / client}: with --local, "
-                "--client names a subfolder of DIR"
-            )
+            place = ":memory:" if s.dry_run and not there else self.place
+            self._db = sqlite3.connect(place, 60, isolation_level=None, check_same_thread=False)
+            kept = {name for (name,) in self._db.execute("select name from sqlite_master")}
+            if kept and "images" not in kept:
+                raise sqlite3.DatabaseError("it holds other tables")
+            self._db.execute(FOLDER_TABLE)
+            columns = "asset_id, modified, model_version, embedding is null, permanent"
+            known = {path: row for path, *row in self._db.execute(f"select {columns} from images")}
+            gone = json.dumps([] if s.dry_run else list(known.keys() - files.keys()))
+            query = "delete from images where asset_id in (select value from json_each(?))"
+            self._db.execute(query, [gone])
+        mine = [path for path in sorted(files) if path.startswith(self._below)]
+        if self._below and not mine:
+            raise RunError(f"no image below {self._folder / self._below}: --client is a subfolder")
+        mine = [path for path in mine if crc32(path.encode()) % s.shard[1] == s.shard[0] - 1]
+        states: dict[str, list[Asset]] = {"new": [], "done": [], "failed": [], "for good": []}
+        for path in mine:
+            modified, model, failed, permanent = known.get(path, (0, "", 0, 0))
+            state = ("for good" if permanent else "failed") if failed else "done"
+            state = state if (modified, model) == (files[path], s.model_version) else "new"
+            states[state].append(Asset(path, path, files[path]))
+        self._todo = [states["new"], states["failed"] + states["for good"] * s.retry_failed]
+        return Status(len(mine), len(states["done"]), len(states["for good"]))
 
-    def _files(self) -> Iterator[tuple[str, str, str, int]]:
-        """Rows of `assets`, one per image file; hidden files and folders are left out."""
+    def _files(self) -> Iterator[tuple[str, int]]:
+        """Path and time of each image file; hidden files and folders are left out."""
+        others: Counter[str] = Counter()
         for folder, folders, names in os.walk(self._folder, onerror=_raise):
             folders[:] = [name for name in folders if not name.startswith(".")]
-            for name in names:
-                path = Path(folder, name)
-                if path.suffix.lower() not in IMAGE_SUFFIXES or name.startswith("."):
+            for path in (Path(folder, name) for name in names):
+                kind = path.suffix.lower()
+                if path.name.startswith((".", self.FILE)):
                     continue
-                relative = path.relative_to(self._folder)
-                image = relative.as_posix()
+                if kind not in IMAGE_SUFFIXES:
+                    others[kind or "without one"] += 1
+                    continue
                 try:
+                    image = path.relative_to(self._folder).as_posix()
                     image.encode()
-                    modified = path.stat().st_mtime_ns
+                    yield image, path.stat().st_mtime_ns
                 except (OSError, UnicodeEncodeError) as error:
-                    log.warning("left out: %s: %s", ascii(image), error)
-                    continue
-                client = relative.parts[0] if len(relative.parts) > 1 else ""
-                yield (str(uuid.uuid5(uuid.NAMESPACE_URL, image)), image, client, modified)
+                    log.warning("left out: %s: %s", ascii(str(path)), error)
+        if others:
+            kinds = ", ".join(f"{count:,} {kind}" for kind, count in others.most_common(5))
+            log.info("left out, as no images by their ending: %s", kinds)
 
-    # The same questions as SupabaseStore's. Of failures: 0 none, 1 one that may have passed,
-    # 2 a permanent one
-    REACHED = """
-        from (select assets.*, coalesce(1 + permanent, 0) as failure,
-                  failed.updated_at as failed_at
-              from assets left join product_embedding_failures as failed
-                  on failed.asset_id = id and failed.model_version = :version
-              where :client is null or client_name = :client)
-        where not exists (select 1 from product_embeddings
-            where asset_id = id and model_version = :version)
-    """
+    def pages(self) -> Iterator[list[Asset]]:
+        """Pending assets in the order of their paths, a page at a time and each once; those that
+        failed in an earlier run come last."""
+        for assets in self._todo:
+            yield from (assets[n : n + PAGE_ROWS] for n in range(0, len(assets), PAGE_ROWS))
 
-    def _ask(self, query: str, **values: Any) -> list[tuple[Any, ...]]:
-        values |= {"version": MODEL_VERSION, "client": self._settings.client}
-        with self._errors(), self._lock:
-            return self._db.execute(query, values).fetchall()
-
-    def count(self, _: Asset | None = None) -> int | None:
-        """Pending assets."""
-        last = 2 if self._settings.retry_failed else 1
-        return int(self._ask(f"select count(*) {self.REACHED} and failure <= {last}")[0][0])
-
-    def count_known_failures(self) -> int:
-        """Assets that are left out because of an earlier permanent failure."""
-        if self._settings.retry_failed:
-            return 0
-        return int(self._ask(f"select count(*) {self.REACHED} and failure = 2")[0][0])
-
-    def pending(self) -> Iterator[Asset]:
-        """Yields pending assets in the order of their ids, read by keyset; those that failed in
-        an earlier run come last."""
-        query = f"""select id, image_url, failure {self.REACHED} and id > :cursor
-            and failure between :first and :last and coalesce(failed_at < :started, true)
-            order by id limit {PAGE_ROWS}"""
-        for first, last in ((0, 0), (1, 2 if self._settings.retry_failed else 1)):
-            span = {"first": first, "last": last, "started": self._started}
-            cursor = ""
-            while page := self._ask(query, cursor=cursor, **span):
-                yield from (Asset(row[0], row[1], row[2] > 0) for row in page)
-                cursor = page[-1][0]
-
-    def locate(self, image: str) -> tuple[Path, dict[str, str]]:
+    def locate(self, asset: Asset) -> tuple[Path, dict[str, str]]:
         """The path of an image; a file needs no headers."""
-        return self._folder / image, {}
+        return self._folder / asset.image, {}
 
-    def save(self, rows: list[tuple[Asset, np.ndarray]]) -> list[tuple[Asset, str | None]]:
-        """Upserts vectors (512,). Returns the refused assets: those deleted meanwhile."""
-        query = """
-            insert into product_embeddings (asset_id, embedding, model_version)
-            select id, ?, ? from assets where id = ?
-            on conflict (asset_id) do update set embedding = excluded.embedding,
-                model_version = excluded.model_version, updated_at = excluded.updated_at
-        """
-        with self._transaction() as db:
-            return [
-                (asset, None)
-                for asset, vector in rows
-                if not db.execute(
-                    query, (vector.astype("<f4").tobytes(), MODEL_VERSION, asset.id)
-                ).rowcount
-            ]
+    def save(self, results: list[Result]) -> list[tuple[str, str]]:
+        """As SupabaseStore's."""
+        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        with self._errors(), self._db:
+            self._db.execute("begin immediate")
+            for result in results:
+                row: dict[str, Any] = {"id": result.asset.id, "mark": result.asset.mark, "now": now}
+                row |= dict.fromkeys(("embedding", "stage", "reason", "permanent"))
+                row["version"] = self._settings.model_version
+                if isinstance(result, Failed):
+                    row |= why(result)
+                else:
+                    row["embedding"] = result.vector.astype("<f4").tobytes()
+                self._db.execute(FOLDER_SAVE, row)
+        return [("noted" if isinstance(r, Failed) else "stored", "") for r in results]
 
-    def save_failures(self, failures: list[Failure]) -> None:
-        """Remembers failures, so that later runs skip the permanent ones."""
-        query = """
-            insert into product_embedding_failures
-                (asset_id, model_version, stage, reason, permanent)
-            select id, ?, ?, ?, ? from assets where id = ? and not exists
-                (select 1 from product_embeddings where asset_id = id and model_version = ?)
-            on conflict (asset_id) do update set model_version = excluded.model_version,
-                stage = excluded.stage, reason = excluded.reason,
-                permanent = excluded.permanent, attempts = attempts + 1,
-                updated_at = excluded.updated_at
-        """
-        rows = [
-            (MODEL_VERSION, f.stage, f.reason, f.permanent, f.asset.id, MODEL_VERSION)
-            for f in failures
-        ]
-        with self._transaction() as db:
-            db.executemany(query, rows)
+    def gallery(self) -> dict[str, Any]:
+        """As SupabaseStore's; the nearest of up to 1,000 images, looked for among all."""
+        query = "select asset_id, stage || ': ' || reason from images where model_version = ?"
+        with self._errors():
+            rows = self._db.execute(f"{query} order by 1", [self._settings.model_version])
+            states = {name: why for name, why in rows if name.startswith(self._below)}
+        names = [name for name, why in states.items() if why is None]
+        some = names[:: 1 + len(names) // 1000]
+        mine = self._vectors(some)
+        near: list[list[tuple[str, str, float]]] = [[] for _ in some]
+        for others in (names[n : n + 10_000] for n in range(0, len(names), 10_000)):
+            scores, most = mine @ self._vectors(others).T, min(7, len(others))
+            for row, best in enumerate(np.argpartition(scores, -most)[:, -most:]):
+                told = [(others[n], others[n], float(scores[row, n])) for n in best]
+                told = [one for one in told if one[0] != some[row]] + near[row]
+                near[row] = sorted(told, key=lambda one: -one[2])[:6]
+        pairs = {(*sorted((a, b)), x) for a, row in zip(some, near, strict=True) for b, _, x in row}
+        shown = range(0, len(some), 1 + len(some) // 30)
+        unlike = (mine[shown] @ mine[shown].T)[np.triu_indices(len(shown), 1)]
+        failed: dict[str, list[str]] = defaultdict(list)
+        for name, why in states.items():
+            if why:
+                failed[why].append(name)
+        return {
+            "look_alikes": [[some[n], some[n], near[n]] for n in shown],
+            "pairs": [(a, a, b, b, x) for a, b, x in sorted(pairs, key=lambda one: -one[2])[:24]],
+            "failed": [(why, len(of), [(p, p) for p in of[:20]]) for why, of in failed.items()],
+            "typical": float(np.median(unlike)) if len(unlike) else None,
+        }
+
+    def _vectors(self, names: list[str]) -> np.ndarray:
+        query = "select embedding from json_each(?) join images on asset_id = value order by key"
+        with self._errors():
+            rows = self._db.execute(query, [json.dumps(names)])
+            return np.frombuffer(b"".join(blob for (blob,) in rows), "<f4").reshape(-1, DIMENSIONS)
+
+
+def _raise(error: OSError) -> None:
+    raise RunError(f"{error.filename} can't be read ({error.strerror}): nothing was changed")
 
 
 Store = SupabaseStore | FolderStore
 
 # ------------------------------------------------------------------ images
 
-
+BROKEN = "broken or truncated image file"
+TOO_MUCH = f"needs over {DECODE_MB} MB to decode"
+TOO_SLOW = f"takes over {DECODE_SECONDS} s to decode"
+TOO_LARGE = f"larger than {MAX_BYTES // 2**20} MB"
+AGENT = {"User-Agent": f"generate-embeddings/{VERSION} (python-requests; {MODEL_ID})"}
+NAT64 = ipaddress.ip_network("64:ff9b::/96")
 # What older Pythons' is_global takes for public: metadata, site-local, NAT64, IPv4 in IPv6
-_NOT_PUBLIC = [
+NOT_PUBLIC = [
     ipaddress.ip_network(text) for text in ("192.0.0.0/24", "fec0::/10", "64:ff9b:1::/48", "::/96")
 ]
-PRIVATE = "private address {} (ALLOW_PRIVATE_IMAGE_HOSTS=1 with --retry-failed allows it)"
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 def is_public(address: str) -> bool:
     """Whether an IP address is one of the open internet, also inside its IPv6 wrappings."""
     ip = ipaddress.ip_address(address.split("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
-        if ip in _NAT64:
-            ip = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-        else:
-            ip = ip.ipv4_mapped or ip.sixtofour or ip
-    return ip.is_global and not ip.is_multicast and not any(ip in net for net in _NOT_PUBLIC)
+        inside = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if ip in NAT64 else None
+        ip = inside or ip.ipv4_mapped or ip.sixtofour or ip
+    return ip.is_global and not ip.is_multicast and not any(ip in net for net in NOT_PUBLIC)
 
 
-class _Attempt:
-    """One attempt at a download: whom its connection may reach, and how a timer cuts it.
-
-    A socket's own timeout starts anew with every byte, and requests gives no hold on the socket
-    while headers come in: so the connection leaves a twin of it here, for cut() to shut down.
-    """
-
-    here = threading.local()  # .attempt: the one under way in this thread
-
-    def __init__(self, trusted: tuple[str, int | None] | None) -> None:
-        self.trusted = trusted  # host and port that may be private; None: any may
-        self.late = False
-        self._twin: socket.socket | None = None
-
-    def opened(self, sock: socket.socket, host: str, port: int | None, proxied: bool) -> None:
-        self.using(sock)
-        peer = sock.getpeername()[0]
-        if self.trusted and not proxied and (host, port) != self.trusted and not is_public(peer):
-            raise Rejected(PRIVATE.format(peer))
-
-    def using(self, sock: socket.socket) -> None:
-        self.close()
-        self._twin = socket.socket(fileno=socket.dup(sock.fileno()))
-        if self.late:  # a redirect after the cut
-            self.cut()
-
-    def cut(self) -> None:
-        self.late = True
-        if self._twin:
-            with contextlib.suppress(OSError):  # closed already: nothing to cut
-                self._twin.shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        if self._twin:
-            self._twin.close()
+def private(address: str) -> Rejected:
+    """The refusal of an address of one's own network."""
+    allow = "ALLOW_PRIVATE_IMAGE_HOSTS=1 with --retry-failed allows it"
+    return Rejected(f"private address {address} ({allow})")
 
 
-class _Watched:
-    """Mixin of urllib3's connections that reports to the attempt under way. The peer's address
-    is looked at once connected, when neither a redirect nor DNS can change it any more."""
+class Guarded:
+    """Mixin of urllib3's connections: connects to public addresses alone, within its timeout.
+    The addresses looked at are those connected to: no DNS can change them in between."""
+
+    trusted: tuple[str, int] | None  # host and port that may be private; None: any may
 
     def _new_conn(self: Any) -> socket.socket:
-        sock: socket.socket = super()._new_conn()  # type: ignore[misc]
+        end, reason = time.monotonic() + self.timeout, "host not reachable"
         try:
-            _Attempt.here.attempt.opened(sock, self.host, self.port, bool(self.proxy))
-        except BaseException:
-            sock.close()
-            raise
-        return sock
-
-    def request(self: Any, *args: Any, **kwargs: Any) -> None:
-        if self.sock is not None:
-            _Attempt.here.attempt.using(self.sock)
-        super().request(*args, **kwargs)  # type: ignore[misc]
-
-
-def _watched(pool: Any) -> Any:
-    connection = type("Connection", (_Watched, pool.ConnectionCls), {})
-    return type("Pool", (pool,), {"ConnectionCls": connection})
-
-
-class _WatchedAdapter(HTTPAdapter):
-    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        super().init_poolmanager(*args, **kwargs)
-        self.poolmanager.pool_classes_by_scheme = {
-            "http": _watched(urllib3.HTTPConnectionPool),
-            "https": _watched(urllib3.HTTPSConnectionPool),
-        }
+            found = socket.getaddrinfo(self._dns_host, self.port, type=socket.SOCK_STREAM)
+        except socket.gaierror:
+            raise Rejected("host not found", False, retry_after=0) from None
+        addresses = [str(entry[4][0]) for entry in found]
+        if self.trusted not in (None, (self.host, self.port)):
+            addresses = [address for address in addresses if is_public(address)]
+            if not addresses:
+                raise private(str(found[0][4][0]))
+        for address in addresses:
+            place, left = (address, self.port), end - time.monotonic()
+            if left <= 0:
+                break
+            try:
+                return urllib3.util.connection.create_connection(
+                    place, left, None, self.socket_options
+                )
+            except OSError as error:
+                reason = network_reason(error)
+        raise Rejected(reason, False, retry_after=0)
 
 
-class _Session(requests.Session):
-    def resolve_redirects(self, *_: Any, **__: Any) -> Iterator[Any]:
-        """None: requests would read the whole body of a redirect before it says where to."""
-        yield from ()
+def guarded_adapter(trusted: tuple[str, int] | None, connections: int) -> HTTPAdapter:
+    """An adapter whose connections are guarded, but those to a proxy."""
+    adapter = HTTPAdapter(pool_connections=64, pool_maxsize=connections)
+    pools: dict[str, Any] = {}
+    for pool in (urllib3.HTTPConnectionPool, urllib3.HTTPSConnectionPool):
+        guarded = type("Connection", (Guarded, pool.ConnectionCls), {"trusted": trusted})
+        pools[pool.scheme or ""] = type("Pool", (pool,), {"ConnectionCls": guarded})
+    adapter.poolmanager.pool_classes_by_scheme = pools
+    return adapter
 
 
-TOO_LARGE = f"larger than {MAX_BYTES // 2**20} MB"
+NETWORK_REASONS = {
+    "CERTIFICATE": "the host's certificate is not valid",
+    "SSL": "TLS failed",
+    "timed out": "the host did not answer in time",
+    "refused": "connection refused",
+    "unreachable": "host not reachable",
+    "decode": "broken compression",
+}
+
+
+def network_reason(error: Exception) -> str:
+    """What went wrong on the way to a host, in words that group well."""
+    text = str(error)
+    return next((why for sign, why in NETWORK_REASONS.items() if sign in text), "connection lost")
 
 
 class Fetcher:
-    """Gets the bytes of images from URLs and files, with one pool of connections.
+    """Gets the bytes of images from URLs and files, over connections that stay open.
 
     Errors: Rejected, with the reason; permanent where the host gave a final answer.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._seconds = settings.fetch_seconds
-        origin = urlsplit(settings.url)
-        port = origin.port or (443 if origin.scheme == "https" else 80)
-        self._trusted = None if settings.allow_private_hosts else (origin.hostname or "", port)
-        self._session = _Session()
-        self._session.auth = lambda request: request  # else ~/.netrc is sent to image hosts
-        self._session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
-        self._session.headers["User-Agent"] = f"generate-embeddings (python-requests; {MODEL_ID})"
-        adapter = _WatchedAdapter(pool_connections=64, pool_maxsize=settings.workers)
-        self._session.mount("http://", adapter)
-        self._session.mount("https://", adapter)
+        self._trusted = None if settings.private_hosts else host_and_port(settings.url)
+        # no Session: that would send cookies and what is in ~/.netrc
+        self._adapter = guarded_adapter(self._trusted, settings.workers)
+        self._verify = os.environ.get("REQUESTS_CA_BUNDLE") or True
+        self._heavy = threading.Semaphore(HEAVY_FILES)
 
     def fetch(self, place: str | Path, headers: dict[str, str]) -> bytes:
         """The bytes of an image, at most MAX_BYTES, within the deadline, retries included."""
         if isinstance(place, Path):
-            return self._read(place)
+            return read_file(place)
         if place[:5].lower() == "data:":
-            return self._inline(place)
+            return read_data_url(place)
         deadline = time.monotonic() + self._seconds
-        for attempt in itertools.count(1):
+        for attempt in range(FETCH_ATTEMPTS):
             try:
-                return self._attempt(place, headers, deadline)
+                return self._follow(place, headers, deadline)
             except Rejected as error:
-                delay = 0.5 * 2 ** (attempt - 1) * random.uniform(0.5, 1.0)
-                delay = max(delay, error.retry_after or 0)
-                if (
-                    error.permanent
-                    or attempt == FETCH_ATTEMPTS
-                    or time.monotonic() + delay > deadline
-                ):
+                delay = max(2**attempt * random.uniform(0.25, 0.5), error.retry_after or 0)
+                late = time.monotonic() + delay > deadline
+                if error.retry_after is None or late or attempt == FETCH_ATTEMPTS - 1:
                     raise
             time.sleep(delay)
-        raise AssertionError  # count() has no end
+        raise AssertionError  # the last attempt returns or raises
 
-    @staticmethod
-    def _read(path: Path) -> bytes:
-        try:
-            if not path.is_file():  # a named pipe, say, would never end
-                raise OSError(0, "no such file")
-            with path.open("rb") as file:
-                data = file.read(MAX_BYTES + 1)
-        except OSError as error:
-            raise Rejected(f"can't be read ({error.strerror})", permanent=False) from None
-        if len(data) > MAX_BYTES:
-            raise Rejected(TOO_LARGE)
-        return data
-
-    @staticmethod
-    def _inline(url: str) -> bytes:
-        if len(url) > MAX_BYTES:
-            raise Rejected(TOO_LARGE)
-        try:
-            return DataHandler().data_open(Request(url)).read()
-        except (ValueError, OSError):
-            raise Rejected("broken data: URL") from None
-
-    def _attempt(self, url: str, headers: dict[str, str], deadline: float) -> bytes:
-        try:
-            with self._until(deadline):
-                return self._follow(url, headers)
-        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
-            raise Rejected(*_network_reason(error)) from None
-        except ValueError:
-            raise Rejected("not a valid URL") from None
-
-    @contextlib.contextmanager
-    def _until(self, deadline: float) -> Iterator[None]:
-        """Cuts this thread's download at the deadline. What came until then, an answer that
-        looks complete included, does not count."""
-        attempt = _Attempt.here.attempt = _Attempt(self._trusted)
-        timer = threading.Timer(max(0.0, deadline - time.monotonic()), attempt.cut)
-        timer.daemon = True
-        timer.start()
-        try:
-            yield
-        except Exception:
-            if not attempt.late:
-                raise
-        finally:
-            timer.cancel()
-            attempt.close()
-        if attempt.late:
-            raise Rejected(f"not complete within {self._seconds:g} s", permanent=False)
-
-    def _follow(self, url: str, headers: dict[str, str]) -> bytes:
+    def _follow(self, url: str, headers: dict[str, str], deadline: float) -> bytes:
         # By hand: the headers go to the first URL alone
         for _ in range(MAX_REDIRECTS + 1):
-            self._refuse_behind_proxy(url)
-            timeout = min(READ_SECONDS, self._seconds)
-            with self._session.get(
-                url, headers=headers, stream=True, allow_redirects=False, timeout=timeout
-            ) as response:
-                target = self._session.get_redirect_target(response)
-                if target is None:
-                    return self._body(response)
-            url, headers = urljoin(url, target), {}
+            request = prepare(url, headers)
+            try:
+                with contextlib.closing(self._send(request, deadline)) as response:
+                    target = requests.Session().get_redirect_target(response)
+                    if target is None:
+                        return self._body(response, deadline)
+            except (requests.exceptions.InvalidURL, UnicodeError):
+                raise Rejected("not a valid URL") from None
+            except (OSError, ValueError, urllib3.exceptions.HTTPError) as error:
+                raise Rejected(network_reason(error), False, retry_after=0) from None
+            try:
+                url, headers = urljoin(url, target), {}
+            except ValueError:
+                raise Rejected("not a valid URL") from None
         raise Rejected(f"more than {MAX_REDIRECTS} redirects")
 
-    def _refuse_behind_proxy(self, url: str) -> None:
-        # A proxy resolves names for us: only an address in the URL itself can be judged
-        parts = urlsplit(url)
-        host = (parts.hostname or "").rstrip(".")
-        port = parts.port or (443 if parts.scheme == "https" else 80)
-        if self._trusted in (None, (host, port)) or not requests.utils.get_environ_proxies(url):
-            return
-        private = host == "localhost" or host.endswith(".localhost")
-        with contextlib.suppress(OSError):
-            host = socket.inet_ntoa(socket.inet_aton(host))  # knows 127.1 and 0x7f000001, too
-        with contextlib.suppress(ValueError):
-            private = private or not is_public(host)
-        if private:
-            raise Rejected(PRIVATE.format(host))
+    def _send(self, request: requests.PreparedRequest, deadline: float) -> requests.Response:
+        url = request.url or ""
+        proxies = requests.utils.get_environ_proxies(url)
+        if proxies and self._trusted not in (None, host_and_port(url)):
+            refuse_literally_private(url)
+        left = self._left(deadline)
+        timeout = (left, min(READ_SECONDS, left))
+        return self._adapter.send(request, True, timeout, self._verify, proxies=proxies)
 
-    @staticmethod
-    def _body(response: requests.Response) -> bytes:
+    def _left(self, deadline: float) -> float:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise Rejected(f"not complete within {self._seconds:g} s", False)
+        return left
+
+    def _body(self, response: requests.Response, deadline: float) -> bytes:
         code = response.status_code
         if code != 200:
+            passing = code < 200 or code >= 500 or code in (408, 425, 429)
             raise Rejected(
                 f"HTTP {code} {http.client.responses.get(code, '')}".strip(),
-                permanent=code < 500 and code not in (408, 425, 429),
-                retry_after=_retry_after(response.headers.get("Retry-After")),
+                permanent=not passing and code not in (401, 403, 407),  # a block may be lifted
+                retry_after=retry_after(response) if passing else None,
             )
         data = bytearray()
-        for chunk in response.iter_content(2**16):
-            data += chunk
-            if len(data) > MAX_BYTES:
-                raise Rejected(TOO_LARGE)
+        with contextlib.ExitStack() as held:
+            while chunk := response.raw.read1(2**16, decode_content=True):
+                if len(data) <= HEAVY_BYTES < len(data) + len(chunk):
+                    held.enter_context(self._heavy)
+                data += chunk
+                if len(data) > MAX_BYTES:
+                    raise Rejected(TOO_LARGE)
+                self._left(deadline)
         return bytes(data)
 
 
-def _retry_after(header: str | None) -> float | None:
+def prepare(url: str, headers: dict[str, str]) -> requests.PreparedRequest:
+    """A request for a URL; raises Rejected for one that is not to be fetched."""
+    try:
+        if urlsplit(url).scheme.lower() not in ("http", "https"):
+            raise Rejected("only http, https and data URLs are fetched")
+        return requests.Request("GET", url, headers=AGENT | headers).prepare()
+    except ValueError:
+        raise Rejected("not a valid URL") from None
+
+
+def host_and_port(url: str) -> tuple[str, int]:
+    """Whom a URL leads to."""
+    parts = urlsplit(url)
+    return parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+
+
+def refuse_literally_private(url: str) -> None:
+    """Raises Rejected; for use with a proxy, which alone knows where other names lead."""
+    host, port = host_and_port(url)
+    host = "127.0.0.1" if re.fullmatch(r"(.+\.)?localhost\.?", host) else host.rstrip(".")
+    with contextlib.suppress(OSError, UnicodeError):  # not literally an address
+        found = socket.getaddrinfo(host, port, flags=socket.AI_NUMERICHOST)
+        if not is_public(str(found[0][4][0])):
+            raise private(host)
+
+
+def retry_after(response: requests.Response) -> float:
+    """The seconds that a host asks to be left alone; 0 where it names none."""
     with contextlib.suppress(urllib3.exceptions.InvalidHeader, ValueError, OverflowError):
-        return urllib3.Retry().parse_retry_after(header) if header else None
-    return None
+        return urllib3.Retry().parse_retry_after(response.headers.get("Retry-After") or "0")
+    return 0
 
 
-def _network_reason(error: Exception) -> tuple[str, bool]:
-    """A reason that groups well, and whether it is permanent."""
-    if isinstance(error, requests.exceptions.InvalidSchema):
-        return "only http, https and data URLs are fetched", True
-    if isinstance(error, (ValueError, urllib3.exceptions.LocationValueError)):
-        return "not a valid URL", True
-    if isinstance(error, requests.exceptions.ContentDecodingError):
-        return "broken compression", False
-    text = str(error)
-    for sign, reason in (
-        ("NameResolutionError", "host not found"),
-        ("CERTIFICATE", "the host's certificate is not valid"),
-        ("SSL", "TLS failed"),
-        ("timed out", "the host did not answer in time"),
-        ("refused", "connection refused"),
-        ("NewConnectionError", "host not reachable"),
-    ):
-        if sign in text:
-            return reason, False
-    return "connection lost", False
+def read_file(path: Path) -> bytes:
+    """A file's bytes; raises Rejected."""
+    try:
+        if not path.is_file():  # a named pipe, say, would never end
+            raise OSError(0, "no regular file")
+        if path.stat().st_size > MAX_BYTES:
+            raise Rejected(TOO_LARGE)
+        return path.read_bytes()
+    except OSError as error:
+        raise Rejected(f"can't be read ({error.strerror})", permanent=False) from None
 
 
-_one_large_image = threading.Lock()
+def read_data_url(url: str) -> bytes:
+    """What a data: URL holds; raises Rejected."""
+    try:
+        return DataHandler().data_open(Request(url)).read()
+    except (ValueError, OSError):
+        raise Rejected("broken data: URL") from None
 
 
 def decode(data: bytes) -> Image.Image:
     """An image file's bytes as an upright RGB image on white, reduced where it is far larger
-    than CLIP needs. Raises Rejected for what is no image, broken, or out of bounds."""
-    try:
-        image = _open(data)
-        width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise Rejected(f"more than {MAX_PIXELS // 10**6} megapixels")
-        if min(width, height) < MIN_SIDE:
-            raise Rejected(f"smaller than {MIN_SIDE} pixels a side")
-        if max(width, height) > MAX_ASPECT * min(width, height):
-            raise Rejected(f"a strip, more than {MAX_ASPECT} times as long as wide")
-        with _one_large_image if width * height > LARGE_PIXELS else contextlib.nullcontext():
-            # JPEG's decoder can shrink by 2, 4 or 8 as it goes; the others take no draft
-            shrink = max(1.0, min(width, height) / (KEEP_SCALE * SIDE))
-            image.draft(None, (int(width / shrink), int(height / shrink)))
-            image.load()
-            _scale_key(image, data)
-            return _upright(image, _reduced_rgb(image))
-    except Rejected:
-        raise
-    except MemoryError:
-        raise Rejected("not enough memory to decode it", permanent=False) from None
-    except Exception as error:  # Pillow's decoders raise nearly every type there is
-        log.debug("decoding: %s: %s", type(error).__name__, error)
-        raise Rejected("broken or truncated image file") from None
+    than CLIP needs. Raises Rejected for what is no image or out of bounds, and whatever
+    Pillow's decoders raise for the broken."""
+    image = opened(data)
+    width, height = image.size
+    if width * height * 4 > DECODE_MB * 2**20 and image.format not in ("JPEG", "MPO"):
+        raise Rejected(TOO_MUCH)  # JPEG shrinks while it decodes
+    if min(width, height) < MIN_SIDE:
+        raise Rejected(f"smaller than {MIN_SIDE} pixels a side")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise Rejected(f"a strip, more than {MAX_ASPECT} times as long as wide")
+    # JPEG's decoder can shrink by 2, 4 or 8 as it goes; the others take no draft
+    shrink = max(1.0, min(width, height) / (KEEP_SCALE * SIDE))
+    image.draft(None, (int(width / shrink), int(height / shrink)))
+    image.load()
+    result = in_rgb(image)
+    with contextlib.suppress(Exception):  # broken EXIF data can't say how the camera was held
+        result.getexif()[0x0112] = image.getexif().get(0x0112, 1)
+        ImageOps.exif_transpose(result, in_place=True)
+    return result
 
 
-def _open(data: bytes) -> Image.Image:
-    try:
-        return Image.open(io.BytesIO(data), formats=FORMATS)
-    except UnidentifiedImageError:
-        pass
+def opened(data: bytes) -> Image.Image:
+    """An image file, of which the header was read; raises Rejected."""
+    formats = FORMATS
     if data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"mif1", b"msf1", b"hevc"):
         try:
             import pillow_heif
         except ImportError:
-            reason = "HEIC: pip install pillow-heif, then run again"
-            raise Rejected(reason, permanent=False) from None
+            raise Rejected("HEIC: pip install pillow-heif, then run again", False) from None
         pillow_heif.register_heif_opener()
-        return Image.open(io.BytesIO(data), formats=["HEIF"])
-    raise Rejected(_what_else(data))
+        formats = [*FORMATS, "HEIF"]
+    try:
+        return Image.open(io.BytesIO(data), formats=formats)
+    except UnidentifiedImageError:
+        raise Rejected(what_else(data)) from None
 
 
-_MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\0", b"MM\0*", b"RIFF", b"BM")
+# How files begin that Pillow takes for no image, in small letters
+NO_IMAGES = {
+    rb"$": "an empty file",
+    rb"<((?!<(!doctype html|html|head|body)\b).)*?<?svg\b": "an SVG drawing, which has no pixels",
+    rb"<.*?(html|head|body)\b": "an HTML page, not an image",
+    rb"[\[{]": "JSON, not an image",
+    rb"%pdf": "a PDF, not an image",
+    rb"\xff\xd8\xff|\x89png|gif8|ii\*\0|mm\0\*|riff|bm|....ftyp(avi|hei|mif)": BROKEN,
+    rb"": "not an image in a known format",
+}
 
 
-def _what_else(data: bytes) -> str:
+def what_else(data: bytes) -> str:
     """What the bytes are that Pillow takes for no image."""
-    head = data[: 2**16].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    # the first of these elements, whatever prolog, comments and DOCTYPE come before
-    element = re.search(rb"<(svg|!doctype html|html|head|body)\b", head)
-    if not data:
-        return "an empty file"
-    if head.startswith(b"<") and element:
-        svg = element[1] == b"svg"
-        return "an SVG drawing, which has no pixels" if svg else "an HTML page, not an image"
-    for start, name in ((b"{", "JSON"), (b"[", "JSON"), (b"%pdf", "a PDF")):
-        if head.startswith(start):
-            return f"{name}, not an image"
-    if data.startswith(_MAGIC) or data[4:12] in (b"ftypavif", b"ftypavis"):
-        return "broken or truncated image file"
-    return "not an image in a known format"
+    head = data[: 2**16].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    return next(name for start, name in NO_IMAGES.items() if re.match(start, head, re.DOTALL))
 
 
-def _scale_key(image: Image.Image, data: bytes) -> None:
-    """Brings the transparent colour of a PNG to 8 bits, as Pillow does the pixels alone."""
-    key, depth = image.info.get("transparency"), data[24]
-    if image.format != "PNG" or key is None:
-        return
-    if image.mode == "RGB" and depth == 16:
-        image.info["transparency"] = tuple(level >> 8 for level in key)
-    elif image.mode in ("1", "L") and depth < 8:
-        image.info["transparency"] = key * 255 // (2**depth - 1)
-
-
-def _reduced_rgb(image: Image.Image) -> Image.Image:
-    """A loaded image in RGB, reduced by a whole number where KEEP_SCALE leaves room for it."""
-    width, height = image.size
-    factor = max(1, min(width, height) // (KEEP_SCALE * SIDE))
-    if width * height <= LARGE_PIXELS:
-        image = _rgb(image, image.format)
-        return image.reduce(factor) if factor > 1 else image
-    result = Image.new("RGB", (-(-width // factor), -(-height // factor)))
-    rows = max(1, BAND_ROWS // factor) * factor
-    for top in range(0, height, rows):
-        band = _rgb(image.crop((0, top, width, min(top + rows, height))), image.format)
-        result.paste(band.reduce(factor), (0, top // factor))
-    return result
-
-
-def _rgb(image: Image.Image, file_format: str | None) -> Image.Image:
-    """A loaded image, or a band of one, in RGB, with white behind what is transparent."""
-    if image.mode.startswith("I;16"):
-        levels = np.asarray(image)
-        if isinstance(hidden := image.info.get("transparency"), int):
-            levels = np.where(levels == hidden, 65535, levels)
-        return Image.fromarray((levels >> 8).astype(np.uint8)).convert("RGB")
+def in_rgb(image: Image.Image) -> Image.Image:
+    """A loaded image in RGB, with white behind what is transparent, reduced by a whole number
+    where KEEP_SCALE leaves room for it."""
     if image.mode in ("I", "F", "LAB"):
         raise Rejected(f"pixels of a kind that is not supported (mode {image.mode})")
-    if image.mode == "CMYK":
-        return _from_cmyk(image, file_format)
-    if image.has_transparency_data:
+    # Pillow takes every CMYK JPEG for one of Adobe's, which hold inverted values
+    inverted = image.format in ("JPEG", "MPO") and "adobe" not in image.info
+    profile = image.info.get("icc_profile")
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.has_transparency_data and image.mode != "RGBA":
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _from_cmyk(image: Image.Image, file_format: str | None) -> Image.Image:
-    if file_format in ("JPEG", "MPO") and "adobe" not in image.info:
-        # Pillow takes every CMYK JPEG for one of Adobe's, which hold inverted values
-        image = ImageChops.invert(image)
-    if profile := image.info.get("icc_profile"):
-        with contextlib.suppress(ImageCms.PyCMSError, OSError):  # broken profile: do without
-            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            target = ImageCms.createProfile("sRGB")
-            converted = ImageCms.profileToProfile(image, source, target, outputMode="RGB")
-            if converted is not None:
-                return converted
+    elif image.mode not in ("L", "RGB", "RGBA", "CMYK"):  # of these a copy would be too much
+        image = image.convert("RGB")
+    image = image.reduce(max(1, min(image.size) // (KEEP_SCALE * SIDE)))
+    if image.mode == "CMYK":
+        return from_cmyk(ImageChops.invert(image) if inverted else image, profile)
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
-def _upright(source: Image.Image, image: Image.Image) -> Image.Image:
-    """The image turned as the EXIF data of its source say."""
-    try:
-        image.getexif()[0x0112] = source.getexif().get(0x0112, 1)
-        ImageOps.exif_transpose(image, in_place=True)
-    except Exception as error:  # broken EXIF data can't say how the camera was held
-        log.debug("EXIF: %s", error)
-    return image
+def from_cmyk(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """An image in RGB by its colour profile, or without where that is missing or broken."""
+    with contextlib.suppress(ImageCms.PyCMSError, OSError):
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile or b""))
+        target = ImageCms.createProfile("sRGB")
+        if converted := ImageCms.profileToProfile(image, source, target, outputMode="RGB"):
+            return converted
+    return image.convert("RGB")
 
 
-# One value per channel and 8-bit level: the arithmetic of transformers' processor, same bits
-_LEVELS = (np.arange(256).astype(np.float64) * (1 / 255)).astype(np.float32)
-_PIXEL_VALUES = np.stack(
-    [(_LEVELS - np.float32(m)) / np.float32(s) for m, s in zip(MEAN, STD, strict=True)]
-)
-
-
-def preprocess(image: Image.Image) -> np.ndarray:
-    """An RGB image as CLIP's input: shorter side to 224, centre crop, normalised.
-
-    Returns float32 (3, 224, 224), the same bits as transformers' CLIPImageProcessor.
-    """
-    width, height = image.size
-    shorter = min(width, height)
-    width, height = int(SIDE * width / shorter), int(SIDE * height / shorter)
+def crop(image: Image.Image) -> np.ndarray:
+    """What CLIP sees of an RGB image, its shorter side at 224: levels (224, 224, 3)."""
+    shorter = min(image.size)
+    width, height = (int(SIDE * side / shorter) for side in image.size)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - SIDE) // 2, (height - SIDE) // 2
-    levels = np.asarray(image.crop((left, top, left + SIDE, top + SIDE)))
-    return np.stack([_PIXEL_VALUES[c][levels[:, :, c]] for c in range(3)])
+    return np.asarray(image.crop((left, top, left + SIDE, top + SIDE)))
 
 
-Result = tuple[Asset, np.ndarray | Failure]  # pixels, later the vector; or why not
+# One value per channel and level: the arithmetic of transformers' processor, same bits
+_LEVELS = (np.arange(256).astype(np.float64) * (1 / 255)).astype(np.float32)
+_PIXELS = [(_LEVELS - np.float32(m)) / np.float32(s) for m, s in zip(MEAN, STD, strict=True)]
 
 
-def load_asset(store: Store, fetcher: Fetcher, asset: Asset) -> Result:
-    """One asset's pixels (3, 224, 224), or the Failure; raises nothing."""
-    stage = "fetch"
+def normalise(levels: np.ndarray) -> np.ndarray:
+    """Levels (224, 224, 3) -> pixels (3, 224, 224), as transformers' CLIPImageProcessor."""
+    return np.stack([_PIXELS[channel][levels[:, :, channel]] for channel in range(3)])
+
+
+class Decoder:
+    """A process that decodes an image at a time, within limits that no file can talk it out of:
+    what a file claims is not what it holds. Linux holds it to both limits, macOS to the seconds.
+    """
+
+    def __init__(self) -> None:
+        kinds = multiprocessing.get_all_start_methods()
+        context = multiprocessing.get_context("forkserver" if "forkserver" in kinds else "spawn")
+        context.set_forkserver_preload(["numpy", "requests", "PIL.ImageCms"])  # imported once
+        self._context: Any = context
+        self._process: Any = None
+
+    def decode(self, data: bytes) -> np.ndarray:
+        """The levels (224, 224, 3) of an image file; raises Rejected."""
+        answer: Any = Rejected(BROKEN)
+        with contextlib.suppress(EOFError, OSError):  # it dies of some files
+            if not self._process:
+                self._pipe, theirs = self._context.Pipe()
+                process = self._context.Process(target=work, args=(theirs,), daemon=True)
+                process.start()
+                self._process = process
+                theirs.close()
+            self._pipe.send_bytes(data)
+            if self._pipe.poll(DECODE_PATIENCE):
+                answer = self._pipe.recv()
+                if isinstance(answer, Rejected):
+                    raise answer
+                return answer  # type: ignore[no-any-return]
+        if not self._process:
+            raise Rejected("no process could be started to decode it", permanent=False)
+        self._process.kill()
+        self._process.join()
+        # ended by us, by the system (SIGXCPU), or by itself
+        reasons = {-9: TOO_SLOW, -24: TOO_SLOW, OUT_OF_MEMORY: TOO_MUCH}
+        reason = reasons.get(self._process.exitcode, BROKEN)
+        self._process = None
+        raise Rejected(reason)
+
+
+OUT_OF_MEMORY = 77  # a decoder's exit code
+
+
+def work(pipe: Any) -> None:
+    """What a decoder's process does until the run closes the pipe."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the run
+    warnings.simplefilter("ignore")  # Pillow's, about oddities that do no harm
+    with contextlib.suppress(OSError):
+        pages = int(Path("/proc/self/statm").read_text().split()[5])
+        limit("RLIMIT_DATA", pages * os.sysconf("SC_PAGE_SIZE") + DECODE_MB * 2**20)
     try:
-        data = fetcher.fetch(*store.locate(asset.image))
-        stage = "decode"
-        return asset, preprocess(decode(data))
-    except Rejected as error:
-        return asset, Failure(asset, stage, str(error), error.permanent)
-    except Exception as error:
-        log.debug("asset %s", asset.id, exc_info=True)
-        return asset, Failure(asset, stage, f"unexpected {type(error).__name__}", False)
+        while True:
+            data = pipe.recv_bytes()
+            limit("RLIMIT_CPU", math.ceil(time.process_time()) + DECODE_SECONDS)
+            pipe.send(levels_or_reason(data))
+    except MemoryError:
+        os._exit(OUT_OF_MEMORY)  # there may be too little left to say more
+    except (EOFError, OSError):
+        pass  # the run is over
+
+
+def limit(name: str, most: int) -> None:
+    """Limits a resource of this process, where the system can."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        number = getattr(resource, name)
+        resource.setrlimit(number, (most, resource.getrlimit(number)[1]))
+
+
+def levels_or_reason(data: bytes) -> np.ndarray | Rejected:
+    """The levels of an image file, or why it has none; raises nothing."""
+    try:
+        return crop(decode(data))
+    except Rejected as rejected:
+        return rejected
+    except Image.DecompressionBombError:
+        return Rejected(TOO_MUCH)
+    except MemoryError:
+        raise
+    except Exception:  # Pillow's decoders raise nearly every type there is
+        return Rejected(BROKEN)
+
+
+class Loader:
+    """The way from an asset to its levels, for any number of threads. Raises Rejected."""
+
+    def __init__(self, store: Store, settings: Settings) -> None:
+        self._store, self._fetcher = store, Fetcher(settings)
+        self._decoders: queue.LifoQueue[Decoder] = queue.LifoQueue()
+        for _ in range(cores()):
+            self._decoders.put(Decoder())
+
+    def fetch(self, asset: Asset) -> bytes:
+        return self._fetcher.fetch(*self._store.locate(asset))
+
+    def decode(self, data: bytes) -> np.ndarray:
+        decoder = self._decoders.get()
+        try:
+            return decoder.decode(data)
+        finally:
+            self._decoders.put(decoder)
 
 
 # ------------------------------------------------------------------ model
+
+
+def cores() -> int:
+    """The processor cores that this run may use; OMP_NUM_THREADS, where set, has the last word."""
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    return int(wanted if wanted.isdecimal() else 0) or there or 1
 
 
 class ImageTower:
@@ -1393,105 +1153,103 @@ class ImageTower:
 
     What makes it fast on CPUs: weights laid out once for oneDNN, one product for q, k and v,
     activation and residual fused into the products, and the last layer only for the one token
-    that leaves it. Raises KeyError for weights that are not there.
+    that leaves it. `read` gives the weights by name; KeyError for one that is not there.
     """
 
-    def __init__(
-        self, read: Callable[[], Mapping[str, Any]], config: Any, device: str, dtype: str
-    ) -> None:
+    def __init__(self, read: Callable[[], Any], config: Mapping[str, Any], settings: Settings):
         import torch
 
-        self._torch, self._read, self._config = torch, read, config
-        self._weights = read()
-        self._device, self._dtype = device, getattr(torch, dtype)
-        tower = "vision_model."
-        embeddings = tower + "embeddings."
-        position = self._take(embeddings + "position_embedding.weight")
-        self._first = self._ours(self._take(embeddings + "class_embedding") + position[0])
+        self._torch, self._functional, self._weights = torch, torch.nn.functional, read()
+        self._device, self._dtype = settings.device, getattr(torch, settings.dtype)
+        self._heads, self._side = config["num_attention_heads"], config["patch_size"]
+        self._packs = self._can_pack()
+        position = self._take("embeddings.position_embedding.weight")
+        self._first = self._ours(self._take("embeddings.class_embedding") + position[0])
         self._position = self._ours(position[1:])
-        self._patches = self._linear(self._take(embeddings + "patch_embedding.weight").flatten(1))
-        self._before = self._norm(tower + "pre_layrnorm")  # the checkpoint's own spelling
-        self._layers = [self._layer(number) for number in range(config.num_hidden_layers)]
-        self._after = self._norm(tower + "post_layernorm")
-        self._projection = self._linear(self._take("visual_projection.weight"))
+        self._patches = self._linear(self._take("embeddings.patch_embedding.weight").flatten(1))
+        self._before = self._norm("pre_layrnorm")  # the checkpoint's own spelling
+        self._after = self._norm("post_layernorm")
+        self._projection = self._linear(self._weights["visual_projection.weight"].float())
+        self._layers: list[Any] = []
+        layers = range(config["num_hidden_layers"])
+        with ThreadPoolExecutor(cores()) as pool:
+            for start in layers[::4]:
+                self._layers += pool.map(self._layer, layers[start : start + 4])
+                self._weights = read()  # lets go of what was read, and is mapped
         del self._weights
 
     def _take(self, name: str) -> Any:
         # a copy: one view left over would keep the whole file mapped
-        return self._weights[name].to(self._torch.float32, copy=True)
+        return self._weights[f"vision_model.{name}"].to(self._torch.float32, copy=True)
 
     def _ours(self, tensor: Any) -> Any:
         return tensor.to(self._device, self._dtype)
 
     def _norm(self, name: str) -> tuple[Any, ...]:
         weight, bias = (self._ours(self._take(f"{name}.{kind}")) for kind in ("weight", "bias"))
-        return weight.shape, weight, bias, self._config.layer_norm_eps
+        return weight.shape, weight, bias, 1e-5
 
     def _layer(self, number: int) -> tuple[Any, ...]:
-        if number % 4 == 0:  # lets go of the part of the file that was read and is mapped
-            self._weights = self._read()
-        name = f"vision_model.encoder.layers.{number}."
-        torch, attention = self._torch, name + "self_attn."
-        weight, bias = (
-            torch.cat([self._take(f"{attention}{part}_proj.{kind}") for part in "qkv"])
-            for kind in ("weight", "bias")
-        )
+        name = f"encoder.layers.{number}."
 
-        def linear(part: str, scale: float = 1.0, silu: bool = False) -> Callable[..., Any]:
-            weight, bias = (self._take(f"{name}{part}.weight"), self._take(f"{name}{part}.bias"))
-            return self._linear(weight * scale, bias * scale if silu else bias, silu)
+        def take(*parts: str) -> list[Any]:
+            """Weight and bias, of several parts joined."""
+            kinds = [[self._take(f"{name}{p}.{k}") for p in parts] for k in ("weight", "bias")]
+            return [self._torch.cat(tensors) for tensors in kinds]
 
+        # quick_gelu(x) = x * sigmoid(1.702 x) = silu(1.702 x) / 1.702
+        up = [tensor * 1.702 for tensor in take("mlp.fc1")]
+        down, bias = take("mlp.fc2")
         return (
             self._norm(name + "layer_norm1"),
-            self._linear(weight, bias),
-            linear("self_attn.out_proj"),
+            self._linear(*take(*(f"self_attn.{part}_proj" for part in "qkv"))),
+            self._linear(*take("self_attn.out_proj")),
             self._norm(name + "layer_norm2"),
-            # quick_gelu(x) = x * sigmoid(1.702 x) = silu(1.702 x) / 1.702
-            linear("mlp.fc1", 1.702, silu=True),
-            linear("mlp.fc2", 1 / 1.702),
+            self._linear(up[0], up[1], silu=True),
+            self._linear(down / 1.702, bias),
         )
+
+    def _can_pack(self) -> bool:
+        """Whether this torch has the operators for oneDNN's layout, which are private to it."""
+        try:
+            one, mkldnn = self._ours(self._torch.eye(32)), self._torch.ops.mkldnn
+            packed = mkldnn._reorder_linear_weight(one)
+            return bool((mkldnn._linear_pointwise(one, packed, None, "none", [], "") == one).all())
+        except (AttributeError, RuntimeError):
+            return False
 
     def _linear(self, weight: Any, bias: Any = None, silu: bool = False) -> Callable[..., Any]:
         """A linear layer (x, residual=None) -> y, laid out for oneDNN where torch offers it."""
-        torch, functional = self._torch, self._torch.nn.functional
-        weight = self._ours(weight)
-        bias = None if bias is None else self._ours(bias)
+        functional, mkldnn = self._functional, self._torch.ops.mkldnn
+        weight, bias = self._ours(weight), None if bias is None else self._ours(bias)
+        if self._packs:
+            weight, pointwise = mkldnn._reorder_linear_weight(weight), mkldnn._linear_pointwise
 
         def plain(x: Any, residual: Any = None) -> Any:
             y = functional.linear(x, weight, bias)
             y = functional.silu(y) if silu else y
             return y if residual is None else residual + y
 
-        def packed(x: Any, residual: Any = None) -> Any:
-            if residual is not None:
-                return pointwise.binary(x, residual, packed_weight, bias, "add")
-            return pointwise(x, packed_weight, bias, "swish" if silu else "none", [], "")
+        def fused(x: Any, residual: Any = None) -> Any:
+            if residual is None:
+                return pointwise(x, weight, bias, "swish" if silu else "none", [], "")
+            return pointwise.binary(x, residual, weight, bias, "add")
 
-        try:
-            pointwise = torch.ops.mkldnn._linear_pointwise
-            packed_weight = torch.ops.mkldnn._reorder_linear_weight(weight)
-            trial = weight.new_ones(2, weight.shape[1])
-            if torch.allclose(packed(trial), plain(trial), rtol=0.05, atol=0.05):
-                return packed
-        except (AttributeError, RuntimeError):
-            pass  # private operators: not in every torch, nor for every processor
-        return plain
+        return fused if self._packs else plain
 
     def __call__(self, pixels: Any) -> Any:
         """pixels (n, 3, 224, 224) -> image embeddings (n, 512), not yet of unit length."""
-        torch, functional = self._torch, self._torch.nn.functional
+        torch, functional = self._torch, self._functional
         n, channels, height, width = pixels.shape
-        heads = self._config.num_attention_heads
-        side = self._config.patch_size
-        x = pixels.to(self._device, self._dtype)
-        x = x.view(n, channels, height // side, side, width // side, side)
+        side = self._side
+        x = self._ours(pixels).view(n, channels, height // side, side, width // side, side)
         x = x.permute(0, 2, 4, 1, 3, 5).reshape(n, -1, channels * side * side)
         x = self._patches(x) + self._position
         x = torch.cat([self._first.expand(n, 1, -1), x], 1)
         x = functional.layer_norm(x, *self._before)
         for number, (norm1, qkv, out, norm2, fc1, fc2) in enumerate(self._layers, 1):
             joined = qkv(functional.layer_norm(x, *norm1))
-            q, k, v = joined.view(n, x.shape[1], 3, heads, -1).permute(2, 0, 3, 1, 4)
+            q, k, v = joined.view(n, x.shape[1], 3, self._heads, -1).permute(2, 0, 3, 1, 4)
             if number == len(self._layers):
                 x, q = x[:, :1].contiguous(), q[:, :, :1]
             attended = functional.scaled_dot_product_attention(q, k, v)
@@ -1501,99 +1259,47 @@ class ImageTower:
 
 
 class ClipEncoder:
-    """CLIP's image encoder; torch and transformers are imported here and nowhere else.
+    """CLIP's image encoder; torch is imported here and nowhere else.
 
-    Of transformers only the configuration: its model classes would take longer to import than
-    the weights to load. Errors: RunError where the device or the model is not to be had.
+    Errors: RunError where the model is not to be had, or not to be used here.
     """
 
     def __init__(self, settings: Settings) -> None:
-        os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
         import torch
-        import transformers
 
-        transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
         self._torch = torch
-        torch.set_num_threads(1)  # run() keeps one image on each core, see lanes()
-        self._check_device(settings.device, settings.dtype)
-        folder = Path(settings.clip_model) if settings.clip_model else self.download()
+        torch.set_num_threads(1)  # each core has an image of its own, see Run
+        if (settings.device, settings.dtype) == ("cpu", "bfloat16") and not has_bfloat16():
+            raise RunError("--dtype bfloat16: this processor has no arithmetic for it")
+        folder = Path(settings.clip_model).expanduser() if settings.clip_model else download()
         try:
-            config = transformers.CLIPVisionConfig.from_pretrained(folder)
-            read = functools.partial(self._read, folder)
-            weights = read()
-            made = len(weights["visual_projection.weight"]), config.image_size, config.hidden_act
-            if made != (DIMENSIONS, SIDE, "quick_gelu"):
-                raise ValueError(f"it gives {made[0]} numbers for {made[1]} pixels, by {made[2]}")
-            del weights
-            self._tower = ImageTower(read, config, settings.device, settings.dtype)
-        except Exception as error:  # each file format and library has errors of its own
+            config = json.loads((folder / "config.json").read_text())
+            config = config.get("vision_config", config)
+            config = {name: config.get(name, value) for name, value in VIT_B_32.items()}
+            self._tower = ImageTower(lambda: self._read(folder), config, settings)
+            made = self.encode(np.zeros((1, 3, SIDE, SIDE), np.float32)).shape[1]
+            if (made, config["hidden_act"]) != (DIMENSIONS, VIT_B_32["hidden_act"]):
+                raise ValueError(f"it gives {made} numbers, by {config['hidden_act']}")
+        except ImportError:
+            raise
+        except Exception as error:  # each file format, library and device has errors of its own
             raise RunError(
-                f"no CLIP model could be loaded from {folder} ({shorten(str(error), 100)}): "
-                f"CLIP_MODEL must be a folder with a copy of {MODEL_ID}"
+                f"the model in {folder} can't be used ({shorten(str(error), 100)}): CLIP_MODEL "
+                f"must be a folder with a copy of {MODEL_ID}, --device one that torch finds"
             ) from None
+        if config != VIT_B_32 and settings.model_version == MODEL_VERSION:
+            raise RunError(
+                f"the model in {folder} is no ViT-B/32: set MODEL_VERSION to a name for its rows, "
+                f"which must not be {MODEL_VERSION}"
+            )
 
     def _read(self, folder: Path) -> Mapping[str, Any]:
-        """The weights by name, mapped: only what is taken is read, so not the text tower."""
-        for path in (folder / "model.safetensors", folder / "pytorch_model.bin"):
-            if path.is_file():
-                if path.suffix == ".bin":
-                    return dict(self._torch.load(path, mmap=True, weights_only=True))
-                from safetensors.torch import load_file
+        # mapped: only what is taken is read, so not the text tower
+        if (folder / "model.safetensors").is_file():
+            from safetensors.torch import load_file
 
-                return load_file(path)
-        raise OSError("it holds neither model.safetensors nor pytorch_model.bin")
-
-    def _check_device(self, device: str, dtype: str) -> None:
-        torch = self._torch
-        there = {
-            "cpu": True,
-            "cuda": torch.cuda.is_available(),
-            "mps": torch.backends.mps.is_available(),
-        }
-        if not there[device]:
-            raise RunError(
-                f"--device {device}: this torch ({torch.__version__}) finds none here: leave the "
-                "flag out"
-            )
-        able = any(
-            yes is True for name, yes in torch.cpu.get_capabilities().items() if "bf16" in name
-        )
-        if (device, dtype) == ("cpu", "bfloat16") and not able:
-            raise RunError(
-                "--dtype bfloat16: this processor has no arithmetic for it and would be slower "
-                "than with float32"
-            )
-
-    @staticmethod
-    def download() -> Path:
-        """The folder of the pinned model, downloaded once, then read without the network."""
-        import huggingface_hub
-        from huggingface_hub import constants
-
-        def fetch(**how: Any) -> Path:
-            files = [
-                huggingface_hub.hf_hub_download(
-                    MODEL_ID, name, revision=MODEL_REVISION, cache_dir=MODEL_CACHE, **how
-                )
-                for name in ("config.json", "pytorch_model.bin")
-            ]
-            return Path(files[0]).parent
-
-        with contextlib.suppress(Exception):  # not there, or not all of it
-            return fetch(local_files_only=True)
-        log.info("downloading %s once, about 600 MB, to %s", MODEL_ID, MODEL_CACHE)
-        try:
-            # the hub's own client takes half a minute to find that it can't be reached
-            requests.head(constants.ENDPOINT, timeout=READ_SECONDS)
-            return fetch()
-        except Exception as error:
-            network = isinstance(error, requests.RequestException)
-            reason = _network_reason(error)[0] if network else shorten(str(error), 100)
-            raise RunError(
-                f"{MODEL_ID} could not be downloaded ({reason}): check network and disk and run "
-                "again, or set CLIP_MODEL to a folder with a copy of it"
-            ) from None
+            return load_file(folder / "model.safetensors")
+        return dict(self._torch.load(folder / WEIGHTS, mmap=True, weights_only=True))
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
         """pixels float32 (n, 3, 224, 224) -> vectors float32 (n, 512) of unit length.
@@ -1607,263 +1313,387 @@ class ClipEncoder:
             raise ValueError("the model gave numbers that are not finite")
         return vectors
 
+    def embed(self, batch: list[Loaded]) -> list[Result]:
+        """The batch with vectors in the place of pixels; one by one if together fails."""
+        try:
+            vectors = self.encode(np.stack([loaded.pixels for loaded in batch]))
+        except (ValueError, RuntimeError) as error:
+            if len(batch) > 1:
+                return [result for loaded in batch for result in self.embed([loaded])]
+            return [Failed(batch[0].asset, "embed", shorten(str(error)), False)]
+        return [Embedded(one.asset, vector) for one, vector in zip(batch, vectors, strict=True)]
+
+
+WEIGHTS = "pytorch_model.bin"
+
+
+def has_bfloat16() -> bool:
+    """Whether the processor has arithmetic for bfloat16."""
+    import torch
+
+    able = torch.cpu.get_capabilities().items()
+    return any(yes is True for name, yes in able if "bf16" in name)
+
+
+def download() -> Path:
+    """The folder of the pinned model, downloaded once, then read without the network. What
+    Hugging Face's own cache holds is used where HF_HUB_CACHE or HF_HOME says where that is."""
+    home = os.environ.get("HF_HOME")
+    shared = os.environ.get("HF_HUB_CACHE", home and f"{home}/hub")
+    for cache in (MODEL_CACHE, *([Path(shared)] if shared else [])):
+        folder = cache / f"models--{MODEL_ID.replace('/', '--')}" / "snapshots" / MODEL_REVISION
+        if (folder / "config.json").is_file() and (folder / WEIGHTS).is_file():
+            return folder
+    log.info("downloading %s once, about 600 MB, to %s", MODEL_ID, MODEL_CACHE)
+    os.environ |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_VERBOSITY": "error"}
+    try:
+        from huggingface_hub import constants, hf_hub_download
+
+        # the hub's own client takes half a minute to find that it can't be reached
+        requests.head(constants.ENDPOINT, timeout=READ_SECONDS)
+        for file in ("config.json", WEIGHTS):
+            path = hf_hub_download(MODEL_ID, file, revision=MODEL_REVISION, cache_dir=MODEL_CACHE)
+        return Path(path).parent
+    except Exception as error:
+        network = isinstance(error, requests.RequestException)
+        reason = network_reason(error) if network else shorten(str(error), 100)
+        raise RunError(
+            f"{MODEL_ID} could not be downloaded ({reason}): check network and disk and run "
+            "again, or set CLIP_MODEL to a folder with a copy of it"
+        ) from None
+
 
 # ------------------------------------------------------------------ the run
 
 
-class Writer:
-    """Stores results in batches, in a thread of its own, so that the model never waits for the
-    network: while one batch is stored the next one fills. Raises what ended that thread's work;
-    leaving the context stores what is left."""
+@dataclass
+class Task:
+    """Something under way in the background: a step's work on a subject."""
 
-    def __init__(self, store: Store, report: Report) -> None:
-        self._store = store
-        self._report = report
-        self._batch: list[Result] = []
-        self._since = 0.0  # when the batch's first result came
-        self._pool = ThreadPoolExecutor(1)
-        self._storing = self._pool.submit(self._save, [])  # the batch before
+    step: str
+    subject: Any = None
+    stage: str = "fetch"  # of a load
+    since: float = field(default_factory=time.monotonic)
 
-    def __enter__(self) -> Writer:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            self._flush()
-            self._wait()
-        except Exception:
-            if kind is None:  # else what ended the run says more
-                raise
-        finally:
-            self._report.lost += len(successes(self._batch))
-
-    def put(self, result: Result) -> None:
-        """Takes one result: a vector (512,), or a Failure."""
-        if not self._batch:
-            self._since = time.monotonic()
-        self._batch.append(result)
-        if len(self._batch) == WRITE_ROWS:
-            self._flush()
-
-    def poll(self) -> None:
-        """To be called now and then: notices what ended the work, and a batch that is old."""
-        if self._storing.done():
-            self._storing.result()
-            if self._batch and time.monotonic() - self._since > WRITE_SECONDS:
-                self._flush()
-
-    def _flush(self) -> None:
-        self._wait()
-        batch, self._batch = self._batch, []
-        self._storing = self._pool.submit(self._save, batch)
-
-    def _wait(self) -> None:
-        while not self._storing.done():
-            wait([self._storing], POLL_SECONDS)  # for ever would keep signals off on Windows
-        self._storing.result()
-
-    def _save(self, batch: list[Result]) -> None:
-        vectors = successes(batch)
-        try:
-            refused = self._store.save(vectors) if vectors else []
-        except BaseException:
-            self._report.lost += len(vectors)
-            raise
-        self._report.embedded += len(vectors) - len(refused)
-        for asset, reason in refused:
-            if reason is None:
-                log.debug("asset %s was deleted meanwhile", asset.id)
-                self._report.deleted += 1
-            else:
-                self._report.fail(Failure(asset, "store", reason, False))
-        if failures := [outcome for _, outcome in batch if isinstance(outcome, Failure)]:
-            self._store.save_failures(failures)
+    @property
+    def age(self) -> float:
+        return time.monotonic() - self.since
 
 
-def successes(results: list[Result]) -> list[tuple[Asset, np.ndarray]]:
-    """The results without the failures: pixels or vectors."""
-    return [(asset, array) for asset, array in results if not isinstance(array, Failure)]
+class Run:
+    """Find, load, embed and store: steps in the background, and one loop in this thread that
+    takes what they give and starts what is next. The loop alone owns the report.
 
-
-def run(
-    store: Store,
-    assets: Iterator[Asset],
-    encode: Callable[[np.ndarray], np.ndarray],
-    settings: Settings,
-    progress: Progress,
-) -> None:
-    """Embeds and stores the assets; counts in `progress.report`.
-
-    Raises RunError where the run can't go on; what is embedded by then is stored.
+    What is in memory is bounded by the settings; what is done first goes on first, so that a slow
+    host delays its own images alone. On CPUs each core embeds a batch of its own in one thread:
+    threads that share an image wait for each other at every layer.
     """
-    load = functools.partial(load_asset, store, Fetcher(settings))
-    outages = 0
-    with Writer(store, progress.report) as writer:
-        for results in flow(
-            assets, load, functools.partial(embed, encode), settings, progress.stop
-        ):
-            for result in results:
-                progress.show(result)
-                writer.put(result)
-                outages = outages + 1 if is_outage(result[1]) else 0
-            writer.poll()
-            if outages >= MAX_OUTAGES:  # after a batch: its failures come first
-                raise RunError(
-                    f"{outages} images failed in a row, the last: {result[1]}. Check this "
-                    "machine's memory, its network, and the image host, then run again"
-                )
 
+    def __init__(self, store: Store, settings: Settings, report: Report, stop: Stop) -> None:
+        self.store, self.settings, self.report, self.stop = store, settings, report, stop
+        self.lanes = cores() if settings.device == "cpu" else 1
+        self.loader, self.pages = Loader(store, settings), store.pages()
+        self.encoder: ClipEncoder | None = None
+        self.trouble: Exception | None = None  # what ends the run
+        self.more = True  # to be found
+        self.found: deque[Asset] = deque()
+        self.ready: list[Loaded] = []
+        self.results: list[Result] = []  # to be stored,
+        self.store_by = 0.0  # before this moment
+        self.failures: Counter[str] = Counter()  # in a row, by host
+        self.hosts_down = 0  # one after the other
+        self.tasks: dict[Future[Any], Task] = {}
+        self.done: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
+        threads = {"model": 1, "find": 1, "load": 9999, "embed": self.lanes, "store": 1}
+        self.pools = {step: ThreadPoolExecutor(count) for step, count in threads.items()}
+        self.progress = Progress(min(report.pending, settings.limit or report.pending))
 
-def cores() -> int:
-    """The processor cores that this run may use; OMP_NUM_THREADS, where set, has the last word."""
-    wanted = os.environ.get("OMP_NUM_THREADS", "")
-    if wanted.isdecimal() and int(wanted):
-        return int(wanted)
-    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return there or 1
+    def loop(self) -> None:
+        """Returns when there is no more to do; raises what ended the run before that."""
+        self.start(Task("model"), ClipEncoder, self.settings)
+        with contextlib.closing(self.progress), logging_redirect_tqdm():
+            while self.start_what_can():
+                with contextlib.suppress(queue.Empty):
+                    future = self.done.get(timeout=POLL_SECONDS)
+                    if task := self.tasks.pop(future, None):  # else it was given up
+                        self.take(task, future)
+                self.give_up_what_hangs()
+        if self.hosts_down and self.report.left:
+            self.give_up_hosts()
+        if self.trouble:
+            raise self.trouble
 
+    def start(self, task: Task, work: Callable[..., Any], *arguments: Any) -> None:
+        future = self.pools[task.step].submit(work, *arguments)
+        self.tasks[future] = task
+        future.add_done_callback(self.done.put)
 
-def lanes(device: str) -> int:
-    """How many batches to embed at once: on CPUs one on each core, in a single thread.
+    def under_way(self, *steps: str) -> list[Task]:
+        return [task for task in self.tasks.values() if task.step in steps]
 
-    Threads that share one image wait for each other at every layer, and long where a core is
-    busy with decoding or with another program.
-    """
-    return cores() if device == "cpu" else 1
+    def start_what_can(self) -> bool:
+        """False if nothing is left to wait for."""
+        ending = bool(self.trouble or self.stop.code)
+        if not ending:
+            if self.more and len(self.found) < PAGE_ROWS and not self.under_way("find"):
+                self.start(Task("find"), next, self.pages, None)
+            self.start_loads()
+            self.start_embeds()
+        steps = ("embed",) if ending else ("model", "find", "load", "embed")
+        last = not self.under_way(*steps)
+        due = last or len(self.results) >= WRITE_ROWS or time.monotonic() > self.store_by
+        if self.results and due and not self.under_way("store"):
+            batch, self.results = self.results[:WRITE_ROWS], self.results[WRITE_ROWS:]
+            self.store_by = time.monotonic() + WRITE_SECONDS
+            self.start(Task("store", batch), self.store.save, batch)
+        return not last or bool(self.under_way("store"))
 
-
-def flow(
-    assets: Iterator[Asset],
-    load: Callable[[Asset], Result],
-    embed: Callable[[list[Result]], list[Result]],
-    settings: Settings,
-    stop: Stop,
-) -> Iterator[list[Result]]:
-    """Finds assets in one thread, loads them in `workers` threads and embeds them in lanes, a
-    bounded number of assets ahead of the caller. Yields what is done first, so that a slow host
-    delays its own images alone; or [], every POLL_SECONDS at least. Ends early on `stop`."""
-    size, width = settings.batch_size, lanes(settings.device)
-    ahead = 2 * settings.workers + 2 * width * size
-    threads = {"find": 1, "load": settings.workers, "embed": width}
-    pools = {step: ThreadPoolExecutor(count) for step, count in threads.items()}
-    done: queue.SimpleQueue[tuple[str, Future[Any]]] = queue.SimpleQueue()
-    busy, ready, more = Counter[str](), list[Result](), True
-
-    def start(step: str, work: Callable[..., Any], *arguments: Any) -> None:
-        busy[step] += 1
-        pools[step].submit(work, *arguments).add_done_callback(lambda f: done.put((step, f)))
-
-    try:
-        while (on := not stop.is_set()) or not done.empty():  # what is done is never dropped
-            room = ahead - busy["load"] - len(ready) - busy["embed"] * size
-            if on and more and room > 0 and not busy["find"]:
-                start("find", next, assets, None)
-            while on and (len(ready) >= size or (ready and not busy["embed"])):
-                batch, ready = ready[:size], ready[size:]
-                start("embed", embed, batch)
-            if not busy.total():
+    def start_loads(self) -> None:
+        loads, size = self.under_way("load"), self.settings.batch_size
+        slow = min(MOST_SLOW, sum(task.age > SLOW_SECONDS for task in loads))
+        waiting = len(self.ready) + sum(len(task.subject) for task in self.under_way("embed"))
+        workers = self.settings.workers
+        room = min(workers, 2 * (workers + self.lanes * size) - waiting)
+        for _ in range(room + slow - len(loads)):
+            while self.found and self.failures[self.found[0].host] >= HOST_FAILURES:
+                host = self.found.popleft().host
+                self.report.aside[f"of {host}, which failed {HOST_FAILURES} times in a row"] += 1
+            if not self.found:
                 return
-            results: list[Result] = []
-            with contextlib.suppress(queue.Empty):
-                step, future = done.get(timeout=POLL_SECONDS)
-                busy[step] -= 1
-                if step == "embed":
-                    results = future.result()
-                elif step == "load":
-                    ready.append(future.result())
-                elif more := (asset := future.result()) is not None:
-                    start("load", load, asset)
-            yield results
-    finally:
-        for pool in pools.values():
-            pool.shutdown(wait=False, cancel_futures=True)
+            task = Task("load", self.found.popleft())
+            self.start(task, self.load, task)
 
+    def load(self, task: Task) -> Loaded | Failed:
+        """An asset's pixels, or why there are none; raises nothing. (In a thread of its own.)"""
+        try:
+            data = self.loader.fetch(task.subject)
+            task.stage = "decode"
+            return Loaded(task.subject, normalise(self.loader.decode(data)))
+        except Rejected as error:
+            return Failed(task.subject, task.stage, str(error), error.permanent)
+        except Exception as error:
+            log.debug("%s", task.subject, exc_info=True)
+            return Failed(task.subject, task.stage, f"unexpected {type(error).__name__}")
 
-def embed(encode: Callable[[np.ndarray], np.ndarray], batch: list[Result]) -> list[Result]:
-    """The batch with vectors (512,) in the place of pixels; one by one if together fails."""
-    results = [result for result in batch if isinstance(result[1], Failure)]
-    good = successes(batch)
-    if not good:
-        return results
-    try:
-        vectors = encode(np.stack([pixels for _, pixels in good]))
-    except (ValueError, RuntimeError) as error:
-        if len(good) > 1:
-            return results + [result for one in good for result in embed(encode, [one])]
-        asset = good[0][0]
-        return [*results, (asset, Failure(asset, "embed", shorten(str(error)), False))]
-    return results + [(asset, vector) for (asset, _), vector in zip(good, vectors, strict=True)]
+    def start_embeds(self) -> None:
+        size = self.settings.batch_size
+        while self.encoder and self.ready:
+            lanes = len(self.under_way("embed"))
+            if lanes == 2 * self.lanes or (lanes and len(self.ready) < size):
+                return
+            batch, self.ready = self.ready[:size], self.ready[size:]
+            self.start(Task("embed", batch), self.encoder.embed, batch)
 
+    def take(self, task: Task, future: Future[Any]) -> None:
+        """Takes what a step gave, or why it did not."""
+        try:
+            given = future.result()
+        except Exception as error:
+            if task.step == "model" and not isinstance(error, RunError | ImportError):
+                error = RunError(f"the model could not be loaded: {error}")
+            self.end(task, error)
+            return
+        if task.step == "model":
+            self.encoder = given
+        elif task.step == "find":
+            self.take_page(given)
+        elif task.step == "load":
+            self.take_load(task.subject, given)
+        elif task.step == "embed":
+            self.take_results(given)
+        else:
+            for result, outcome in zip(task.subject, given, strict=True):
+                self.report.count(result, *outcome)
 
-def is_outage(outcome: np.ndarray | Failure) -> bool:
-    """Whether an asset failed for a reason that may well be this machine's."""
-    return (
-        isinstance(outcome, Failure)
-        and outcome.stage in ("fetch", "embed")
-        and not outcome.permanent
-        and not outcome.asset.again
-    )
+    def end(self, task: Task, error: Exception) -> None:
+        self.trouble = self.trouble or error
+        if task.step == "store":
+            self.results.clear()  # they are counted as left, as are those of that batch
+
+    def take_page(self, page: list[Asset] | None) -> None:
+        if page is None:
+            self.more, self.report.found_all = False, True
+            return
+        room = (self.settings.limit or sys.maxsize) - self.report.found
+        self.found += page[:room]
+        self.report.found += len(page[:room])
+        self.more = room > len(page)
+
+    def take_load(self, asset: Asset, given: Loaded | Failed) -> None:
+        if isinstance(given, Loaded):
+            self.ready.append(given)
+        else:
+            self.take_results([given])
+        if not isinstance(given, Failed) or given.stage != "fetch" or given.permanent:
+            self.failures[asset.host] = self.hosts_down = 0
+            return
+        self.failures[asset.host] += bool(asset.host)
+        if self.failures[asset.host] == HOST_FAILURES:
+            self.hosts_down += 1
+            log.warning("%s: %s; its other images are left for the next run", asset.host, given)
+        if self.hosts_down == HOSTS_DOWN:
+            self.give_up_hosts()
+
+    def give_up_hosts(self) -> None:
+        """What a run says that ends with a host that is down, and no image after that."""
+        host = max(self.failures, key=self.failures.__getitem__)
+        self.trouble = self.trouble or RunError(
+            f"no image came since {host} failed {HOST_FAILURES} times in a row: check this "
+            "machine's network and that host, then run again"
+        )
+
+    def take_results(self, results: list[Result]) -> None:
+        for result in results:
+            if isinstance(result, Failed):
+                log.debug("%s: %s", result.asset, result)
+            self.progress.count(result)
+        if not self.results and self.store_by:  # the first of all goes at once
+            self.store_by = time.monotonic() + WRITE_SECONDS
+        self.results += results
+
+    def give_up_what_hangs(self) -> None:
+        """For what no deadline further down covers: headers that drip, a dead file system."""
+        seconds = self.settings.fetch_seconds
+        for future, task in list(self.tasks.items()):
+            if task.step == "load" and task.stage == "fetch" and task.age > seconds + 1:
+                del self.tasks[future]
+                late = Failed(task.subject, "fetch", f"not complete within {seconds:g} s", False)
+                self.take_load(task.subject, late)
+            elif task.step in ("find", "store") and task.age > self.store.longest:
+                del self.tasks[future]
+                self.end(task, RunError(f"{SILENCE} for {task.age:.0f} s: {CHECK_URL}"))
 
 
 class Progress:
-    """Shows how a run goes: one bar on a terminal, else a log line every LOG_EVERY images."""
+    """One bar on a terminal, else a log line every LOG_EVERY images."""
 
-    def __init__(self, report: Report, settings: Settings, stop: Stop) -> None:
-        self.report = report
-        self.stop = stop
-        self._limit = settings.limit
-        self._done = 0  # embedded or failed, stored or not yet
-        self._paced: tuple[float, int] | None = None  # since the first vector: the model was loaded
+    def __init__(self, goal: int) -> None:
+        self._shown, self._failed, self._paced = sys.stderr.isatty(), 0, False
         self._bar = tqdm(
-            desc="loading the model",
-            bar_format="{desc} ...",
-            unit="img",
-            dynamic_ncols=True,
+            total=goal,
+            unit=" images",
+            ncols=shutil.get_terminal_size().columns - 1,
             leave=False,
-            disable=not sys.stderr.isatty(),
+            smoothing=0,
+            file=sys.stderr if self._shown else Path(os.devnull).open("w"),  # noqa: SIM115
         )
 
-    def __enter__(self) -> Progress:
-        return self
+    def count(self, result: Result) -> None:
+        """Shows that an asset is done, or failed."""
+        self._failed += isinstance(result, Failed)
+        if not self._paced and isinstance(result, Embedded):  # the model is loaded
+            self._bar.initial, self._bar.start_t = self._bar.n, time.time()
+            self._paced = True
+        self._bar.set_postfix(failed=self._failed, refresh=False)
+        self._bar.update()
+        if not self._shown and self._bar.n % LOG_EVERY == 0:
+            line = "{n_fmt}/{total_fmt} done{postfix}, {rate_noinv_fmt}, {remaining} left"
+            shape = {**self._bar.format_dict, "bar_format": line, "ncols": None}
+            log.info("%s", tqdm.format_meter(**shape))
 
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self._bar.close()
 
-    def show(self, result: Result) -> None:
-        """Counts one result, and shows it."""
-        asset, outcome = result
-        self._done += 1
-        if isinstance(outcome, Failure):
-            self.report.fail(outcome)
-        else:
-            log.debug("asset %s: embedded", asset.id)
-            self._paced = self._paced or (time.monotonic(), self._done)
-        total = self.report.goal(self._limit)
-        if not self._bar.disable:
-            self._draw(total)
-        elif self._done % LOG_EVERY == 0:
-            rate = self._rate()
-            ahead = (total or 0) - self._done
-            left = f", {ahead / rate:.0f} s left" if ahead >= 0 and rate else ""
-            log.info(
-                "%d/%s done, %d failed, %.1f images/s%s",
-                *(self._done, total or "?", self.report.failed, rate, left),
-            )
 
-    def _draw(self, total: int | None) -> None:
-        bar = self._bar
-        bar.total = total
-        bar.bar_format = None
-        bar.set_description_str(refresh=False)
-        bar.set_postfix(failed=self.report.failed, refresh=False)
-        bar.update()
+# ------------------------------------------------------------------ the gallery
 
-    def _rate(self) -> float:
-        """Assets a second; 0 where no vector has been made."""
-        if self._paced is None:
-            return 0.0
-        since, before = self._paced
-        return (self._done - before) / max(time.monotonic() - since, 0.001)
+THUMBNAIL = 128  # pixels a side; some 5 KB each, 260 at most
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Embeddings of {place}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<style>
+:root {{ color-scheme: light dark; font: 15px/1.4 system-ui, sans-serif }}
+body {{ max-width: 1300px; margin: auto; padding: 1rem; overflow-wrap: anywhere }}
+section {{ display: flex; flex-wrap: wrap; gap: .7rem; padding: .7rem 0 }}
+.near {{ border-top: 1px solid #8884 }}
+figure {{ margin: 0; flex: 0 0 128px }}
+.near > :first-child {{ padding-right: .7rem; border-right: 3px solid #8886 }}
+img, .none {{ display: block; width: 128px; height: 128px; border-radius: 6px; background: #8883 }}
+.none, figcaption {{ font-size: 12px; overflow: hidden }}
+figcaption {{ max-height: 4.2em }}
+.pairs {{ display: flex; flex-wrap: wrap; gap: 0 2rem }}
+</style></head><body><main>
+<h1>Embeddings of {place}</h1>
+<p>{counts}</p>
+<p>The numbers are cosines: 1.00 is the same picture. No fixed cut fits every catalog: compare with
+two products that have nothing in common, which here have {typical}.</p>
+<h2>Look-alikes: an image, and the six nearest to it</h2>{near}
+<h2>Nearly the same: candidates for duplicates</h2><div class="pairs">{pairs}</div>
+<h2>Failed</h2>{failed}
+</main></body></html>
+"""
+
+
+def write_gallery(store: Store, settings: Settings, counts: str) -> None:
+    """Writes the page that a person looks at; it loads nothing from outside."""
+    made = store.gallery()
+    near = [[row[:2], *row[2]] for row in made["look_alikes"]]
+    pairs = [[row[:2], row[2:]] for row in made["pairs"]]
+    assets = {Asset(*picture[:2]) for row in near + pairs for picture in row}
+    pictures = thumbnails(assets, Loader(store, settings), settings)
+
+    def rows(kind: str, all_rows: list[Any]) -> str:
+        figures = ("".join(figure(pictures, *picture) for picture in row) for row in all_rows)
+        return "".join(f'<section class="{kind}">{row}</section>' for row in figures)
+
+    failed = [(f"{n:,} {why}", "".join(map(item, some))) for why, n, some in made["failed"]]
+    texts = {"place": settings.client or str(settings.local or settings.url), "counts": counts}
+    texts["typical"] = "none yet" if made["typical"] is None else f"{made['typical']:.2f}"
+    page = PAGE.format(
+        **{name: html.escape(text) for name, text in texts.items()},
+        near=rows("near", near) or "<p>None yet.</p>",
+        pairs=rows("pair", pairs) or "<p>None found.</p>",
+        failed="".join(f"<h3>{html.escape(why)}</h3><ul>{some}</ul>" for why, some in failed)
+        or "<p>None.</p>",
+    )
+    path = settings.gallery or Path()
+    try:
+        path.write_text(page, encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise RunError(f"{path} can't be written: {error.strerror}") from None
+    log.info("look at %s", path.as_uri())
+
+
+def thumbnails(assets: set[Asset], loader: Loader, settings: Settings) -> dict[Asset, str]:
+    """What stands for each asset in the page: its picture, or a box with why there is none."""
+
+    def thumbnail(asset: Asset) -> str:
+        picture = Image.fromarray(loader.decode(loader.fetch(asset))).resize((THUMBNAIL, THUMBNAIL))
+        picture.save(data := io.BytesIO(), "JPEG", quality=80)
+        text = base64.b64encode(data.getvalue()).decode()
+        return f'<img src="data:image/jpeg;base64,{text}" alt="{html.escape(str(asset.id))}">'
+
+    pool = ThreadPoolExecutor(settings.workers)
+    futures = {asset: pool.submit(thumbnail, asset) for asset in assets}
+    wait(futures.values(), settings.fetch_seconds + 1)
+    pictures = {}
+    for asset, future in futures.items():
+        trouble = future.exception() if future.done() else "not there in time"
+        box = f'<div class="none">{html.escape(str(trouble))}</div>'
+        pictures[asset] = box if trouble else future.result()
+    pool.shutdown(wait=False, cancel_futures=True)
+    return pictures
+
+
+def figure(pictures: dict[Asset, str], asset_id: Id, image: str, cosine: float = 0) -> str:
+    """A picture with what is below it."""
+    cosine_text = f"<b>{cosine:.2f}</b> " if cosine else ""
+    caption = f"<figcaption>{cosine_text}{link(asset_id, image)}</figcaption>"
+    return f"<figure>{pictures[Asset(asset_id, image)]}{caption}</figure>"
+
+
+def item(asset: list[Any]) -> str:
+    return f"<li>{link(*asset)}</li>"
+
+
+def link(asset_id: Id, image: str) -> str:
+    """An asset's id, with a link to its image where that is a web address."""
+    name = f"<bdi>{html.escape(shorten(str(asset_id), 120))}</bdi>"
+    if not re.match("(?i)https?://", image):
+        return name
+    return f'<a href="{html.escape(image)}" rel="noreferrer">{name}</a>'
 
 
 # ------------------------------------------------------------------ command line
@@ -1883,29 +1713,41 @@ def parser() -> argparse.ArgumentParser:
     add = usage.add_argument
     add("--limit", type=at_least_one, metavar="N", help="attempt at most N assets")
     add("--client", metavar="NAME", help="only this client's (with --local: subfolder's) images")
-    add("--local", type=folder, metavar="DIR", help="embed a folder's images instead; no account")
-    add(
-        "--workers",
-        type=at_least_one,
-        default=min(MOST_WORKERS, WORKERS_PER_CORE * cores()),
-        metavar="N",
-        help=f"downloads at once ({WORKERS_PER_CORE} a core; not over {MOST_WORKERS})",
-    )
+    add("--local", type=folder, metavar="DIR", help="embed a folder's images; needs no account")
+    most = min(MOST_WORKERS, WORKERS_PER_CORE * cores())
+    workers = f"downloads at once ({WORKERS_PER_CORE} a core; not over {MOST_WORKERS})"
+    add("--workers", type=at_least_one, default=most, metavar="N", help=workers)
     add("--batch-size", type=at_least_one, default=1, metavar="N", help="images to a batch (1)")
-    add(
-        "--dtype",
-        choices=["float32", "bfloat16"],
-        default="float32",
-        help="number format (float32)",
-    )
-    add(
-        "--device", choices=["cpu", "cuda", "mps"], default="cpu", help="where the model runs (cpu)"
-    )
+    dtypes, devices = ["float32", "bfloat16"], ["cpu", "cuda", "mps"]
+    add("--dtype", choices=dtypes, default="float32", help="number format (float32)")
+    add("--device", choices=devices, default="cpu", help="where the model runs (cpu)")
     add("--shard", type=shard, default=(1, 1), metavar="I/N", help="only part I of N parts")
     add("--retry-failed", action="store_true", help="also try images that failed for good before")
+    add("--gallery", type=page, metavar="FILE", help="write a page to look at (.html), at the end")
     add("--dry-run", action="store_true", help="say what would be done; load and write nothing")
     add("-v", "--verbose", action="store_true", help="say more, such as each failure as it happens")
+    add(
+        "--version",
+        action=Version,
+        nargs=0,
+        dest=argparse.SUPPRESS,
+        help="say what a bug report needs, and exit",
+    )
     return usage
+
+
+class Version(argparse.Action):
+    """--version: the versions, and the arithmetic that would be used."""
+
+    def __call__(self, *_: object, **__: object) -> None:
+        python = sys.version.split()[0]
+        print(f"generate_embeddings.py {VERSION}, Python {python}, schema.sql {CONTRACT}")
+        print(f"{MODEL_VERSION}: {MODEL_ID} at {MODEL_REVISION}")
+        import torch
+
+        kind, bfloat16 = torch.backends.cpu.get_cpu_capability(), has_bfloat16()
+        print(f"torch {torch.__version__}: {kind}, bfloat16 {'' if bfloat16 else 'not '}usable")
+        sys.exit(0)
 
 
 def at_least_one(text: str) -> int:
@@ -1917,255 +1759,186 @@ def at_least_one(text: str) -> int:
 
 def shard(text: str) -> tuple[int, int]:
     """ "I/N" as two numbers; raises ArgumentTypeError for what is no part."""
-    part, _, parts = text.partition("/")
-    if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
+    found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text, re.ASCII)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
         raise argparse.ArgumentTypeError(f"{text!r} is not a part like 1/4, 2/4, 3/4 or 4/4")
-    return int(part), int(parts)
+    return int(found[1]), int(found[2])
 
 
 def folder(text: str) -> Path:
     """A flag's folder; raises ArgumentTypeError where there is none."""
-    path = Path(text).expanduser()
+    path = Path(text).expanduser().resolve()
     if not path.is_dir():
-        there = "is not a folder" if path.exists() else "does not exist"
-        raise argparse.ArgumentTypeError(f"{text!r} {there}")
-    return path.resolve()
+        raise argparse.ArgumentTypeError(f"{text!r} is no folder")
+    return path
+
+
+def page(text: str) -> Path:
+    """A flag's file for the gallery; raises ArgumentTypeError where it can't be written."""
+    path = Path(text).expanduser().resolve()
+    if path.suffix.lower() not in (".html", ".htm") or path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a file that ends in .html")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} can't be written")
+    return path
 
 
 def read_settings(args: argparse.Namespace) -> Settings:
-    """Flags and environment as Settings. Raises RunError that names the setting at fault."""
-    nearest = load_dotenv()
+    """Flags, environment and the nearest .env as Settings; raises RunError that names the setting
+    at fault. Nothing of .env enters the environment, which libraries read as well."""
+    nearest = next((p for p in (Path(".env"), HERE / ".env") if p.is_file()), HERE / ".env")
     try:
-        return parse_settings(args, os.environ)
-    except RunError as error:
-        if nearest is None:
-            raise
-        raise RunError(f"{error} (settings were read from {nearest})") from None
+        in_file = dict(dotenv.dotenv_values(nearest, encoding="utf-8-sig", interpolate=False))
+    except (UnicodeDecodeError, OSError):
+        raise RunError(f"{nearest.resolve()} can't be read: save it as text in UTF-8") from None
+    values: dict[str, Any] = dict(vars(args))
+    for spec in fields(Settings):
+        if args.local and spec.name in ("url", "key"):
+            continue
+        for name in spec.metadata.get("names", ()):
+            given, kept = os.environ.get(name, "").strip(), (in_file.get(name) or "").strip()
+            hides = f", which hides the one in {nearest.resolve()}" * (kept not in ("", given))
+            source = f"from the environment{hides}" if given else f"from {nearest.resolve()}"
+            if value := given or kept:
+                values[spec.name] = spec_value(spec, f"{name} ({source})", value)
+                values |= {"key_source": f"{name} ({source})"} if spec.name == "key" else {}
+                break
+    for needed, name in (("url", "SUPABASE_URL"), ("key", "SUPABASE_SECRET_KEY")):
+        if not (args.local or values.get(needed)):
+            local = (
+                ", not .env.local, which is not read" * nearest.with_name(".env.local").is_file()
+            )
+            raise RunError(
+                f"{name} is not set: put it into {nearest.resolve()}{local} (.env.example shows "
+                "how), or use --local DIR, which needs no account"
+            )
+    return Settings(**values)
 
 
-def parse_settings(args: argparse.Namespace, env: Mapping[str, str]) -> Settings:
-    """Flags and settings as Settings; raises RunError."""
-
-    def get(*names: str, default: str = "") -> str:
-        return next((env[name].strip() for name in names if env.get(name, "").strip()), default)
-
-    names: dict[str, Any] = {
-        name: identifier(name.upper(), get(name.upper(), default=getattr(Settings, name)))
-        for name in (
-            *("assets_table", "asset_id_column", "asset_image_column", "asset_client_column"),
-            *("embeddings_table", "failures_table"),
-        )
-    }
-    url = key = ""
-    if args.local is None:
-        url = project_url(get("SUPABASE_URL", "NEXT_PUBLIC_SUPABASE_URL"))
-        key = service_key(get("SUPABASE_SERVICE_ROLE_KEY", "SUPABASE_SECRET_KEY"))
-    return Settings(
-        **vars(args),
-        **names,
-        url=url,
-        key=key,
-        clip_model=model_folder(get("CLIP_MODEL")),
-        storage_bucket=get("STORAGE_BUCKET"),
-        allow_private_hosts=get("ALLOW_PRIVATE_IMAGE_HOSTS") in ("1", "true", "yes"),
-        fetch_seconds=seconds("FETCH_SECONDS", get("FETCH_SECONDS", default="30")),
-        db_retry_seconds=seconds("DB_RETRY_SECONDS", get("DB_RETRY_SECONDS", default="180")),
-    )
-
-
-def identifier(name: str, value: str) -> str:
-    """A table's or column's name; raises RunError, as it goes into queries unquoted."""
-    if not re.fullmatch(
-        r"[A-Za-z_]\w*" + (r"(\.[A-Za-z_]\w*)?" if "CLIENT" in name else ""), value, re.ASCII
-    ):
-        raise RunError(f"{name}={value!r} is not a plain name of letters, digits and _")
-    return value
-
-
-def seconds(name: str, value: str) -> float:
-    """A setting in seconds; raises RunError for what is no number."""
-    if not re.fullmatch(r"\d+(\.\d+)?", value):
-        raise RunError(f"{name}={value!r} is not a number of seconds")
-    return float(value)
-
-
-def model_folder(value: str) -> str:
-    """The folder in CLIP_MODEL; raises RunError where there is none."""
-    path = Path(value).expanduser()
-    if value and not path.is_dir():
-        raise RunError(f"CLIP_MODEL={value!r} is not a folder: it must hold a copy of {MODEL_ID}")
-    return str(path) if value else ""
-
-
-def project_url(value: str) -> str:
-    """The project's origin, without a path; raises RunError that never shows the value."""
-    if not value:
-        raise RunError(
-            "SUPABASE_URL (or NEXT_PUBLIC_SUPABASE_URL) is not set: copy .env.example to .env and "
-            "fill it in, or use --local DIR, which needs no account"
-        )
-    if "YOUR-PROJECT" in value:
-        raise RunError("SUPABASE_URL still holds the example's YOUR-PROJECT: put in your own")
-    url = value.rstrip("/").removesuffix("/rest/v1")
-    if not re.fullmatch(r"https?://[\w-]+(\.[\w-]+)*(:\d{1,4}|:[1-5]\d{4})?", url, re.ASCII):
-        # without the value: it may be the key, pasted into the wrong line
-        raise RunError(
-            "SUPABASE_URL is not like https://YOUR-PROJECT.supabase.co: copy it from the "
-            "project's API settings (not the dashboard's address, nor the key)"
-        )
-    return url
-
-
-def service_key(value: str) -> str:
-    """The key, once it looks like one that sees all rows; raises RunError."""
-    advice = "copy the service_role (or secret) key from the project's API settings"
-    if not value:
-        raise RunError(f"SUPABASE_SERVICE_ROLE_KEY (or SUPABASE_SECRET_KEY) is not set: {advice}")
-    role = "anon" if value.startswith("sb_publishable_") else token_role(value)
-    if role in ("anon", "authenticated"):
-        raise RunError(
-            f"SUPABASE_SERVICE_ROLE_KEY holds a public ({role}) key, to which the database "
-            f"shows no rows: {advice}"
-        )
-    plain = re.fullmatch(r"[\w.-]+", value, re.ASCII)  # else it would be quoted in errors
-    if not plain or (role is None and not value.startswith("sb_secret_")):
-        raise RunError(f"SUPABASE_SERVICE_ROLE_KEY does not look like a key: {advice}")
-    return value
-
-
-def token_role(key: str) -> str | None:
-    """The role that a JWT claims; None for what is no JWT."""
-    try:
-        claims = key.split(".")[1]
-        return str(json.loads(base64.urlsafe_b64decode(claims + "=="))["role"])
-    except (IndexError, ValueError, KeyError, TypeError):
-        return None
+def spec_value(spec: Any, label: str, value: str) -> Any:
+    """A setting's value, once it looks like one; raises RunError."""
+    found = re.fullmatch(spec.metadata["pattern"], value, re.ASCII)
+    if not found:
+        raise RunError(f"{label} {spec.metadata['advice']}")
+    kind = type(spec.default)
+    return found[1] == "1" if kind is bool else kind(found[1])
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     if sys.stderr is None:  # 2>&-: and the next file that is opened must not get its number
         sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
-    args = parser().parse_args(argv)
-    logging.basicConfig(
-        format="%(message)s" if sys.stderr.isatty() else "%(asctime)s %(message)s",
-        stream=sys.stderr,
-        level=logging.WARNING,
-    )
-    log.setLevel(logging.DEBUG if args.verbose else logging.INFO)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may hold anything
-        sys.stdout.reconfigure(errors="backslashreplace")
-    warnings.filterwarnings("ignore", module="PIL")  # about oddities that do no harm
     stop = Stop()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # as process 1 of a container it would else be ignored until the run listens
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
     try:
-        settings = read_settings(args)
-        make = FolderStore if settings.local else SupabaseStore
-        store: Store = make(settings, stop)
-        store.check()
-        code = (preview if settings.dry_run else embed_all)(store, settings, stop)
+        args = parser().parse_args(argv)
+        set_up_output(args.verbose)
+        code = embed_all(read_settings(args), stop)
         return stop.code or code
     except RunError as error:
         complain(str(error))
-        return stop.code or 2
     except ImportError as error:
-        complain(f"{error}: run pip install -r requirements.txt first")
-        return 2
+        complain(f"{error}: run {INSTALL}")
     except KeyboardInterrupt:
         complain("interrupted")
         return 130
     except Exception as error:  # a defect; exit code 1 would say that some images failed
         log.debug("", exc_info=True)
         complain(f"unexpected {type(error).__name__}: {error}; -v says more")
-        return 2
+    return stop.code or 2
+
+
+class Lines(logging.Formatter):
+    """Log lines without the control characters that ids, URLs and messages may hold."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        return printable(super().formatMessage(record))
+
+    def formatException(self, exc_info: Any) -> str:  # noqa: N802
+        return "\n".join(map(printable, super().formatException(exc_info).split("\n")))
+
+
+class Log(logging.StreamHandler[Any]):
+    """Logs to stderr while somebody reads it."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        # What is left in a broken pipe's buffer would fail each start of a process
+        sys.stderr = self.stream = Path(os.devnull).open("w")  # noqa: SIM115
+
+
+def set_up_output(verbose: bool) -> None:
+    """Logs to stderr, with the time where nobody watches."""
+    handler = Log()
+    handler.setFormatter(Lines("%(message)s" if sys.stderr.isatty() else "%(asctime)s %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    log.setLevel(logging.DEBUG if verbose else logging.INFO)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may hold anything
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def complain(trouble: str) -> None:
-    """Prints why a run ended, where there still is someone to read it."""
+    """Says why a run ended, where there still is someone to read it."""
+    line = printable(f"error: {trouble}")
     with contextlib.suppress(OSError):
-        print(f"error: {trouble}", file=sys.stderr)
+        width = shutil.get_terminal_size().columns - 1 if sys.stderr.isatty() else sys.maxsize
+        print(
+            textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False),
+            file=sys.stderr,
+        )
 
 
-def load_dotenv() -> Path | None:
-    """Puts the nearest .env into the environment, where that does not say otherwise."""
-    nearest = next((path for path in (Path(".env"), HERE / ".env") if path.is_file()), None)
+def first_answer(store: Store) -> Status:
+    """The store's status; not even a database that drips its answer is waited for for long."""
+    seconds = None if store.longest == math.inf else store.longest
     try:
-        if nearest:
-            dotenv.load_dotenv(nearest, encoding="utf-8-sig")
-    except (UnicodeDecodeError, OSError):
-        raise RunError(f"{nearest} can't be read as text in UTF-8: save it as that") from None
-    return nearest and nearest.resolve()
+        return ThreadPoolExecutor(1).submit(store.status).result(seconds)
+    except TimeoutError:
+        raise RunError(f"{SILENCE} for {seconds:.0f} s: {CHECK_URL}") from None
 
 
-def preview(store: Store, settings: Settings, _: Stop) -> int:
-    """Says what a run would do."""
-    report = Report()
-    count_pending(store, settings, report)
-    about = "about " if settings.shard[1] > 1 else ""
-    goal = report.goal(settings.limit)
-    print(f"Would embed {about}{'an unknown number of' if goal is None else goal} assets")
-    if skipped := store.count_known_failures():
-        print(f"Would skip {skipped} known failures; --retry-failed tries them")
-    for asset in itertools.islice(
-        within_reach(store, settings, report), min(5, settings.limit or 5)
-    ):
-        print(f"  {asset.id}  {shorten(asset.image)}")
-    return 0
-
-
-def embed_all(store: Store, settings: Settings, stop: Stop) -> int:
-    """The run, from the first page to the printed report. Returns the exit code."""
-    report = Report(store.count_known_failures())
-    reachable = within_reach(store, settings, report)
-    first = next(reachable, None)
-    if first is None:
-        known = " or is a known failure" if report.known_failures else ""
-        log.info("nothing to do: every asset asked for has an embedding%s", known)
-        report.complete = True
-        print(report)
-        return report.exit_code
-    log.info("vectors go to %s", store.place)
-    stop.listen()
-    background = ThreadPoolExecutor(2)  # both while the first images load
-    model = background.submit(ClipEncoder, settings)
-    background.submit(count_pending, store, settings, report, first)
-
-    def encode(pixels: np.ndarray) -> np.ndarray:
-        try:
-            encoder = model.result()
-        except (ValueError, RuntimeError) as error:  # would else count as the image's own
-            raise RunError(f"the model could not be loaded: {error}") from None
-        return encoder.encode(pixels)
-
-    assets = itertools.islice(itertools.chain([first], reachable), settings.limit)
+def embed_all(settings: Settings, stop: Stop) -> int:
+    """The run, from the first question to the printed report. Returns the exit code."""
+    store: Store = (FolderStore if settings.local else SupabaseStore)(settings, stop)
+    status = first_answer(store)
+    skipped = 0 if settings.retry_failed else status.failed + status.waiting
+    report = Report(status.assets - status.done - skipped, skipped)
+    log.info("%s%s to do", status, f"{report.pending:,}")
+    if settings.dry_run:
+        return preview(store, settings, report)
     trouble: Exception | None = None
-    try:
-        with logging_redirect_tqdm(), Progress(report, settings, stop) as progress:
-            run(store, assets, encode, settings, progress)
-    except Exception as error:
-        trouble = error
-    report.complete = report.found_all and not (trouble or stop.is_set())
-    print(report)
+    if report.pending:
+        log.info("vectors go to %s", store.place)
+        log.info("loading the model")
+        stop.listen()
+        try:
+            Run(store, settings, report, stop).loop()
+        except Exception as error:
+            trouble = error
+    else:
+        log.info("nothing to do%s", "" if status.assets else ": there are no assets yet")
+    lines = [printable(line) for line in report.lines()]
+    with contextlib.suppress(OSError):  # as in: ... | head -1
+        print("\n".join(lines), flush=True)
     if trouble:
         raise trouble
-    return report.exit_code
+    if settings.gallery and not stop.code:
+        done, failed = status.done + report.embedded, report.failed + report.skipped
+        counts = f"{status.assets:,} assets: {done:,} embedded, {failed:,} failed"
+        write_gallery(store, settings, f"{counts}, {report.left:,} left")
+    elif settings.local and report.embedded and sys.stderr.isatty():
+        log.info("next: --gallery FILE.html shows what looks alike; README.md: with Supabase")
+    return 1 if report.failed else 0
 
 
-def within_reach(store: Store, settings: Settings, report: Report) -> Iterator[Asset]:
-    """The pending assets of this shard; notes in the report when there are no more."""
-    yield from (asset for asset in store.pending() if in_shard(asset, settings.shard))
-    report.found_all = True
-
-
-def count_pending(
-    store: Store, settings: Settings, report: Report, first: Asset | None = None
-) -> None:
-    """Counts beside the run, window by window: at a million assets it takes a while."""
-    with contextlib.suppress(RunError):  # the run itself will meet the same trouble
-        count = store.count(first)
-        report.total = None if count is None else round(count / settings.shard[1])
+def preview(store: Store, settings: Settings, report: Report) -> int:
+    """Says what a run would do."""
+    goal = min(report.pending, settings.limit or report.pending)
+    print(f"Would embed {goal} asset{'s' * (goal != 1)} as {settings.model_version}")
+    for asset in next(store.pages(), [])[: min(5, goal)]:
+        print(printable(f"  {asset}"))
+    return 0
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
+from conftest import TUNED
 from models import full_model
 from PIL import Image
 from stack import REPO, ImageHost, Stack, photographs
@@ -75,7 +77,7 @@ def contenders(folder):
     def eager(pixels):
         return plain(pixel_values=torch.from_numpy(pixels)).image_embeds
 
-    cores = script.lanes("cpu")
+    cores = script.cores()
     made = {EAGER: (eager, 1, 1)}
     for dtype in ("float32", "bfloat16"):
         ours = script.ClipEncoder(script.Settings(clip_model=str(folder), dtype=dtype)).encode
@@ -116,7 +118,7 @@ def exported(model):
 def time_model(run, batch, lanes, repeats=2):
     """Milliseconds per image."""
     pixels = np.random.default_rng(0).normal(size=(8, 3, 224, 224)).astype(np.float32)
-    torch.set_num_threads(script.lanes("cpu") // lanes)
+    torch.set_num_threads(script.cores() // lanes)
     with ThreadPoolExecutor(lanes) as pool:  # new threads: they keep that number
         jobs = [pixels[:batch]] * lanes * repeats
         list(pool.map(run, jobs[: 2 * lanes]))  # what oneDNN prepares, it keeps for each thread
@@ -160,7 +162,7 @@ def stand_in():
             vector = model.get_image_features(**inputs).pooler_output[0]
         row = {"asset_id": asset["id"], "embedding": vector.tolist(), "model_version": "x"}
         client.table("product_embeddings").upsert(row, on_conflict="asset_id").execute()
-        print(datetime.datetime.now(), "embedded", flush=True)
+        print(datetime.datetime.now(), "done", flush=True)
 
 
 WORKERS = min(script.MOST_WORKERS, script.WORKERS_PER_CORE * script.cores())
@@ -184,7 +186,7 @@ def time_job(stack, command, **settings):
         stderr=subprocess.STDOUT,
         text=True,
     )
-    stamps = re.findall(r"^([\d-]+ [\d:]+[.,]\d+) .*embedded$", run.stdout, re.MULTILINE)
+    stamps = re.findall(r"^([\d-]+ [\d:]+[.,]\d+) .*\bdone\b", run.stdout, re.MULTILINE)
     if run.returncode or len(stamps) <= AHEAD + WAVE + AHEAD:
         raise SystemExit(f"{command} failed:\n{run.stdout[-3000:]}")
     times = [datetime.datetime.fromisoformat(stamp.replace(",", ".")) for stamp in stamps]
@@ -211,20 +213,20 @@ def fill(stack, host, photos, count):
     stack.add_assets((uuid.uuid4(), host.url_of(path), "client") for path in host.files)
 
 
-PROGRAM = [REPO / "generate_embeddings.py", "-v"]
-JOBS = {
-    "sequential stand-in": [Path(__file__), "--stand-in"],
-    "script (default)": PROGRAM,
-    "script, batch 8": [*PROGRAM, "--batch-size", "8"],
-    "script, bfloat16": [*PROGRAM, "--dtype", "bfloat16"],
-    "script, bfloat16, batch 8": [*PROGRAM, "--dtype", "bfloat16", "--batch-size", "8"],
-}
+def program(folder):
+    """The command that runs the script with a line for each image, from a file in the folder."""
+    path = Path(folder, "tuned.py")
+    path.write_text(TUNED)
+    return [path, "LOG_EVERY=1", "--"]
 
 
-def time_jobs(stack, host, count, rounds):
+def time_jobs(stack, host, program, count, rounds):
     """Prints the table of the whole job."""
+    jobs = {"sequential stand-in": [Path(__file__), "--stand-in"], "script (default)": program}
+    for flags in ("--batch-size 8", "--dtype bfloat16", "--dtype bfloat16 --batch-size 8"):
+        jobs[f"script, {flags}"] = [*program, *flags.split()]
     fill(stack, host, jpegs(1500), count)
-    found = median_jobs(stack, JOBS, rounds)
+    found = median_jobs(stack, jobs, rounds)
     slowest = found["sequential stand-in"][0]
     table(
         f"Whole job: {count} photographs of 1500 px, host 100 ms away",
@@ -251,7 +253,7 @@ def time_of_hosts():
     return sum(time.user + time.system for time in spent) / script.cores()
 
 
-def time_overhead(stack, host, count, rounds, models):
+def time_overhead(stack, host, program, models, count, rounds):
     """Prints the whole job's time over that of the model alone, measured right before it."""
     found = {name: [] for name in CASES}
     for _ in range(rounds):
@@ -260,7 +262,7 @@ def time_overhead(stack, host, count, rounds, models):
             fill(stack, host, jpegs(**photos), count)
             host.latency = latency
             before = time_of_hosts()
-            each = time_job(stack, PROGRAM)[0]
+            each = time_job(stack, program)[0]
             hosts = (time_of_hosts() - before) / len(host.files) * 1000
             found[name].append((each, hosts, *(each / model for model in alone)))
     table(
@@ -275,9 +277,10 @@ def time_overhead(stack, host, count, rounds, models):
 def time_parts(folder):
     """Prints where an image's time goes, one part at a time, one thread."""
     encode = script.ClipEncoder(script.Settings(clip_model=str(folder))).encode
+    decoder = script.Decoder()
     with ImageHost() as host:
-        fetcher = script.Fetcher(script.Settings(allow_private_hosts=True))
-        table("Where an image's time goes, ms", ["", "fetch", "decode", "preprocess", "model"])
+        fetcher = script.Fetcher(script.Settings(private_hosts=True))
+        table("Where an image's time goes, ms", ["", "fetch", "decode", "normalise", "model"])
         for name, photos in (
             ("1,500 px", jpegs(1500)),
             ("4 megapixels", jpegs(megapixels=4)),
@@ -286,15 +289,16 @@ def time_parts(folder):
             host.files = {f"/{n}.jpg": data for n, data in enumerate(photos)}
             times = []
             for path in [*host.files] * 3:
-                stamps = [time.perf_counter()]
-                data = fetcher.fetch(host.url_of(path), {})
-                stamps.append(time.perf_counter())
-                image = script.decode(data)
-                stamps.append(time.perf_counter())
-                pixels = script.preprocess(image)
-                stamps.append(time.perf_counter())
-                encode(pixels[None])
-                stamps.append(time.perf_counter())
+                steps = (
+                    lambda url: fetcher.fetch(url, {}),
+                    decoder.decode,
+                    lambda levels: script.normalise(levels)[None],
+                    encode,
+                )
+                given, stamps = host.url_of(path), [time.perf_counter()]
+                for step in steps:
+                    given = step(given)
+                    stamps.append(time.perf_counter())
                 times.append(np.diff(stamps) * 1000)
             row(name, *(f"{part:.1f}" for part in np.median(times, axis=0)))
 
@@ -332,9 +336,10 @@ def main():
     if args.model:
         return None
     time_parts(full_model())
-    with Stack() as stack, ImageHost(latency=0.1) as host:
-        time_jobs(stack, host, count, args.rounds)
-        time_overhead(stack, host, count, args.rounds, models)
+    with Stack() as stack, ImageHost(latency=0.1) as host, tempfile.TemporaryDirectory() as folder:
+        stack.reset(old_grants=True)  # the stand-in reads and writes tables
+        time_jobs(stack, host, program(folder), count, args.rounds)
+        time_overhead(stack, host, program(folder), models, count, args.rounds)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"\n(this program itself: {peak:.0f} MB)")
     return None

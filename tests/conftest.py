@@ -18,6 +18,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 REPO = Path(__file__).resolve().parent.parent
 SCRIPT = REPO / "generate_embeddings.py"
 TIMEOUT = 120  # seconds; for a busy machine: no run here takes a quarter of it
+TINY_VERSION = "tiny"  # what rows carry whose vector the tiny model made
 CLOSED = "http://127.0.0.1:9"  # nothing listens there
 
 # Runs the script with other constants: NAME=value ... -- arguments
@@ -25,14 +26,15 @@ TUNED = f"""
 import sys
 sys.path.insert(0, {str(REPO)!r})
 import generate_embeddings as script
-end = sys.argv.index("--")
-for name, value in (pair.split("=") for pair in sys.argv[1:end]):
-    assert hasattr(script, name), name
-    setattr(script, name, type(getattr(script, name))(value))
-sys.exit(script.main(sys.argv[end + 1:]))
+if __name__ == "__main__":  # the decoders' processes import this file, too
+    end = sys.argv.index("--")
+    for name, value in (pair.split("=") for pair in sys.argv[1:end]):
+        assert hasattr(script, name), name
+        setattr(script, name, type(getattr(script, name))(value))
+    sys.exit(script.main(sys.argv[end + 1:]))
 """
 
-COUNTS = re.compile(r"embedded=\d+ failed=\d+ left=(\d+|unknown) attempted=\d+( \w+=[\d.]+)*")
+COUNTS = re.compile(r"embedded=\d+ failed=\d+ left=\d+ attempted=\d+( \w+=[\d.]+)*")
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,12 @@ class Result:
 
     @property
     def counts(self):
-        """The last line of stdout, name -> int (`left` may be None); {} without such a line."""
+        """The last line of stdout, name -> int; {} without such a line."""
         last = self.out.splitlines()[-1:] or [""]
         if not COUNTS.fullmatch(last[0]):
             return {}
         pairs = (pair.split("=") for pair in last[0].split())
-        return {n: None if v == "unknown" else int(float(v)) for n, v in pairs}
+        return {n: int(float(v)) for n, v in pairs}
 
     @property
     def error(self):
@@ -137,13 +139,19 @@ class Cli:
                 run.wait()
 
 
+def model_settings(folder):
+    """The settings for a model of models.py: its folder, and a name for what is no ViT-B/32."""
+    version = {"MODEL_VERSION": TINY_VERSION} if folder.name == "tiny" else {}
+    return {"CLIP_MODEL": str(folder)} | version
+
+
 def stack_cli(stack, model, folder):
     """A Cli with the settings of the stack, for fixtures of a wider scope than `cli`."""
     settings = {
         "SUPABASE_URL": stack.url,
         "SUPABASE_SERVICE_ROLE_KEY": stack.service_key,
         "ALLOW_PRIVATE_IMAGE_HOSTS": "1",
-        "CLIP_MODEL": str(model),
+        **model_settings(model),
     }
     return Cli(settings, folder, stack.roles)
 
@@ -227,6 +235,6 @@ def cli(request, tiny, tmp_path_factory):
     if "stack" in request.fixturenames:
         made = stack_cli(request.getfixturevalue("stack"), tiny, folder)
     else:
-        made = Cli({"CLIP_MODEL": str(tiny), "ALLOW_PRIVATE_IMAGE_HOSTS": "1"}, folder)
+        made = Cli({**model_settings(tiny), "ALLOW_PRIVATE_IMAGE_HOSTS": "1"}, folder)
     yield made
     made.close()

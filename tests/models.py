@@ -43,6 +43,9 @@ TINY_TOWER = {
 }
 
 
+TINY_TEXT = {**TINY_TOWER, "vocab_size": 64, "bos_token_id": 62, "eos_token_id": 63}
+
+
 def full_model():
     """Path of a CLIPModel with both towers of ViT-B/32: 151 M parameters, 605 MB."""
     return _saved("full", CLIPConfig())  # its defaults are openai/clip-vit-base-patch32
@@ -50,8 +53,18 @@ def full_model():
 
 def tiny_model():
     """Path of a small relative: same 224 px images and 512 numbers out, two layers 32 wide."""
-    text = {**TINY_TOWER, "vocab_size": 64, "bos_token_id": 62, "eos_token_id": 63}
-    return _saved("tiny", CLIPConfig(text_config=text, vision_config=TINY_TOWER))
+    return _saved("tiny", CLIPConfig(text_config=TINY_TEXT, vision_config=TINY_TOWER))
+
+
+def other_model(folder, projection_dim=512, change=lambda model: None, **tower):
+    """Makes `folder` a model like the tiny one but for these settings of its image tower, or for
+    what `change` does to it."""
+    vision = TINY_TOWER | tower
+    config = CLIPConfig(text_config=TINY_TEXT, vision_config=vision, projection_dim=projection_dim)
+    model = CLIPModel(config)
+    change(model)
+    _save(model, folder)
+    return folder
 
 
 def hub_cache(folder):
@@ -93,11 +106,15 @@ def _saved(name, config):
         torch.manual_seed(0)
         with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
             made = Path(scratch) / name
-            CLIPModel(config).save_pretrained(made)
-            (made / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=2))
+            _save(CLIPModel(config), made)
             try:
                 made.rename(folder)
             except OSError:
                 if not folder.exists():  # else a test beside this one was faster
                     raise
     return folder
+
+
+def _save(model, folder):
+    model.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=2))

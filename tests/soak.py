@@ -44,7 +44,10 @@ STORMS = {
     "429": (429, [("Retry-After", "1")], b"slow down"),
     "500 57014": (500, [], b'{"code":"57014","message":"statement timeout"}'),
     "reset": "reset",
-    "reset after commit": "after",
+    "null": (200, [], b"null"),
+    # The database does its work, the answer does not come, or half of it
+    "reset after commit": lambda answer: "reset",
+    "half an answer": lambda answer: (*answer[:2], answer[2][: len(answer[2]) // 2]),
 }
 ACTS = ["interrupt", "delete", "change", *["kill"] * 7]
 DECK = [*STORMS, "gateway", "PostgREST", "image host", *ACTS]
@@ -66,7 +69,8 @@ class Soak:
         self.findings, self.struck, self.storm, self.clear = [], 0, None, False
         self.happened, self.ended, self.errors = Counter(), Counter(), Counter()
         self.running = {}  # key -> worker; each has its own, which tells their requests apart
-        self.upserts = defaultdict(list)  # key -> [(request, asset ids)]
+        self.stored = defaultdict(set)  # key -> ids whose vectors the database has said to store
+        self.calls = Counter()  # of the functions
         photos = [Image.open(io.BytesIO(data)).convert("RGB") for data in photographs().values()]
         images = [jpeg(p.resize((160, 120)).rotate(turn)) for p in photos for turn in (0, 180)]
         decoded = [Image.open(io.BytesIO(data)) for data in images]
@@ -91,17 +95,26 @@ class Soak:
         handler.reply(200 if slow or self.clear or self.dice.random() < 0.3 else 503, [], data)
 
     def _weather(self, request):
-        """The gateway's fault hook: notes the upserts, and hits every other one in a storm."""
-        if request.method == "POST" and "/product_embeddings?" in request.path:
-            ids = [row["asset_id"] for row in json.loads(request.body)]
-            self.upserts[request.headers["apikey"]].append((request, ids))
+        """The gateway's fault hook: hits every other call in a storm, and notes what the others
+        have stored."""
         hit = self.storm if self.dice.random() < 0.5 else None
+        self.calls[request.path.rpartition("/")[2]] += 1
         self.struck += hit is not None
-        return hit
+        if hit and not callable(hit):
+            return hit
+        answer = self.stack.gateway._route(request)
+        if hit:
+            return hit(answer)
+        if request.path.endswith("/store_embeddings") and answer[0] == 200:
+            rows = json.loads(answer[2])
+            self.stored[request.headers["apikey"]] |= {
+                row["asset_id"] for row in rows if row["outcome"] == "stored"
+            }
+        return answer
 
     def _send(self, flags):
-        key = f"sb_secret_soak_{len(self.upserts)}"
-        self.upserts[key], self.stack.roles[key] = [], "service_role"
+        key = f"sb_secret_soak_{len(self.stored)}"
+        self.stored[key], self.stack.roles[key] = set(), "service_role"
         settings = {"SUPABASE_SERVICE_ROLE_KEY": key, "FETCH_SECONDS": 15, "DB_RETRY_SECONDS": 60}
         self.running[key] = self.cli.start(*flags, script=self.script, **settings)
         self.running[key].flags, self.running[key].stopping = flags, False
@@ -121,16 +134,11 @@ class Soak:
         while time.monotonic() < end:
             self._tend()
             for key, worker in self.running.items():
-                if self._stored(key) and worker.poll() is None and not worker.stopping:
+                if self.stored[key] and worker.poll() is None and not worker.stopping:
                     self._insert()
                     return key
             time.sleep(0.02)
         raise TimeoutError("no worker stored anything")
-
-    def _stored(self, key):
-        """The ids whose vectors the database has confirmed to this worker."""
-        confirmed = [ids for request, ids in self.upserts[key] if request.status in (200, 201)]
-        return {asset_id for ids in confirmed for asset_id in ids}
 
     def _judge(self, key):
         """Waits for a run's end; notes what is wrong with what it says of itself."""
@@ -144,7 +152,7 @@ class Soak:
         self.errors.update(s[:120] for s in result.err.splitlines() if s.startswith("error: "))
         if result.code not in (0, 1, 2, 130, -9) or not (result.counts or result.code in (2, -9)):
             self.findings.append(f"run {worker.flags}: exit {result.code}, said {result.out!r}")
-        if result.counts.get("embedded", 0) > len(self._stored(key)):
+        if result.counts.get("embedded", 0) > len(self.stored[key]):
             self.findings.append(f"run {worker.flags} stored less than it says: {result.counts}")
         return result
 
@@ -207,7 +215,7 @@ class Soak:
             self._judge(key)
         self._insert(100)
         self._change(100)
-        self._send(())
+        self._send(("--retry-failed",))  # those, too, that failed too often to be tried so soon
         last = self._judge(*self.running)
         if last is None or last.code not in (0, 1) or last.counts["left"] != 0:
             self.findings.append(f"the last run, under a clear sky: {last}")
@@ -240,10 +248,10 @@ class Soak:
             return f"{counts.total()} ({', '.join(f'{n} {c}' for n, c in sorted(counts.items()))})"
 
         kinds = Counter(path.split("/")[1] for path in self.truth.values())
-        requests, stored = len(self.stack.gateway.requests), sum(map(len, self.upserts.values()))
+        stored = sum(map(len, self.stored.values()))
         lines = [f"faults: {listed(self.happened)}", f"runs: {listed(self.ended)}"]
         lines += [f"assets at the end: {listed(kinds)}, downloads: {len(self.host.requests)}"]
-        lines += [f"requests: {requests}, {self.struck} struck; {stored} upserts"]
+        lines += [f"calls: {listed(self.calls)}, {self.struck} struck; {stored} vectors stored"]
         lines += [f"stopped: {count} x {error}" for error, count in self.errors.items()]
         return "\n".join([*lines, *self.findings, f"audit: {len(self.findings)} findings"])
 

@@ -298,31 +298,40 @@ def _storage_error(code, error, message):
 # Database
 # --------------------------------------------------------------------------------------------------
 
-# As Supabase sets up a new project, as far as the script and schema.sql can tell.
+# As Supabase sets up a new project, as far as the script and schema.sql can tell. The editor is
+# what Supabase calls postgres: the user of the SQL editor, who owns the tables and is no superuser.
 ROLES = """
 create role anon nologin noinherit;
 create role authenticated nologin noinherit;
 create role service_role nologin noinherit bypassrls;
 create role authenticator login noinherit;
 grant anon, authenticated, service_role to authenticator;
+create role editor login createrole bypassrls;
+grant create on database postgres to editor;
 alter role authenticator set statement_timeout = '8s';
 alter role authenticated set statement_timeout = '8s';
 alter role anon set statement_timeout = '3s';
-create schema extensions;
+create schema extensions authorization editor;
 grant usage on schema extensions to anon, authenticated, service_role;
 alter database postgres set search_path = "$user", public, extensions;
 """
 
+# Tables that a test makes as superuser are the editor's to use, as if it had made them itself.
 PUBLIC_SCHEMA = """
 drop schema public cascade;
-create schema public;
+create schema public authorization editor;
 grant usage on schema public to anon, authenticated, service_role;
-alter default privileges in schema public
-  grant all on tables to anon, authenticated, service_role;
-alter default privileges in schema public
-  grant all on sequences to anon, authenticated, service_role;
-alter default privileges in schema public
+alter default privileges in schema public grant all on tables to editor;
+alter default privileges for role editor, current_user in schema public
   grant all on functions to anon, authenticated, service_role;
+"""
+
+# Projects from before 30 May 2026 also have this, and their tables keep such grants.
+OLD_GRANTS = """
+alter default privileges for role editor, current_user in schema public
+  grant all on tables to anon, authenticated, service_role;
+alter default privileges for role editor, current_user in schema public
+  grant all on sequences to anon, authenticated, service_role;
 """
 
 # Safe for a database that is thrown away; about twice as fast.
@@ -456,28 +465,43 @@ class Stack:
         cursor = self._connection.execute(query, params)
         return cursor.fetchall() if cursor.description else []
 
-    def reset(self, id_type="uuid", schema=True, clients=False):
+    def reset(
+        self, id_type="uuid", schema=True, clients=False, old_grants=False, vector="extensions"
+    ):
         """Starts over: an empty assets table whose ids are uuid, bigint or text, and schema.sql.
 
         schema=False leaves schema.sql out. clients=True adds clients (id bigint, name text) and
-        assets.client_id, which references it.
+        assets.client_id, which references it. old_grants=True: the API's roles may use every new
+        table, as in projects from before 30 May 2026. vector="public": pgvector is there already.
         """
         self.sql(PUBLIC_SCHEMA)
+        if old_grants:
+            self.sql(OLD_GRANTS)
+        if vector == "public":  # the drop of the schema leaves one that is elsewhere
+            self.sql("drop extension if exists vector cascade")
+        # By the superuser: what Supabase lets its users do, PostgreSQL does not
+        self.sql(f"create extension if not exists vector with schema {vector}")
+        made = ""
         if clients:
-            self.sql("create table clients (id bigint primary key, name text)")
+            made = "create table clients (id bigint primary key, name text);"
         reference = ", client_id bigint references clients" if clients else ""
-        self.sql(
-            f"create table assets (id {id_type} primary key, image_url text, client_name text"
-            f"{reference})"
+        self.sql_as_editor(
+            f"{made} create table assets (id {id_type} primary key, image_url text, "
+            f"client_name text{reference})"
         )
         if schema:
             self.apply_schema(id_type)
         self.reload_schema()
 
-    def apply_schema(self, id_type="uuid"):
-        """Runs schema.sql in one transaction, as Supabase's SQL editor does, for this id type."""
-        script = (REPO / "schema.sql").read_text()
-        self.sql(script.replace("asset_id uuid", f"asset_id {id_type}"))
+    def sql_as_editor(self, script):
+        """Runs statements in a new session of the user who owns the tables, as the SQL editor."""
+        with psycopg.connect(self.db_uri, user="editor", autocommit=True) as editor:
+            editor.execute(script)
+
+    def apply_schema(self, id_type="uuid", script=None):
+        """Runs schema.sql, or another text of it, for this type of id."""
+        script = script or (REPO / "schema.sql").read_text()
+        self.sql_as_editor(re.sub(r"\buuid\b", id_type, script))
 
     def add_assets(self, rows):
         """Inserts (id, image_url, client_name) rows; a million take some seconds."""

@@ -1,22 +1,18 @@
 """Settings: from the environment and .env, and what is said of wrong ones."""
 
 import ast
+import dataclasses
 import re
 import shutil
 import uuid
 
-import jwt
 import pytest
-from conftest import REPO, SCRIPT
+from conftest import CLOSED, REPO, SCRIPT
+from stack import ImageHost
 
-SETTINGS = [
-    *("SUPABASE_URL", "NEXT_PUBLIC_SUPABASE_URL"),
-    *("SUPABASE_SERVICE_ROLE_KEY", "SUPABASE_SECRET_KEY", "CLIP_MODEL"),
-    *("ASSETS_TABLE", "ASSET_ID_COLUMN", "ASSET_IMAGE_COLUMN", "ASSET_CLIENT_COLUMN"),
-    *("EMBEDDINGS_TABLE", "FAILURES_TABLE"),
-]
-GOOD = {"SUPABASE_URL": "https://abc.supabase.co", "SUPABASE_SERVICE_ROLE_KEY": "sb_secret_abc"}
-NEXT_TO_NOTHING = "http://127.0.0.1:9"  # asked for five seconds, and nothing answers
+import generate_embeddings as script
+
+GOOD = {"SUPABASE_URL": "https://abc.supabase.co", "SUPABASE_SECRET_KEY": "sb_secret_abc"}
 
 
 @pytest.fixture
@@ -25,8 +21,7 @@ def found(cli, stack):
     stack.add_assets([(uuid.uuid4(), "https://images.invalid/1.jpg", "x")])
 
     def found(content, **environment):
-        data = content if isinstance(content, bytes) else content.encode()
-        (cli.folder / ".env").write_bytes(data)
+        (cli.folder / ".env").write_bytes(content.encode())
         run = cli("--dry-run", env=environment)
         assert run.code == 0, run.err
         return run.out.startswith("Would embed 1 ")
@@ -40,29 +35,30 @@ def found(cli, stack):
 @pytest.mark.parametrize(
     "content",
     [
-        "SUPABASE_URL={url}\nSUPABASE_SERVICE_ROLE_KEY={key}\n",
-        'SUPABASE_URL="{url}"\nSUPABASE_SERVICE_ROLE_KEY="{key}"',
-        "SUPABASE_URL = '{url}'\nSUPABASE_SERVICE_ROLE_KEY = ' {key} '\n",
-        "# mine\n\nexport SUPABASE_URL={url}  # the project\nSUPABASE_SERVICE_ROLE_KEY={key}\n",
-        "\ufeffSUPABASE_URL={url}\r\nSUPABASE_SERVICE_ROLE_KEY={key}\r\n",
-        "SUPABASE_URL={url}/\nSUPABASE_SERVICE_ROLE_KEY={key}\n",
-        "SUPABASE_URL={url}/rest/v1\nSUPABASE_SERVICE_ROLE_KEY={key}\n",
-        "SUPABASE_URL={url}/rest/v1/\nSUPABASE_SERVICE_ROLE_KEY={key}\n",
-        "NEXT_PUBLIC_SUPABASE_URL={url}\nSUPABASE_SECRET_KEY={secret}\n",
-        "SUPABASE_URL=\nNEXT_PUBLIC_SUPABASE_URL={url}\nSUPABASE_SERVICE_ROLE_KEY={secret}\n",
+        "SUPABASE_URL={url}\nSUPABASE_SECRET_KEY={secret}\n",
+        'SUPABASE_URL="{url}"\nSUPABASE_SECRET_KEY="{secret}"',
+        "SUPABASE_URL = '{url}'\nSUPABASE_SECRET_KEY = ' {secret} '\n",
+        "# mine\n\nexport SUPABASE_URL={url}  # the project\nSUPABASE_SECRET_KEY={secret}\n",
+        "\ufeffSUPABASE_URL={url}\r\nSUPABASE_SECRET_KEY={secret}\r\n",
+        "SUPABASE_URL={url}/\nSUPABASE_SECRET_KEY={secret}\n",
+        "SUPABASE_URL={url}/rest/v1\nSUPABASE_SECRET_KEY={secret}\n",
+        "SUPABASE_URL={url}/rest/v1/\nSUPABASE_SECRET_KEY={secret}\n",
+        "NEXT_PUBLIC_SUPABASE_URL={url}\nSUPABASE_SERVICE_ROLE_KEY={legacy}\n",
+        "SUPABASE_URL=\nNEXT_PUBLIC_SUPABASE_URL={url}\nSUPABASE_SECRET_KEY={secret}\n",
+        "SUPABASE_URL={url}\nSUPABASE_SERVICE_ROLE_KEY=a.b.c\nSUPABASE_SECRET_KEY={secret}\n",
     ],
     ids=[
         *("plain", "double quotes", "single quotes, spaces", "export, comments", "BOM, CRLF"),
         *("trailing slash", "rest/v1", "rest/v1/", "other names", "an empty value is none"),
+        "the secret key comes first",
     ],
 )
 def test_a_dotenv_file_in_the_current_folder_is_read(found, stack, content):
-    values = {"url": stack.url, "key": stack.service_key, "secret": stack.secret_key}
-    assert found(content.format(**values))
+    assert found(content.format(url=stack.url, legacy=stack.service_key, secret=stack.secret_key))
 
 
 def test_the_environment_wins_over_the_file(found, stack):
-    wrong = f"SUPABASE_URL={NEXT_TO_NOTHING}\nSUPABASE_SERVICE_ROLE_KEY={stack.service_key}\n"
+    wrong = f"SUPABASE_URL={CLOSED}\nSUPABASE_SECRET_KEY={stack.secret_key}\n"
     assert found(wrong, SUPABASE_URL=stack.url)
 
 
@@ -73,17 +69,17 @@ def test_a_dotenv_file_beside_the_script_is_read_where_the_current_folder_has_no
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir()
     there.mkdir()
-    script = shutil.copy(SCRIPT, there)
-    beside = f"SUPABASE_URL={stack.url}\nSUPABASE_SERVICE_ROLE_KEY={stack.service_key}\n"
+    copy = shutil.copy(SCRIPT, there)
+    beside = f"SUPABASE_URL={stack.url}\nSUPABASE_SECRET_KEY={stack.secret_key}\n"
     (there / ".env").write_text(beside)
-    run = cli("--dry-run", env={}, cwd=here, script=script)
+    run = cli("--dry-run", env={}, cwd=here, script=copy)
     assert run.out.startswith("Would embed 1 "), run.err
 
     (here / ".env").write_text(f"SUPABASE_URL={stack.url}\n")  # now the one beside is not read
-    run = cli("--dry-run", env={}, cwd=here, script=script)
+    run = cli("--dry-run", env={}, cwd=here, script=copy)
     assert run.code == 2
-    assert "SUPABASE_SERVICE_ROLE_KEY" in run.error
-    assert f"read from {here / '.env'}" in run.error
+    assert "SUPABASE_SECRET_KEY is not set" in run.error
+    assert str(here / ".env") in run.error
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
@@ -91,49 +87,55 @@ def test_a_dotenv_file_in_another_encoding_is_named(cli, encoding):
     (cli.folder / ".env").write_bytes("SUPABASE_URL=https://x.supabase.co # é\n".encode(encoding))
     run = cli("--dry-run", env={})
     assert run.code == 2
-    assert ".env" in run.error
+    assert str(cli.folder / ".env") in run.error
     assert "UTF-8" in run.error
+
+
+def test_nothing_of_a_dotenv_file_enters_the_environment(cli, tmp_path, photos):
+    # A file that came with a folder would else send the user's token for the hub elsewhere
+    copy = shutil.copy(SCRIPT, tmp_path)
+    (tmp_path / "a.png").write_bytes(photos["coffee.png"])
+    with ImageHost() as elsewhere:
+        (cli.folder / ".env").write_text(f"HF_ENDPOINT={elsewhere.url}\nHF_TOKEN=hf_abc\n")
+        out_of_reach = {"HF_ENDPOINT": None, "HTTPS_PROXY": CLOSED}
+        run = cli("--local", tmp_path, script=copy, env=out_of_reach, timeout=60)
+    assert "could not be downloaded" in run.error
+    assert elsewhere.requests == []
 
 
 # Wrong settings
 
 
-def token(role):
-    return jwt.encode({"role": role} if role else {}, "some secret of at least 32 characters here")
-
-
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"SUPABASE_URL": None}, "SUPABASE_URL .*not set.*--local"),
-        ({"SUPABASE_URL": "  "}, "SUPABASE_URL .*not set"),
-        ({"SUPABASE_URL": "https://YOUR-PROJECT.supabase.co"}, "SUPABASE_URL .*YOUR-PROJECT: put"),
-        ({"SUPABASE_URL": "abc.supabase.co"}, "SUPABASE_URL.*https://"),
-        ({"SUPABASE_URL": "https://"}, "SUPABASE_URL"),
-        ({"SUPABASE_URL": "https://YOUR PROJECT.supabase.co"}, "SUPABASE_URL"),
-        ({"SUPABASE_URL": "https://supabase.com/dashboard/project/abc"}, "SUPABASE_URL"),
-        ({"SUPABASE_URL": "postgresql://postgres:pw@db.abc.supabase.co/postgres"}, "SUPABASE_URL"),
-        ({"SUPABASE_SERVICE_ROLE_KEY": None}, "SUPABASE_SERVICE_ROLE_KEY .*not set"),
-        ({"SUPABASE_SERVICE_ROLE_KEY": "hush-hush"}, "SUPABASE_SERVICE_ROLE_KEY"),
-        ({"SUPABASE_SERVICE_ROLE_KEY": "your-service-role-key"}, "SUPABASE_SERVICE_ROLE_KEY"),
-        ({"SUPABASE_SERVICE_ROLE_KEY": "a.b.c"}, "SUPABASE_SERVICE_ROLE_KEY"),
-        ({"SUPABASE_SERVICE_ROLE_KEY": token(None)}, "SUPABASE_SERVICE_ROLE_KEY"),
-        ({"SUPABASE_SERVICE_ROLE_KEY": token("anon")}, r"SUPABASE_SERVICE_ROLE_KEY.*\banon\b"),
-        ({"SUPABASE_SERVICE_ROLE_KEY": token("authenticated")}, "SUPABASE_SERVICE_ROLE_KEY"),
-        ({"SUPABASE_SERVICE_ROLE_KEY": "sb_publishable_abc"}, "SUPABASE_SERVICE_ROLE_KEY.*public"),
-        ({"ASSETS_TABLE": "my assets"}, "ASSETS_TABLE"),
-        ({"ASSETS_TABLE": "public.assets"}, "ASSETS_TABLE"),
-        ({"ASSET_ID_COLUMN": "id::text"}, "ASSET_ID_COLUMN"),
-        ({"ASSET_ID_COLUMN": "1d"}, "ASSET_ID_COLUMN"),
-        ({"ASSET_IMAGE_COLUMN": "a,b"}, "ASSET_IMAGE_COLUMN"),
-        ({"ASSET_IMAGE_COLUMN": "data->url"}, "ASSET_IMAGE_COLUMN"),
-        ({"ASSET_CLIENT_COLUMN": "a.b.c"}, "ASSET_CLIENT_COLUMN"),
-        ({"ASSET_CLIENT_COLUMN": ".name"}, "ASSET_CLIENT_COLUMN"),
-        ({"EMBEDDINGS_TABLE": 'x"; drop table assets; --'}, "EMBEDDINGS_TABLE"),
-        ({"FETCH_SECONDS": "soon"}, "FETCH_SECONDS"),
-        ({"DB_RETRY_SECONDS": "-1"}, "DB_RETRY_SECONDS"),
-        ({"CLIP_MODEL": "/no/such/folder"}, "CLIP_MODEL.*not a folder"),
-        ({"CLIP_MODEL": "~/no/such/folder"}, "CLIP_MODEL.*not a folder"),
+        ({"SUPABASE_URL": None}, "SUPABASE_URL is not set: .*--local"),
+        ({"SUPABASE_URL": "  "}, "SUPABASE_URL is not set"),
+        ({"SUPABASE_SECRET_KEY": None}, "SUPABASE_SECRET_KEY is not set"),
+        *(
+            ({"SUPABASE_URL": url}, r"SUPABASE_URL \(from the environment\) is not like https://")
+            for url in (
+                "https://YOUR-PROJECT.supabase.co",
+                "abc.supabase.co",
+                "https://",
+                "https://YOUR PROJECT.supabase.co",
+                "https://supabase.com/dashboard/project/abc",
+                "postgresql://postgres:pw@db.abc.supabase.co/postgres",
+                "https://abc.supabase.co:port",
+                "https://abc.supabase.co\nhttps://def.supabase.co",
+            )
+        ),
+        *(
+            ({"SUPABASE_SECRET_KEY": key}, r"SUPABASE_SECRET_KEY \(.*is no secret key")
+            for key in ("hush-hush", "a.b", "sb_publishable_abc", "sb_secret_a b", "sb_secret_")
+        ),
+        (
+            {"SUPABASE_SECRET_KEY": None, "SUPABASE_SERVICE_ROLE_KEY": "your-service-role-key"},
+            r"SUPABASE_SERVICE_ROLE_KEY \(from the environment\) is no secret key",
+        ),
+        *(({"FETCH_SECONDS": wrong}, "FETCH_SECONDS .*number") for wrong in ("soon", "inf", "1e3")),
+        ({"DB_RETRY_SECONDS": "-1"}, "DB_RETRY_SECONDS .*number"),
+        ({"ALLOW_PRIVATE_IMAGE_HOSTS": "yes"}, "ALLOW_PRIVATE_IMAGE_HOSTS .*0 or 1"),
     ],
 )
 def test_a_wrong_setting_is_named_in_one_line(cli, settings, words):
@@ -144,58 +146,57 @@ def test_a_wrong_setting_is_named_in_one_line(cli, settings, words):
     assert run.out == ""
 
 
-def test_a_key_with_a_line_break_is_refused_and_not_shown(cli):
-    key = token("service_role")
-    run = cli(env=GOOD, SUPABASE_SERVICE_ROLE_KEY=f"{key[:-20]}\n{key[-20:]}")
-    assert run.code == 2
-    assert "does not look like a key" in run.error
-    assert key[:-20] not in run.err
-    assert key[-20:] not in run.err
+def test_a_wrong_setting_is_named_with_the_place_where_it_was_read(cli):
+    file = cli.folder / ".env"
+    file.write_bytes(b"FETCH_SECONDS=so\0on\nDB_RETRY_SECONDS=10\n")
+    assert f"FETCH_SECONDS (from {file})" in cli(env=GOOD).error
+    file.write_text("DB_RETRY_SECONDS=10\n")
+    assert (
+        f"DB_RETRY_SECONDS (from the environment, which hides the one in {file})"
+        in cli(env=GOOD, DB_RETRY_SECONDS="long").error
+    )
 
 
-def test_url_and_key_swapped_do_not_print_the_key(cli, stack):
-    run = cli(SUPABASE_URL=stack.service_key, SUPABASE_SERVICE_ROLE_KEY=stack.url)
-    assert run.code == 2
-    assert "SUPABASE_URL" in run.error
+def test_a_dotenv_local_file_is_mentioned_where_settings_are_missing(cli):
+    assert ".env.local" not in cli(env={}).error
+    (cli.folder / ".env.local").write_text("SUPABASE_URL=https://abc.supabase.co\n")  # Next.js's
+    assert ".env.local, which is not read" in cli(env={}).error
+
+
+def test_a_wrong_key_is_not_shown(cli, stack):
+    swapped = cli(SUPABASE_URL=stack.secret_key, SUPABASE_SECRET_KEY=stack.url)
+    assert swapped.code == 2
+    assert "SUPABASE_URL" in swapped.error
+    key = stack.secret_key
+    broken = cli(SUPABASE_SECRET_KEY=f"{key[:-20]}\n{key[-20:]}")
+    assert "SUPABASE_SECRET_KEY" in broken.error
+    assert key[:-20] not in broken.err
+    assert key[-20:] not in broken.err
+    assert "hidden" not in repr(script.Settings(key="hidden"))
 
 
 def test_settings_of_the_database_are_not_looked_at_for_a_folder(cli, tmp_path, photos):
     (tmp_path / "a.png").write_bytes(photos["coffee.png"])
-    run = cli("--local", tmp_path, "--dry-run", SUPABASE_URL="nonsense")
-    assert run.code == 0
-
-
-def test_the_settings_do_not_show_the_key(monkeypatch):
-    monkeypatch.syspath_prepend(REPO)
-    import generate_embeddings
-
-    assert "hidden" not in repr(generate_embeddings.Settings(key="hidden"))
+    assert cli("--local", tmp_path, "--dry-run", SUPABASE_URL="nonsense").code == 0
 
 
 # What is written about them
 
 
-# Those of the promise, and whatever else the script asks the environment for
-NAMES = {*SETTINGS, *re.findall(r'"((?!HF_|OMP_)[A-Z]+(?:_[A-Z]+)+)"', SCRIPT.read_text())}
+NAMES = [n for spec in dataclasses.fields(script.Settings) for n in spec.metadata.get("names", ())]
 
 
-@pytest.mark.parametrize("name", sorted(NAMES))
+@pytest.mark.parametrize("name", NAMES)
 def test_every_setting_is_in_readme_and_example(name):
     for file in ("README.md", ".env.example"):
         assert re.search(rf"\b{name}\b", (REPO / file).read_text()), file
 
 
-# Of PostgREST and PostgreSQL, passed on as they are
-FOREIGN = ["relation", "does not exist", "column", "Could not find the table"]
-FOREIGN += ["Could not find a relationship between", "permission denied for table"]
-FOREIGN += ["more than one relationship was found", "has client_name ="]
-
-
 def test_every_message_in_the_readmes_troubleshooting_is_one_of_the_script():
     table = (REPO / "README.md").read_text().split("## Troubleshooting")[1].split("\n## ")[0]
     rows = re.findall(r"^\| (`.+?`) \|", table, re.MULTILINE)
-    assert len(rows) > 20
-    texts = FOREIGN.copy()
+    assert len(rows) >= 5
+    texts = []
     for node in ast.walk(ast.parse(SCRIPT.read_text())):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             texts.append(node.value)
@@ -218,4 +219,4 @@ def test_the_example_as_it_is_is_refused_by_name(cli):
     shutil.copy(REPO / ".env.example", cli.folder / ".env")
     run = cli("--dry-run", env={})
     assert run.code == 2
-    assert re.search("SUPABASE_URL|SUPABASE_SERVICE_ROLE_KEY", run.error)
+    assert "SUPABASE_URL (from " in run.error
