@@ -674,7 +674,9 @@ class FolderStore:
                 told = [(others[n], others[n], float(scores[row, n])) for n in best]
                 told = [one for one in told if one[0] != some[row]] + near[row]
                 near[row] = sorted(told, key=lambda one: -one[2])[:6]
-        pairs = {(*sorted((a, b)), x) for a, row in zip(some, near, strict=True) for b, _, x in row}
+        pairs = {
+            (min(a, b), max(a, b)): x for a, row in zip(some, near, strict=True) for b, _, x in row
+        }
         shown = range(0, len(some), 1 + len(some) // 30)
         unlike = (mine[shown] @ mine[shown].T)[np.triu_indices(len(shown), 1)]
         failed: dict[str, list[str]] = defaultdict(list)
@@ -683,7 +685,9 @@ class FolderStore:
                 failed[why].append(name)
         return {
             "look_alikes": [[some[n], some[n], near[n]] for n in shown],
-            "pairs": [(a, a, b, b, x) for a, b, x in sorted(pairs, key=lambda one: -one[2])[:24]],
+            "pairs": [
+                (a, a, b, b, pairs[a, b]) for a, b in sorted(pairs, key=pairs.__getitem__)[:-25:-1]
+            ],
             "failed": [(why, len(of), [(p, p) for p in of[:20]]) for why, of in failed.items()],
             "typical": float(np.median(unlike)) if len(unlike) else None,
         }
@@ -705,14 +709,13 @@ Store = SupabaseStore | FolderStore
 
 BROKEN = "broken or truncated image file"
 TOO_MUCH = f"needs over {DECODE_MB} MB to decode"
+KILLED = "its decoder was killed, for want of memory perhaps"
 TOO_SLOW = f"takes over {DECODE_SECONDS} s to decode"
 TOO_LARGE = f"larger than {MAX_BYTES // 2**20} MB"
 AGENT = {"User-Agent": f"generate-embeddings/{VERSION} (python-requests; {MODEL_ID})"}
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 # What older Pythons' is_global takes for public: metadata, site-local, NAT64, IPv4 in IPv6
-NOT_PUBLIC = [
-    ipaddress.ip_network(text) for text in ("192.0.0.0/24", "fec0::/10", "64:ff9b:1::/48", "::/96")
-]
+NOT_PUBLIC = ("192.0.0.0/24", "fec0::/10", "64:ff9b:1::/48", "::/96")
 
 
 def is_public(address: str) -> bool:
@@ -721,59 +724,33 @@ def is_public(address: str) -> bool:
     if isinstance(ip, ipaddress.IPv6Address):
         inside = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if ip in NAT64 else None
         ip = inside or ip.ipv4_mapped or ip.sixtofour or ip
-    return ip.is_global and not ip.is_multicast and not any(ip in net for net in NOT_PUBLIC)
+    return (
+        ip.is_global
+        and not ip.is_multicast
+        and not any(ip in ipaddress.ip_network(net) for net in NOT_PUBLIC)
+    )
 
 
-def private(address: str) -> Rejected:
-    """The refusal of an address of one's own network."""
-    allow = "ALLOW_PRIVATE_IMAGE_HOSTS=1 with --retry-failed allows it"
-    return Rejected(f"private address {address} ({allow})")
+def addresses(host: str, port: int, private_too: bool, flags: int = 0) -> list[str]:
+    """A host's addresses that may be connected to; raises Rejected where there are none."""
+    entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
+    found = [str(entry[4][0]) for entry in entries]
+    allowed = [address for address in found if private_too or is_public(address)]
+    if not allowed:
+        allow = "ALLOW_PRIVATE_IMAGE_HOSTS=1 with --retry-failed allows it"
+        raise Rejected(f"private address {found[0]} ({allow})")
+    return allowed
 
 
-class Guarded:
-    """Mixin of urllib3's connections: connects to public addresses alone, within its timeout.
-    The addresses looked at are those connected to: no DNS can change them in between."""
-
-    trusted: tuple[str, int] | None  # host and port that may be private; None: any may
-
-    def _new_conn(self: Any) -> socket.socket:
-        end, reason = time.monotonic() + self.timeout, "host not reachable"
-        try:
-            found = socket.getaddrinfo(self._dns_host, self.port, type=socket.SOCK_STREAM)
-        except socket.gaierror:
-            raise Rejected("host not found", False, retry_after=0) from None
-        addresses = [str(entry[4][0]) for entry in found]
-        if self.trusted not in (None, (self.host, self.port)):
-            addresses = [address for address in addresses if is_public(address)]
-            if not addresses:
-                raise private(str(found[0][4][0]))
-        for address in addresses:
-            place, left = (address, self.port), end - time.monotonic()
-            if left <= 0:
-                break
-            try:
-                return urllib3.util.connection.create_connection(
-                    place, left, None, self.socket_options
-                )
-            except OSError as error:
-                reason = network_reason(error)
-        raise Rejected(reason, False, retry_after=0)
+def host_and_port(url: str) -> tuple[str, int]:
+    parts = urlsplit(url)
+    return parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
 
 
-def guarded_adapter(trusted: tuple[str, int] | None, connections: int) -> HTTPAdapter:
-    """An adapter whose connections are guarded, but those to a proxy."""
-    adapter = HTTPAdapter(pool_connections=64, pool_maxsize=connections)
-    pools: dict[str, Any] = {}
-    for pool in (urllib3.HTTPConnectionPool, urllib3.HTTPSConnectionPool):
-        guarded = type("Connection", (Guarded, pool.ConnectionCls), {"trusted": trusted})
-        pools[pool.scheme or ""] = type("Pool", (pool,), {"ConnectionCls": guarded})
-    adapter.poolmanager.pool_classes_by_scheme = pools
-    return adapter
-
-
-NETWORK_REASONS = {
+NETWORK_REASONS = {  # by what the library's message holds
     "CERTIFICATE": "the host's certificate is not valid",
     "SSL": "TLS failed",
+    "gaierror": "host not found",
     "timed out": "the host did not answer in time",
     "refused": "connection refused",
     "unreachable": "host not reachable",
@@ -788,64 +765,82 @@ def network_reason(error: Exception) -> str:
 
 
 class Fetcher:
-    """Gets the bytes of images from URLs and files, over connections that stay open.
-
-    Errors: Rejected, with the reason; permanent where the host gave a final answer.
-    """
+    """Gets the bytes of images, over connections that stay open; raises Rejected."""
 
     def __init__(self, settings: Settings) -> None:
         self._seconds = settings.fetch_seconds
         self._trusted = None if settings.private_hosts else host_and_port(settings.url)
-        # no Session: that would send cookies and what is in ~/.netrc
-        self._adapter = guarded_adapter(self._trusted, settings.workers)
         self._verify = os.environ.get("REQUESTS_CA_BUNDLE") or True
         self._heavy = threading.Semaphore(HEAVY_FILES)
+        # no Session: that would send cookies and what is in ~/.netrc
+        self._adapter = HTTPAdapter(pool_connections=64, pool_maxsize=settings.workers)
+        pools: dict[str, Any] = {}
+        for pool in (urllib3.HTTPConnectionPool, urllib3.HTTPSConnectionPool):
+            connect = {"_new_conn": lambda connection: self._connect(connection)}
+            guarded = {"ConnectionCls": type("Guarded", (pool.ConnectionCls,), connect)}
+            pools[pool.scheme or ""] = type("Pool", (pool,), guarded)
+        self._adapter.poolmanager.pool_classes_by_scheme = pools  # connections to a proxy: as usual
 
     def fetch(self, place: str | Path, headers: dict[str, str]) -> bytes:
         """The bytes of an image, at most MAX_BYTES, within the deadline, retries included."""
         if isinstance(place, Path):
             return read_file(place)
         if place[:5].lower() == "data:":
-            return read_data_url(place)
-        deadline = time.monotonic() + self._seconds
-        for attempt in range(FETCH_ATTEMPTS):
+            try:
+                return DataHandler().data_open(Request(place)).read()
+            except ValueError:
+                raise Rejected("broken data: URL") from None
+        deadline, attempt = time.monotonic() + self._seconds, 1
+        while True:
             try:
                 return self._follow(place, headers, deadline)
             except Rejected as error:
-                delay = max(2**attempt * random.uniform(0.25, 0.5), error.retry_after or 0)
+                delay = max(2**attempt * random.uniform(0.125, 0.25), error.retry_after or 0)
                 late = time.monotonic() + delay > deadline
-                if error.retry_after is None or late or attempt == FETCH_ATTEMPTS - 1:
+                if error.retry_after is None or late or attempt == FETCH_ATTEMPTS:
                     raise
             time.sleep(delay)
-        raise AssertionError  # the last attempt returns or raises
+            attempt += 1
 
     def _follow(self, url: str, headers: dict[str, str], deadline: float) -> bytes:
-        # By hand: the headers go to the first URL alone
+        request = prepare("", url, headers)
         for _ in range(MAX_REDIRECTS + 1):
-            request = prepare(url, headers)
             try:
-                with contextlib.closing(self._send(request, deadline)) as response:
+                with self._send(request, deadline) as response:
                     target = requests.Session().get_redirect_target(response)
                     if target is None:
                         return self._body(response, deadline)
-            except (requests.exceptions.InvalidURL, UnicodeError):
-                raise Rejected("not a valid URL") from None
             except (OSError, ValueError, urllib3.exceptions.HTTPError) as error:
                 raise Rejected(network_reason(error), False, retry_after=0) from None
-            try:
-                url, headers = urljoin(url, target), {}
-            except ValueError:
-                raise Rejected("not a valid URL") from None
+            request = prepare(request.url or "", target, {})  # the headers were for the first alone
         raise Rejected(f"more than {MAX_REDIRECTS} redirects")
 
     def _send(self, request: requests.PreparedRequest, deadline: float) -> requests.Response:
         url = request.url or ""
+        host, port = host_and_port(url)
         proxies = requests.utils.get_environ_proxies(url)
-        if proxies and self._trusted not in (None, host_and_port(url)):
-            refuse_literally_private(url)
+        if proxies and self._trusted not in (None, (host, port)):
+            # where names lead the proxy alone knows: refused is what is literally private
+            host = "127.0.0.1" if re.fullmatch(r"(.+\.)?localhost\.?", host) else host.rstrip(".")
+            with contextlib.suppress(OSError):  # a name
+                addresses(host, port, False, socket.AI_NUMERICHOST)
         left = self._left(deadline)
         timeout = (left, min(READ_SECONDS, left))
         return self._adapter.send(request, True, timeout, self._verify, proxies=proxies)
+
+    def _connect(self, connection: Any) -> socket.socket:
+        # to the addresses that were looked at: no DNS can change them in between
+        end, port = time.monotonic() + connection.timeout, connection.port
+        private_too = self._trusted in (None, (connection.host, port))
+        for address in addresses(connection._dns_host, port, private_too):
+            place, left = (address, port), max(0.01, end - time.monotonic())
+            try:
+                return urllib3.util.connection.create_connection(
+                    place, left, None, connection.socket_options
+                )
+            except OSError as error:
+                trouble = error
+        raise trouble
 
     def _left(self, deadline: float) -> float:
         left = deadline - time.monotonic()
@@ -854,14 +849,8 @@ class Fetcher:
         return left
 
     def _body(self, response: requests.Response, deadline: float) -> bytes:
-        code = response.status_code
-        if code != 200:
-            passing = code < 200 or code >= 500 or code in (408, 425, 429)
-            raise Rejected(
-                f"HTTP {code} {http.client.responses.get(code, '')}".strip(),
-                permanent=not passing and code not in (401, 403, 407),  # a block may be lifted
-                retry_after=retry_after(response) if passing else None,
-            )
+        if response.status_code != 200:
+            raise refusal(response)
         data = bytearray()
         with contextlib.ExitStack() as held:
             while chunk := response.raw.read1(2**16, decode_content=True):
@@ -874,41 +863,31 @@ class Fetcher:
         return bytes(data)
 
 
-def prepare(url: str, headers: dict[str, str]) -> requests.PreparedRequest:
-    """A request for a URL; raises Rejected for one that is not to be fetched."""
+def prepare(base: str, url: str, headers: dict[str, str]) -> requests.PreparedRequest:
+    """A request for a URL, relative to another; raises Rejected."""
     try:
-        if urlsplit(url).scheme.lower() not in ("http", "https"):
+        url = urljoin(base, url)
+        if urlsplit(url).scheme not in ("http", "https"):
             raise Rejected("only http, https and data URLs are fetched")
-        return requests.Request("GET", url, headers=AGENT | headers).prepare()
+        request = requests.Request("GET", url, headers=AGENT | headers).prepare()
+        host_and_port(request.url or "")[0].encode("idna")  # fails as looking it up would
+        return request
     except ValueError:
         raise Rejected("not a valid URL") from None
 
 
-def host_and_port(url: str) -> tuple[str, int]:
-    """Whom a URL leads to."""
-    parts = urlsplit(url)
-    return parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
-
-
-def refuse_literally_private(url: str) -> None:
-    """Raises Rejected; for use with a proxy, which alone knows where other names lead."""
-    host, port = host_and_port(url)
-    host = "127.0.0.1" if re.fullmatch(r"(.+\.)?localhost\.?", host) else host.rstrip(".")
-    with contextlib.suppress(OSError, UnicodeError):  # not literally an address
-        found = socket.getaddrinfo(host, port, flags=socket.AI_NUMERICHOST)
-        if not is_public(str(found[0][4][0])):
-            raise private(host)
-
-
-def retry_after(response: requests.Response) -> float:
-    """The seconds that a host asks to be left alone; 0 where it names none."""
+def refusal(response: requests.Response) -> Rejected:
+    """What an answer other than 200 means."""
+    code, wait = response.status_code, 0.0
+    reason = f"HTTP {code} {http.client.responses.get(code, '')}".strip()
+    if 200 <= code < 500 and code not in (408, 425, 429):
+        return Rejected(reason, code not in (401, 403, 407))  # a block may be lifted
     with contextlib.suppress(urllib3.exceptions.InvalidHeader, ValueError, OverflowError):
-        return urllib3.Retry().parse_retry_after(response.headers.get("Retry-After") or "0")
-    return 0
+        wait = urllib3.Retry().get_retry_after(response.raw) or 0
+    return Rejected(reason, False, retry_after=wait)
 
 
 def read_file(path: Path) -> bytes:
-    """A file's bytes; raises Rejected."""
     try:
         if not path.is_file():  # a named pipe, say, would never end
             raise OSError(0, "no regular file")
@@ -919,18 +898,9 @@ def read_file(path: Path) -> bytes:
         raise Rejected(f"can't be read ({error.strerror})", permanent=False) from None
 
 
-def read_data_url(url: str) -> bytes:
-    """What a data: URL holds; raises Rejected."""
-    try:
-        return DataHandler().data_open(Request(url)).read()
-    except (ValueError, OSError):
-        raise Rejected("broken data: URL") from None
-
-
 def decode(data: bytes) -> Image.Image:
-    """An image file's bytes as an upright RGB image on white, reduced where it is far larger
-    than CLIP needs. Raises Rejected for what is no image or out of bounds, and whatever
-    Pillow's decoders raise for the broken."""
+    """An image file as an upright RGB image on white, reduced where CLIP needs far less. Raises
+    Rejected, and whatever Pillow's decoders raise for a broken file."""
     image = opened(data)
     width, height = image.size
     if width * height * 4 > DECODE_MB * 2**20 and image.format not in ("JPEG", "MPO"):
@@ -950,22 +920,6 @@ def decode(data: bytes) -> Image.Image:
     return result
 
 
-def opened(data: bytes) -> Image.Image:
-    """An image file, of which the header was read; raises Rejected."""
-    formats = FORMATS
-    if data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"mif1", b"msf1", b"hevc"):
-        try:
-            import pillow_heif
-        except ImportError:
-            raise Rejected("HEIC: pip install pillow-heif, then run again", False) from None
-        pillow_heif.register_heif_opener()
-        formats = [*FORMATS, "HEIF"]
-    try:
-        return Image.open(io.BytesIO(data), formats=formats)
-    except UnidentifiedImageError:
-        raise Rejected(what_else(data)) from None
-
-
 # How files begin that Pillow takes for no image, in small letters
 NO_IMAGES = {
     rb"$": "an empty file",
@@ -973,25 +927,35 @@ NO_IMAGES = {
     rb"<.*?(html|head|body)\b": "an HTML page, not an image",
     rb"[\[{]": "JSON, not an image",
     rb"%pdf": "a PDF, not an image",
-    rb"\xff\xd8\xff|\x89png|gif8|ii\*\0|mm\0\*|riff|bm|....ftyp(avi|hei|mif)": BROKEN,
+    rb"\xff\xd8\xff|\x89png|gif8|ii\*\0|mm\0\*|riff|bm|....ftypavi": BROKEN,
     rb"": "not an image in a known format",
 }
 
 
-def what_else(data: bytes) -> str:
-    """What the bytes are that Pillow takes for no image."""
-    head = data[: 2**16].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    return next(name for start, name in NO_IMAGES.items() if re.match(start, head, re.DOTALL))
+def opened(data: bytes) -> Image.Image:
+    """An image file, of which the header was read; raises Rejected for what is none."""
+    if re.match(rb"....ftyp(hei|hev|mif|msf)", data, re.DOTALL):
+        try:
+            import pillow_heif
+        except ImportError:
+            raise Rejected("HEIC: pip install pillow-heif, then run again", False) from None
+        pillow_heif.register_heif_opener()
+        return Image.open(io.BytesIO(data), formats=["AVIF", "HEIF"])
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        head = data[: 2**16].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+        names = (name for start, name in NO_IMAGES.items() if re.match(start, head, re.DOTALL))
+        raise Rejected(next(names)) from None
 
 
 def in_rgb(image: Image.Image) -> Image.Image:
-    """A loaded image in RGB, with white behind what is transparent, reduced by a whole number
-    where KEEP_SCALE leaves room for it."""
+    """A loaded image in RGB, white behind it, reduced by what whole number KEEP_SCALE allows."""
     if image.mode in ("I", "F", "LAB"):
         raise Rejected(f"pixels of a kind that is not supported (mode {image.mode})")
     # Pillow takes every CMYK JPEG for one of Adobe's, which hold inverted values
     inverted = image.format in ("JPEG", "MPO") and "adobe" not in image.info
-    profile = image.info.get("icc_profile")
+    profile = io.BytesIO(image.info.get("icc_profile") or b"")
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.has_transparency_data and image.mode != "RGBA":
@@ -1000,19 +964,12 @@ def in_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGB")
     image = image.reduce(max(1, min(image.size) // (KEEP_SCALE * SIDE)))
     if image.mode == "CMYK":
-        return from_cmyk(ImageChops.invert(image) if inverted else image, profile)
+        image = ImageChops.invert(image) if inverted else image
+        with contextlib.suppress(ImageCms.PyCMSError):  # no profile, or a broken one
+            srgb = ImageCms.createProfile("sRGB")
+            return ImageCms.buildTransform(profile, srgb, "CMYK", "RGB").apply(image)
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def from_cmyk(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """An image in RGB by its colour profile, or without where that is missing or broken."""
-    with contextlib.suppress(ImageCms.PyCMSError, OSError):
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile or b""))
-        target = ImageCms.createProfile("sRGB")
-        if converted := ImageCms.profileToProfile(image, source, target, outputMode="RGB"):
-            return converted
     return image.convert("RGB")
 
 
@@ -1026,7 +983,7 @@ def crop(image: Image.Image) -> np.ndarray:
 
 
 # One value per channel and level: the arithmetic of transformers' processor, same bits
-_LEVELS = (np.arange(256).astype(np.float64) * (1 / 255)).astype(np.float32)
+_LEVELS = (np.arange(256) * (1 / 255)).astype(np.float32)
 _PIXELS = [(_LEVELS - np.float32(m)) / np.float32(s) for m, s in zip(MEAN, STD, strict=True)]
 
 
@@ -1035,21 +992,25 @@ def normalise(levels: np.ndarray) -> np.ndarray:
     return np.stack([_PIXELS[channel][levels[:, :, channel]] for channel in range(3)])
 
 
+OUT_OF_MEMORY = 77  # a decoder's exit code
+MALLOC_THRESHOLDS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
+
+
 class Decoder:
-    """A process that decodes an image at a time, within limits that no file can talk it out of:
-    what a file claims is not what it holds. Linux holds it to both limits, macOS to the seconds.
-    """
+    """A process that decodes an image at a time, within limits: what a file claims is not what
+    it holds. Linux holds it to both limits, macOS to the seconds."""
 
     def __init__(self) -> None:
-        kinds = multiprocessing.get_all_start_methods()
-        context = multiprocessing.get_context("forkserver" if "forkserver" in kinds else "spawn")
-        context.set_forkserver_preload(["numpy", "requests", "PIL.ImageCms"])  # imported once
-        self._context: Any = context
+        kind = "spawn" if os.name == "nt" else "forkserver"
+        self._context: Any = multiprocessing.get_context(kind)
+        self._context.set_forkserver_preload(["numpy", "requests", "PIL.ImageCms"])  # once for all
+        # glibc would else give memory back after each image and fetch it anew: 2 ms
+        os.environ |= dict.fromkeys(MALLOC_THRESHOLDS, str(64 * 2**20))
         self._process: Any = None
 
     def decode(self, data: bytes) -> np.ndarray:
         """The levels (224, 224, 3) of an image file; raises Rejected."""
-        answer: Any = Rejected(BROKEN)
+        reason = KILLED
         with contextlib.suppress(EOFError, OSError):  # it dies of some files
             if not self._process:
                 self._pipe, theirs = self._context.Pipe()
@@ -1059,22 +1020,19 @@ class Decoder:
                 theirs.close()
             self._pipe.send_bytes(data)
             if self._pipe.poll(DECODE_PATIENCE):
-                answer = self._pipe.recv()
+                answer: np.ndarray | Rejected = self._pipe.recv()
                 if isinstance(answer, Rejected):
                     raise answer
-                return answer  # type: ignore[no-any-return]
+                return answer
+            reason = TOO_SLOW
         if not self._process:
             raise Rejected("no process could be started to decode it", permanent=False)
         self._process.kill()
         self._process.join()
-        # ended by us, by the system (SIGXCPU), or by itself
-        reasons = {-9: TOO_SLOW, -24: TOO_SLOW, OUT_OF_MEMORY: TOO_MUCH}
-        reason = reasons.get(self._process.exitcode, BROKEN)
+        ends = {-9: reason, -24: TOO_SLOW, OUT_OF_MEMORY: TOO_MUCH}  # -24: SIGXCPU
+        reason = ends.get(self._process.exitcode, BROKEN)
         self._process = None
-        raise Rejected(reason)
-
-
-OUT_OF_MEMORY = 77  # a decoder's exit code
+        raise Rejected(reason, permanent=reason != KILLED)
 
 
 def work(pipe: Any) -> None:
@@ -1096,16 +1054,15 @@ def work(pipe: Any) -> None:
 
 
 def limit(name: str, most: int) -> None:
-    """Limits a resource of this process, where the system can."""
     with contextlib.suppress(ImportError, OSError, ValueError):
-        import resource
+        import resource  # Windows has none
 
         number = getattr(resource, name)
         resource.setrlimit(number, (most, resource.getrlimit(number)[1]))
 
 
 def levels_or_reason(data: bytes) -> np.ndarray | Rejected:
-    """The levels of an image file, or why it has none; raises nothing."""
+    """The levels of an image file, or why it has none. Raises MemoryError alone."""
     try:
         return crop(decode(data))
     except Rejected as rejected:
@@ -1119,7 +1076,7 @@ def levels_or_reason(data: bytes) -> np.ndarray | Rejected:
 
 
 class Loader:
-    """The way from an asset to its levels, for any number of threads. Raises Rejected."""
+    """The way from an asset to its levels, for any number of threads; raises Rejected."""
 
     def __init__(self, store: Store, settings: Settings) -> None:
         self._store, self._fetcher = store, Fetcher(settings)
@@ -1140,12 +1097,24 @@ class Loader:
 
 # ------------------------------------------------------------------ model
 
+WEIGHTS = "pytorch_model.bin"
+
 
 def cores() -> int:
-    """The processor cores that this run may use; OMP_NUM_THREADS, where set, has the last word."""
+    """The processor cores that this run may use; OMP_NUM_THREADS has the last word."""
     there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     wanted = os.environ.get("OMP_NUM_THREADS", "")
     return int(wanted if wanted.isdecimal() else 0) or there or 1
+
+
+def read_weights(folder: Path) -> Any:
+    """The weights by name; mapped, so that only what is taken is read, not the text tower."""
+    import safetensors.torch
+    import torch
+
+    if (folder / "model.safetensors").is_file():
+        return safetensors.torch.load_file(folder / "model.safetensors")
+    return torch.load(folder / WEIGHTS, mmap=True, weights_only=True)
 
 
 class ImageTower:
@@ -1153,60 +1122,60 @@ class ImageTower:
 
     What makes it fast on CPUs: weights laid out once for oneDNN, one product for q, k and v,
     activation and residual fused into the products, and the last layer only for the one token
-    that leaves it. `read` gives the weights by name; KeyError for one that is not there.
+    that leaves it.
     """
 
-    def __init__(self, read: Callable[[], Any], config: Mapping[str, Any], settings: Settings):
+    def __init__(self, folder: Path, config: Mapping[str, Any], settings: Settings) -> None:
         import torch
 
-        self._torch, self._functional, self._weights = torch, torch.nn.functional, read()
+        self._torch, self._functional = torch, torch.nn.functional
+        self._weights = read_weights(folder)
         self._device, self._dtype = settings.device, getattr(torch, settings.dtype)
         self._heads, self._side = config["num_attention_heads"], config["patch_size"]
         self._packs = self._can_pack()
-        position = self._take("embeddings.position_embedding.weight")
-        self._first = self._ours(self._take("embeddings.class_embedding") + position[0])
+        embeddings = "vision_model.embeddings."
+        position = self._take(embeddings + "position_embedding.weight")
+        self._first = self._ours(self._take(embeddings + "class_embedding") + position[0])
         self._position = self._ours(position[1:])
-        self._patches = self._linear(self._take("embeddings.patch_embedding.weight").flatten(1))
-        self._before = self._norm("pre_layrnorm")  # the checkpoint's own spelling
-        self._after = self._norm("post_layernorm")
-        self._projection = self._linear(self._weights["visual_projection.weight"].float())
+        patches = self._take(embeddings + "patch_embedding.weight")
+        self._patches = self._linear(patches.flatten(1))
+        self._before = self._norm("vision_model.pre_layrnorm")  # the checkpoint's own spelling
+        self._after = self._norm("vision_model.post_layernorm")
+        self._projection = self._linear(self._take("visual_projection.weight"))
         self._layers: list[Any] = []
         layers = range(config["num_hidden_layers"])
         with ThreadPoolExecutor(cores()) as pool:
             for start in layers[::4]:
                 self._layers += pool.map(self._layer, layers[start : start + 4])
-                self._weights = read()  # lets go of what was read, and is mapped
+                self._weights = read_weights(folder)  # lets go of what was read, and is mapped
         del self._weights
 
-    def _take(self, name: str) -> Any:
-        # a copy: one view left over would keep the whole file mapped
-        return self._weights[f"vision_model.{name}"].to(self._torch.float32, copy=True)
+    def _take(self, *names: str) -> Any:
+        # joined, and so a copy: one view left over would keep the whole file mapped
+        return self._torch.cat([self._weights[name] for name in names]).float()
+
+    def _pair(self, *names: str) -> list[Any]:
+        return [self._take(*(f"{n}.{kind}" for n in names)) for kind in ("weight", "bias")]
 
     def _ours(self, tensor: Any) -> Any:
         return tensor.to(self._device, self._dtype)
 
     def _norm(self, name: str) -> tuple[Any, ...]:
-        weight, bias = (self._ours(self._take(f"{name}.{kind}")) for kind in ("weight", "bias"))
-        return weight.shape, weight, bias, 1e-5
+        weight, bias = map(self._ours, self._pair(name))
+        return weight.shape, weight, bias
 
     def _layer(self, number: int) -> tuple[Any, ...]:
-        name = f"encoder.layers.{number}."
-
-        def take(*parts: str) -> list[Any]:
-            """Weight and bias, of several parts joined."""
-            kinds = [[self._take(f"{name}{p}.{k}") for p in parts] for k in ("weight", "bias")]
-            return [self._torch.cat(tensors) for tensors in kinds]
-
+        name = f"vision_model.encoder.layers.{number}."
         # quick_gelu(x) = x * sigmoid(1.702 x) = silu(1.702 x) / 1.702
-        up = [tensor * 1.702 for tensor in take("mlp.fc1")]
-        down, bias = take("mlp.fc2")
+        up, up_bias = (tensor * 1.702 for tensor in self._pair(name + "mlp.fc1"))
+        down, down_bias = self._pair(name + "mlp.fc2")
         return (
             self._norm(name + "layer_norm1"),
-            self._linear(*take(*(f"self_attn.{part}_proj" for part in "qkv"))),
-            self._linear(*take("self_attn.out_proj")),
+            self._linear(*self._pair(*(f"{name}self_attn.{part}_proj" for part in "qkv"))),
+            self._linear(*self._pair(name + "self_attn.out_proj")),
             self._norm(name + "layer_norm2"),
-            self._linear(up[0], up[1], silu=True),
-            self._linear(down / 1.702, bias),
+            self._linear(up, up_bias, silu=True),
+            self._linear(down / 1.702, down_bias),
         )
 
     def _can_pack(self) -> bool:
@@ -1214,7 +1183,7 @@ class ImageTower:
         try:
             one, mkldnn = self._ours(self._torch.eye(32)), self._torch.ops.mkldnn
             packed = mkldnn._reorder_linear_weight(one)
-            return bool((mkldnn._linear_pointwise(one, packed, None, "none", [], "") == one).all())
+            return mkldnn._linear_pointwise(one, packed, None, "none", [], "") is not None
         except (AttributeError, RuntimeError):
             return False
 
@@ -1225,27 +1194,23 @@ class ImageTower:
         if self._packs:
             weight, pointwise = mkldnn._reorder_linear_weight(weight), mkldnn._linear_pointwise
 
-        def plain(x: Any, residual: Any = None) -> Any:
+        def linear(x: Any, residual: Any = None) -> Any:
+            if self._packs and residual is not None:
+                return pointwise.binary(x, residual, weight, bias, "add")
+            if self._packs:
+                return pointwise(x, weight, bias, "swish" if silu else "none", [], "")
             y = functional.linear(x, weight, bias)
             y = functional.silu(y) if silu else y
             return y if residual is None else residual + y
 
-        def fused(x: Any, residual: Any = None) -> Any:
-            if residual is None:
-                return pointwise(x, weight, bias, "swish" if silu else "none", [], "")
-            return pointwise.binary(x, residual, weight, bias, "add")
-
-        return fused if self._packs else plain
+        return linear
 
     def __call__(self, pixels: Any) -> Any:
         """pixels (n, 3, 224, 224) -> image embeddings (n, 512), not yet of unit length."""
-        torch, functional = self._torch, self._functional
-        n, channels, height, width = pixels.shape
-        side = self._side
-        x = self._ours(pixels).view(n, channels, height // side, side, width // side, side)
-        x = x.permute(0, 2, 4, 1, 3, 5).reshape(n, -1, channels * side * side)
-        x = self._patches(x) + self._position
-        x = torch.cat([self._first.expand(n, 1, -1), x], 1)
+        n, side, functional = len(pixels), self._side, self._functional
+        x = self._ours(pixels).unfold(2, side, side).unfold(3, side, side)
+        x = self._patches(x.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)) + self._position
+        x = self._torch.cat([self._first.expand(n, 1, -1), x], 1)
         x = functional.layer_norm(x, *self._before)
         for number, (norm1, qkv, out, norm2, fc1, fc2) in enumerate(self._layers, 1):
             joined = qkv(functional.layer_norm(x, *norm1))
@@ -1259,10 +1224,7 @@ class ImageTower:
 
 
 class ClipEncoder:
-    """CLIP's image encoder; torch is imported here and nowhere else.
-
-    Errors: RunError where the model is not to be had, or not to be used here.
-    """
+    """CLIP's image encoder. Raises RunError where the model can't be had, or be used here."""
 
     def __init__(self, settings: Settings) -> None:
         import torch
@@ -1276,7 +1238,7 @@ class ClipEncoder:
             config = json.loads((folder / "config.json").read_text())
             config = config.get("vision_config", config)
             config = {name: config.get(name, value) for name, value in VIT_B_32.items()}
-            self._tower = ImageTower(lambda: self._read(folder), config, settings)
+            self._tower = ImageTower(folder, config, settings)
             made = self.encode(np.zeros((1, 3, SIDE, SIDE), np.float32)).shape[1]
             if (made, config["hidden_act"]) != (DIMENSIONS, VIT_B_32["hidden_act"]):
                 raise ValueError(f"it gives {made} numbers, by {config['hidden_act']}")
@@ -1288,24 +1250,11 @@ class ClipEncoder:
                 f"must be a folder with a copy of {MODEL_ID}, --device one that torch finds"
             ) from None
         if config != VIT_B_32 and settings.model_version == MODEL_VERSION:
-            raise RunError(
-                f"the model in {folder} is no ViT-B/32: set MODEL_VERSION to a name for its rows, "
-                f"which must not be {MODEL_VERSION}"
-            )
-
-    def _read(self, folder: Path) -> Mapping[str, Any]:
-        # mapped: only what is taken is read, so not the text tower
-        if (folder / "model.safetensors").is_file():
-            from safetensors.torch import load_file
-
-            return load_file(folder / "model.safetensors")
-        return dict(self._torch.load(folder / WEIGHTS, mmap=True, weights_only=True))
+            name = f"a name for its rows other than {MODEL_VERSION}"
+            raise RunError(f"the model in {folder} is no ViT-B/32: set MODEL_VERSION to {name}")
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
-        """pixels float32 (n, 3, 224, 224) -> vectors float32 (n, 512) of unit length.
-
-        Raises ValueError for a vector that is not finite.
-        """
+        """Pixels (n, 3, 224, 224) -> vectors (n, 512); ValueError for one that is not finite."""
         with self._torch.inference_mode():
             vectors: np.ndarray = self._tower(self._torch.from_numpy(pixels)).float().cpu().numpy()
         vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -1324,9 +1273,6 @@ class ClipEncoder:
         return [Embedded(one.asset, vector) for one, vector in zip(batch, vectors, strict=True)]
 
 
-WEIGHTS = "pytorch_model.bin"
-
-
 def has_bfloat16() -> bool:
     """Whether the processor has arithmetic for bfloat16."""
     import torch
@@ -1336,11 +1282,10 @@ def has_bfloat16() -> bool:
 
 
 def download() -> Path:
-    """The folder of the pinned model, downloaded once, then read without the network. What
-    Hugging Face's own cache holds is used where HF_HUB_CACHE or HF_HOME says where that is."""
-    home = os.environ.get("HF_HOME")
-    shared = os.environ.get("HF_HUB_CACHE", home and f"{home}/hub")
-    for cache in (MODEL_CACHE, *([Path(shared)] if shared else [])):
+    """The folder of the pinned model, downloaded unless it is in our cache, or in the one that
+    HF_HUB_CACHE or HF_HOME names."""
+    shared = Path(os.environ.get("HF_HOME", MODEL_CACHE), "hub")
+    for cache in (MODEL_CACHE, Path(os.environ.get("HF_HUB_CACHE", shared))):
         folder = cache / f"models--{MODEL_ID.replace('/', '--')}" / "snapshots" / MODEL_REVISION
         if (folder / "config.json").is_file() and (folder / WEIGHTS).is_file():
             return folder
@@ -1368,11 +1313,10 @@ def download() -> Path:
 
 @dataclass
 class Task:
-    """Something under way in the background: a step's work on a subject."""
+    """A step's work on a subject, under way in the background."""
 
-    step: str
+    step: str  # model, find, fetch and then decode, embed, store
     subject: Any = None
-    stage: str = "fetch"  # of a load
     since: float = field(default_factory=time.monotonic)
 
     @property
@@ -1392,39 +1336,44 @@ class Run:
     def __init__(self, store: Store, settings: Settings, report: Report, stop: Stop) -> None:
         self.store, self.settings, self.report, self.stop = store, settings, report, stop
         self.lanes = cores() if settings.device == "cpu" else 1
+        self.limit = settings.limit or sys.maxsize
         self.loader, self.pages = Loader(store, settings), store.pages()
         self.encoder: ClipEncoder | None = None
         self.trouble: Exception | None = None  # what ends the run
-        self.more = True  # to be found
         self.found: deque[Asset] = deque()
         self.ready: list[Loaded] = []
         self.results: list[Result] = []  # to be stored,
-        self.store_by = 0.0  # before this moment
+        self.store_by = 0.0  # before this moment; the first of all at once
         self.failures: Counter[str] = Counter()  # in a row, by host
         self.hosts_down = 0  # one after the other
         self.tasks: dict[Future[Any], Task] = {}
         self.done: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
-        threads = {"model": 1, "find": 1, "load": 9999, "embed": self.lanes, "store": 1}
-        self.pools = {step: ThreadPoolExecutor(count) for step, count in threads.items()}
-        self.progress = Progress(min(report.pending, settings.limit or report.pending))
+        self.embedders, self.others = ThreadPoolExecutor(self.lanes), ThreadPoolExecutor(9999)
+        self.bar = progress_bar(min(report.pending, self.limit))
+        self.failed = 0  # as the bar shows it, stored or not
 
     def loop(self) -> None:
         """Returns when there is no more to do; raises what ended the run before that."""
         self.start(Task("model"), ClipEncoder, self.settings)
-        with contextlib.closing(self.progress), logging_redirect_tqdm():
+        with self.bar, logging_redirect_tqdm():
             while self.start_what_can():
                 with contextlib.suppress(queue.Empty):
                     future = self.done.get(timeout=POLL_SECONDS)
                     if task := self.tasks.pop(future, None):  # else it was given up
-                        self.take(task, future)
+                        self.take(task, future.exception() or future.result())
                 self.give_up_what_hangs()
-        if self.hosts_down and self.report.left:
-            self.give_up_hosts()
         if self.trouble:
             raise self.trouble
+        if self.hosts_down and self.report.left:
+            host = max(self.failures, key=self.failures.__getitem__)
+            raise RunError(
+                f"no image came since {host} failed {HOST_FAILURES} times in a row: check this "
+                "machine's network and that host, then run again"
+            )
 
     def start(self, task: Task, work: Callable[..., Any], *arguments: Any) -> None:
-        future = self.pools[task.step].submit(work, *arguments)
+        pool = self.embedders if task.step == "embed" else self.others
+        future = pool.submit(work, *arguments)
         self.tasks[future] = task
         future.add_done_callback(self.done.put)
 
@@ -1433,47 +1382,42 @@ class Run:
 
     def start_what_can(self) -> bool:
         """False if nothing is left to wait for."""
-        ending = bool(self.trouble or self.stop.code)
+        ending = bool(self.trouble or self.stop.code or self.hosts_down >= HOSTS_DOWN)
         if not ending:
-            if self.more and len(self.found) < PAGE_ROWS and not self.under_way("find"):
+            more = not self.report.found_all and self.report.found < self.limit
+            if more and len(self.found) < PAGE_ROWS and not self.under_way("find"):
                 self.start(Task("find"), next, self.pages, None)
             self.start_loads()
             self.start_embeds()
-        steps = ("embed",) if ending else ("model", "find", "load", "embed")
-        last = not self.under_way(*steps)
+        awaited = ("embed",) if ending else ("model", "find", "fetch", "decode", "embed")
+        last = not self.under_way(*awaited)
         due = last or len(self.results) >= WRITE_ROWS or time.monotonic() > self.store_by
         if self.results and due and not self.under_way("store"):
             batch, self.results = self.results[:WRITE_ROWS], self.results[WRITE_ROWS:]
             self.store_by = time.monotonic() + WRITE_SECONDS
             self.start(Task("store", batch), self.store.save, batch)
-        return not last or bool(self.under_way("store"))
+        return bool(self.under_way("store", *awaited))
 
     def start_loads(self) -> None:
-        loads, size = self.under_way("load"), self.settings.batch_size
+        loads, size = self.under_way("fetch", "decode"), self.settings.batch_size
         slow = min(MOST_SLOW, sum(task.age > SLOW_SECONDS for task in loads))
         waiting = len(self.ready) + sum(len(task.subject) for task in self.under_way("embed"))
         workers = self.settings.workers
-        room = min(workers, 2 * (workers + self.lanes * size) - waiting)
-        for _ in range(room + slow - len(loads)):
-            while self.found and self.failures[self.found[0].host] >= HOST_FAILURES:
-                host = self.found.popleft().host
-                self.report.aside[f"of {host}, which failed {HOST_FAILURES} times in a row"] += 1
-            if not self.found:
-                return
-            task = Task("load", self.found.popleft())
+        room = min(workers, 2 * (workers + self.lanes * size) - waiting) + slow - len(loads)
+        while self.found and room > 0:
+            asset = self.found.popleft()
+            if self.failures[asset.host] >= HOST_FAILURES:
+                why = f"of {asset.host}, which failed {HOST_FAILURES} times in a row"
+                self.report.aside[why] += 1
+                continue
+            room -= 1
+            task = Task("fetch", asset)
             self.start(task, self.load, task)
 
-    def load(self, task: Task) -> Loaded | Failed:
-        """An asset's pixels, or why there are none; raises nothing. (In a thread of its own.)"""
-        try:
-            data = self.loader.fetch(task.subject)
-            task.stage = "decode"
-            return Loaded(task.subject, normalise(self.loader.decode(data)))
-        except Rejected as error:
-            return Failed(task.subject, task.stage, str(error), error.permanent)
-        except Exception as error:
-            log.debug("%s", task.subject, exc_info=True)
-            return Failed(task.subject, task.stage, f"unexpected {type(error).__name__}")
+    def load(self, task: Task) -> Loaded:
+        data = self.loader.fetch(task.subject)
+        task.step = "decode"
+        return Loaded(task.subject, normalise(self.loader.decode(data)))
 
     def start_embeds(self) -> None:
         size = self.settings.batch_size
@@ -1484,115 +1428,81 @@ class Run:
             batch, self.ready = self.ready[:size], self.ready[size:]
             self.start(Task("embed", batch), self.encoder.embed, batch)
 
-    def take(self, task: Task, future: Future[Any]) -> None:
-        """Takes what a step gave, or why it did not."""
-        try:
-            given = future.result()
-        except Exception as error:
-            if task.step == "model" and not isinstance(error, RunError | ImportError):
-                error = RunError(f"the model could not be loaded: {error}")
-            self.end(task, error)
-            return
-        if task.step == "model":
+    def take(self, task: Task, given: Any) -> None:
+        """Takes what a step gave, or the error that it ended with."""
+        if task.step in ("fetch", "decode"):
+            self.take_load(task, given)
+        elif isinstance(given, Exception):
+            self.trouble = self.trouble or given
+            if task.step == "store":
+                self.results.clear()  # they are counted as left, as are those of that batch
+        elif task.step == "model":
             self.encoder = given
+            # the rate is that without the loading
+            self.bar.initial, self.bar.start_t = self.bar.n, time.time()
         elif task.step == "find":
-            self.take_page(given)
-        elif task.step == "load":
-            self.take_load(task.subject, given)
+            page = (given or [])[: self.limit - self.report.found]
+            self.found += page
+            self.report.found += len(page)
+            self.report.found_all = given is None
         elif task.step == "embed":
             self.take_results(given)
         else:
             for result, outcome in zip(task.subject, given, strict=True):
                 self.report.count(result, *outcome)
 
-    def end(self, task: Task, error: Exception) -> None:
-        self.trouble = self.trouble or error
-        if task.step == "store":
-            self.results.clear()  # they are counted as left, as are those of that batch
-
-    def take_page(self, page: list[Asset] | None) -> None:
-        if page is None:
-            self.more, self.report.found_all = False, True
-            return
-        room = (self.settings.limit or sys.maxsize) - self.report.found
-        self.found += page[:room]
-        self.report.found += len(page[:room])
-        self.more = room > len(page)
-
-    def take_load(self, asset: Asset, given: Loaded | Failed) -> None:
+    def take_load(self, task: Task, given: Loaded | Exception) -> None:
+        host, passing = task.subject.host, False
         if isinstance(given, Loaded):
             self.ready.append(given)
         else:
-            self.take_results([given])
-        if not isinstance(given, Failed) or given.stage != "fetch" or given.permanent:
-            self.failures[asset.host] = self.hosts_down = 0
+            reason = str(given)
+            if not isinstance(given, Rejected):
+                log.debug("%s", task.subject, exc_info=given)
+                reason = f"unexpected {type(given).__name__}"
+            failed = Failed(task.subject, task.step, reason, getattr(given, "permanent", False))
+            self.take_results([failed])
+            passing = task.step == "fetch" and not failed.permanent
+        if not (host and passing):
+            self.failures[host] = self.hosts_down = 0
             return
-        self.failures[asset.host] += bool(asset.host)
-        if self.failures[asset.host] == HOST_FAILURES:
+        self.failures[host] += 1
+        if self.failures[host] == HOST_FAILURES:
             self.hosts_down += 1
-            log.warning("%s: %s; its other images are left for the next run", asset.host, given)
-        if self.hosts_down == HOSTS_DOWN:
-            self.give_up_hosts()
-
-    def give_up_hosts(self) -> None:
-        """What a run says that ends with a host that is down, and no image after that."""
-        host = max(self.failures, key=self.failures.__getitem__)
-        self.trouble = self.trouble or RunError(
-            f"no image came since {host} failed {HOST_FAILURES} times in a row: check this "
-            "machine's network and that host, then run again"
-        )
+            log.warning("%s: %s; its other images are left for the next run", host, failed)
 
     def take_results(self, results: list[Result]) -> None:
+        self.results += results
         for result in results:
             if isinstance(result, Failed):
                 log.debug("%s: %s", result.asset, result)
-            self.progress.count(result)
-        if not self.results and self.store_by:  # the first of all goes at once
-            self.store_by = time.monotonic() + WRITE_SECONDS
-        self.results += results
+                self.failed += 1
+            self.bar.set_postfix(failed=self.failed, refresh=False)
+            self.bar.update()
+            if self.bar.delay and self.bar.n % LOG_EVERY == 0:
+                log.info("%s", self.bar)
 
     def give_up_what_hangs(self) -> None:
         """For what no deadline further down covers: headers that drip, a dead file system."""
         seconds = self.settings.fetch_seconds
         for future, task in list(self.tasks.items()):
-            if task.step == "load" and task.stage == "fetch" and task.age > seconds + 1:
-                del self.tasks[future]
-                late = Failed(task.subject, "fetch", f"not complete within {seconds:g} s", False)
-                self.take_load(task.subject, late)
+            if task.step == "fetch" and task.age > seconds + 1:
+                error: Exception = Rejected(f"not complete within {seconds:g} s", permanent=False)
             elif task.step in ("find", "store") and task.age > self.store.longest:
-                del self.tasks[future]
-                self.end(task, RunError(f"{SILENCE} for {task.age:.0f} s: {CHECK_URL}"))
+                error = RunError(f"{SILENCE} for {task.age:.0f} s: {CHECK_URL}")
+            else:
+                continue
+            del self.tasks[future]
+            self.take(task, error)
 
 
-class Progress:
-    """One bar on a terminal, else a log line every LOG_EVERY images."""
-
-    def __init__(self, goal: int) -> None:
-        self._shown, self._failed, self._paced = sys.stderr.isatty(), 0, False
-        self._bar = tqdm(
-            total=goal,
-            unit=" images",
-            ncols=shutil.get_terminal_size().columns - 1,
-            leave=False,
-            smoothing=0,
-            file=sys.stderr if self._shown else Path(os.devnull).open("w"),  # noqa: SIM115
-        )
-
-    def count(self, result: Result) -> None:
-        """Shows that an asset is done, or failed."""
-        self._failed += isinstance(result, Failed)
-        if not self._paced and isinstance(result, Embedded):  # the model is loaded
-            self._bar.initial, self._bar.start_t = self._bar.n, time.time()
-            self._paced = True
-        self._bar.set_postfix(failed=self._failed, refresh=False)
-        self._bar.update()
-        if not self._shown and self._bar.n % LOG_EVERY == 0:
-            line = "{n_fmt}/{total_fmt} done{postfix}, {rate_noinv_fmt}, {remaining} left"
-            shape = {**self._bar.format_dict, "bar_format": line, "ncols": None}
-            log.info("%s", tqdm.format_meter(**shape))
-
-    def close(self) -> None:
-        self._bar.close()
+def progress_bar(goal: int) -> tqdm[Any]:
+    """A bar on a terminal, else one that is never drawn: str() makes lines for the log of it."""
+    drawn: dict[str, Any] = {"ncols": shutil.get_terminal_size().columns - 1}
+    if not sys.stderr.isatty():
+        line = "{n_fmt}/{total_fmt} done{postfix}, {rate_noinv_fmt}, {remaining} left"
+        drawn = {"file": io.StringIO(), "delay": math.inf, "bar_format": line}
+    return tqdm(total=goal, unit=" images", leave=False, smoothing=0, **drawn)
 
 
 # ------------------------------------------------------------------ the gallery
@@ -1608,19 +1518,18 @@ PAGE = """<!doctype html>
 body {{ max-width: 1300px; margin: auto; padding: 1rem; overflow-wrap: anywhere }}
 section {{ display: flex; flex-wrap: wrap; gap: .7rem; padding: .7rem 0 }}
 .near {{ border-top: 1px solid #8884 }}
-figure {{ margin: 0; flex: 0 0 128px }}
 .near > :first-child {{ padding-right: .7rem; border-right: 3px solid #8886 }}
+.pair {{ display: inline-flex; margin-right: 2rem }}
+figure {{ margin: 0; width: 128px }}
 img, .none {{ display: block; width: 128px; height: 128px; border-radius: 6px; background: #8883 }}
-.none, figcaption {{ font-size: 12px; overflow: hidden }}
-figcaption {{ max-height: 4.2em }}
-.pairs {{ display: flex; flex-wrap: wrap; gap: 0 2rem }}
+.none, figcaption {{ font-size: 12px; max-height: 128px; overflow: hidden }}
 </style></head><body><main>
 <h1>Embeddings of {place}</h1>
 <p>{counts}</p>
 <p>The numbers are cosines: 1.00 is the same picture. No fixed cut fits every catalog: compare with
 two products that have nothing in common, which here have {typical}.</p>
 <h2>Look-alikes: an image, and the six nearest to it</h2>{near}
-<h2>Nearly the same: candidates for duplicates</h2><div class="pairs">{pairs}</div>
+<h2>Nearly the same: candidates for duplicates</h2>{pairs}
 <h2>Failed</h2>{failed}
 </main></body></html>
 """
@@ -1628,25 +1537,32 @@ two products that have nothing in common, which here have {typical}.</p>
 
 def write_gallery(store: Store, settings: Settings, counts: str) -> None:
     """Writes the page that a person looks at; it loads nothing from outside."""
-    made = store.gallery()
+    made, none = store.gallery(), "<p>None yet.</p>"
     near = [[row[:2], *row[2]] for row in made["look_alikes"]]
     pairs = [[row[:2], row[2:]] for row in made["pairs"]]
     assets = {Asset(*picture[:2]) for row in near + pairs for picture in row}
     pictures = thumbnails(assets, Loader(store, settings), settings)
 
-    def rows(kind: str, all_rows: list[Any]) -> str:
-        figures = ("".join(figure(pictures, *picture) for picture in row) for row in all_rows)
-        return "".join(f'<section class="{kind}">{row}</section>' for row in figures)
+    def figure(asset_id: Id, image: str, *cosine: float) -> str:
+        caption = "".join(f"<b>{x:.2f}</b> " for x in cosine) + link(asset_id, image)
+        picture = pictures[Asset(asset_id, image)]
+        return f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"
 
-    failed = [(f"{n:,} {why}", "".join(map(item, some))) for why, n, some in made["failed"]]
-    texts = {"place": settings.client or str(settings.local or settings.url), "counts": counts}
-    texts["typical"] = "none yet" if made["typical"] is None else f"{made['typical']:.2f}"
+    def sections(kind: str, rows: list[Any]) -> str:
+        figures = ("".join(figure(*picture) for picture in row) for row in rows)
+        return "".join(f'<section class="{kind}">{row}</section>' for row in figures) or none
+
+    failed = ""
+    for reason, count, examples in made["failed"]:
+        items = "".join(f"<li>{link(*example)}</li>" for example in examples)
+        failed += f"<h3>{count:,} {html.escape(reason)}</h3><ul>{items}</ul>"
     page = PAGE.format(
-        **{name: html.escape(text) for name, text in texts.items()},
-        near=rows("near", near) or "<p>None yet.</p>",
-        pairs=rows("pair", pairs) or "<p>None found.</p>",
-        failed="".join(f"<h3>{html.escape(why)}</h3><ul>{some}</ul>" for why, some in failed)
-        or "<p>None.</p>",
+        place=html.escape(settings.client or str(settings.local or settings.url)),
+        counts=counts,
+        typical="none yet" if made["typical"] is None else f"{made['typical']:.2f}",
+        near=sections("near", near),
+        pairs=sections("pair", pairs),
+        failed=failed or none,
     )
     path = settings.gallery or Path()
     try:
@@ -1661,9 +1577,9 @@ def thumbnails(assets: set[Asset], loader: Loader, settings: Settings) -> dict[A
 
     def thumbnail(asset: Asset) -> str:
         picture = Image.fromarray(loader.decode(loader.fetch(asset))).resize((THUMBNAIL, THUMBNAIL))
-        picture.save(data := io.BytesIO(), "JPEG", quality=80)
-        text = base64.b64encode(data.getvalue()).decode()
-        return f'<img src="data:image/jpeg;base64,{text}" alt="{html.escape(str(asset.id))}">'
+        picture.save(file := io.BytesIO(), "JPEG", quality=80)
+        data = base64.b64encode(file.getvalue()).decode()
+        return f'<img src="data:image/jpeg;base64,{data}" alt="{html.escape(str(asset.id))}">'
 
     pool = ThreadPoolExecutor(settings.workers)
     futures = {asset: pool.submit(thumbnail, asset) for asset in assets}
@@ -1673,19 +1589,7 @@ def thumbnails(assets: set[Asset], loader: Loader, settings: Settings) -> dict[A
         trouble = future.exception() if future.done() else "not there in time"
         box = f'<div class="none">{html.escape(str(trouble))}</div>'
         pictures[asset] = box if trouble else future.result()
-    pool.shutdown(wait=False, cancel_futures=True)
     return pictures
-
-
-def figure(pictures: dict[Asset, str], asset_id: Id, image: str, cosine: float = 0) -> str:
-    """A picture with what is below it."""
-    cosine_text = f"<b>{cosine:.2f}</b> " if cosine else ""
-    caption = f"<figcaption>{cosine_text}{link(asset_id, image)}</figcaption>"
-    return f"<figure>{pictures[Asset(asset_id, image)]}{caption}</figure>"
-
-
-def item(asset: list[Any]) -> str:
-    return f"<li>{link(*asset)}</li>"
 
 
 def link(asset_id: Id, image: str) -> str:
@@ -1700,126 +1604,110 @@ def link(asset_id: Id, image: str) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line's flags."""
+    """The command line's flags; those not given have the defaults of Settings."""
     usage = argparse.ArgumentParser(
-        prog="generate_embeddings.py",
         usage="%(prog)s [--limit N] [--client NAME] [--local DIR] [...]   -h: all flags",
         description="Give every product image in a Supabase database, or in a folder, "
         "a CLIP embedding. Run again to resume.",
         epilog="Settings come from the environment and from .env: see README.md. Exit codes: "
         "0 all done, 1 some assets failed, 2 could not run, 130 interrupted, 143 terminated.",
         allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
     )
     add = usage.add_argument
-    add("--limit", type=at_least_one, metavar="N", help="attempt at most N assets")
+    add("--limit", type=positive_number, metavar="N", help="attempt at most N assets")
     add("--client", metavar="NAME", help="only this client's (with --local: subfolder's) images")
-    add("--local", type=folder, metavar="DIR", help="embed a folder's images; needs no account")
+    add("--local", type=full_path, metavar="DIR", help="embed a folder's images; needs no account")
     most = min(MOST_WORKERS, WORKERS_PER_CORE * cores())
     workers = f"downloads at once ({WORKERS_PER_CORE} a core; not over {MOST_WORKERS})"
-    add("--workers", type=at_least_one, default=most, metavar="N", help=workers)
-    add("--batch-size", type=at_least_one, default=1, metavar="N", help="images to a batch (1)")
-    dtypes, devices = ["float32", "bfloat16"], ["cpu", "cuda", "mps"]
-    add("--dtype", choices=dtypes, default="float32", help="number format (float32)")
-    add("--device", choices=devices, default="cpu", help="where the model runs (cpu)")
-    add("--shard", type=shard, default=(1, 1), metavar="I/N", help="only part I of N parts")
+    add("--workers", type=positive_number, default=most, metavar="N", help=workers)
+    add("--batch-size", type=positive_number, metavar="N", help="images to a batch (1)")
+    add("--dtype", choices=["float32", "bfloat16"], help="number format (float32)")
+    add("--device", choices=["cpu", "cuda", "mps"], help="where the model runs (cpu)")
+    add("--shard", type=shard, metavar="I/N", help="only part I of N parts")
     add("--retry-failed", action="store_true", help="also try images that failed for good before")
     add("--gallery", type=page, metavar="FILE", help="write a page to look at (.html), at the end")
     add("--dry-run", action="store_true", help="say what would be done; load and write nothing")
     add("-v", "--verbose", action="store_true", help="say more, such as each failure as it happens")
-    add(
-        "--version",
-        action=Version,
-        nargs=0,
-        dest=argparse.SUPPRESS,
-        help="say what a bug report needs, and exit",
-    )
+    add("--version", action="store_true", help="say what a bug report needs, and exit")
     return usage
 
 
-class Version(argparse.Action):
-    """--version: the versions, and the arithmetic that would be used."""
-
-    def __call__(self, *_: object, **__: object) -> None:
-        python = sys.version.split()[0]
-        print(f"generate_embeddings.py {VERSION}, Python {python}, schema.sql {CONTRACT}")
-        print(f"{MODEL_VERSION}: {MODEL_ID} at {MODEL_REVISION}")
-        import torch
-
-        kind, bfloat16 = torch.backends.cpu.get_cpu_capability(), has_bfloat16()
-        print(f"torch {torch.__version__}: {kind}, bfloat16 {'' if bfloat16 else 'not '}usable")
-        sys.exit(0)
-
-
-def at_least_one(text: str) -> int:
-    """A flag's whole number; raises ArgumentTypeError below 1."""
+def positive_number(text: str) -> int:
     if not (text.isascii() and text.isdecimal()) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-    return min(int(text), sys.maxsize)
+    return int(text)
 
 
 def shard(text: str) -> tuple[int, int]:
-    """ "I/N" as two numbers; raises ArgumentTypeError for what is no part."""
     found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text, re.ASCII)
     if not found or not 1 <= int(found[1]) <= int(found[2]):
         raise argparse.ArgumentTypeError(f"{text!r} is not a part like 1/4, 2/4, 3/4 or 4/4")
     return int(found[1]), int(found[2])
 
 
-def folder(text: str) -> Path:
-    """A flag's folder; raises ArgumentTypeError where there is none."""
-    path = Path(text).expanduser().resolve()
-    if not path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} is no folder")
-    return path
+def full_path(text: str) -> Path:
+    return Path(text).resolve()
 
 
 def page(text: str) -> Path:
-    """A flag's file for the gallery; raises ArgumentTypeError where it can't be written."""
-    path = Path(text).expanduser().resolve()
-    if path.suffix.lower() not in (".html", ".htm") or path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a file that ends in .html")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{text!r} can't be written")
+    path = full_path(text)
+    writable = os.access(path if path.exists() else path.parent, os.W_OK)
+    if path.suffix != ".html" or path.is_dir() or not writable:
+        raise argparse.ArgumentTypeError(f"{text!r} can't be written, or does not end in .html")
     return path
 
 
-def read_settings(args: argparse.Namespace) -> Settings:
+def say_version() -> None:
+    """The versions, and the arithmetic that would be used."""
+    import torch
+
+    python = sys.version.split()[0]
+    print(f"generate_embeddings.py {VERSION}, schema.sql {CONTRACT}, Python {python}")
+    print(f"{MODEL_VERSION}: {MODEL_ID} at {MODEL_REVISION}")
+    kind = torch.backends.cpu.get_cpu_capability()
+    print(f"torch {torch.__version__}, {kind}, bfloat16: {'yes' if has_bfloat16() else 'no'}")
+
+
+def read_settings(flags: dict[str, Any]) -> Settings:
     """Flags, environment and the nearest .env as Settings; raises RunError that names the setting
     at fault. Nothing of .env enters the environment, which libraries read as well."""
-    nearest = next((p for p in (Path(".env"), HERE / ".env") if p.is_file()), HERE / ".env")
+    file = full_path(".env")
+    file = file if file.is_file() else HERE / ".env"
     try:
-        in_file = dict(dotenv.dotenv_values(nearest, encoding="utf-8-sig", interpolate=False))
+        in_file = dotenv.dotenv_values(file, encoding="utf-8-sig", interpolate=False)
     except (UnicodeDecodeError, OSError):
-        raise RunError(f"{nearest.resolve()} can't be read: save it as text in UTF-8") from None
-    values: dict[str, Any] = dict(vars(args))
+        raise RunError(f"{file} can't be read: save it as text in UTF-8") from None
+    values = dict(flags)
     for spec in fields(Settings):
-        if args.local and spec.name in ("url", "key"):
+        names, needed = spec.metadata.get("names", ()), spec.name in ("url", "key")
+        if needed and "local" in flags:
             continue
-        for name in spec.metadata.get("names", ()):
+        for name in names:
             given, kept = os.environ.get(name, "").strip(), (in_file.get(name) or "").strip()
-            hides = f", which hides the one in {nearest.resolve()}" * (kept not in ("", given))
-            source = f"from the environment{hides}" if given else f"from {nearest.resolve()}"
-            if value := given or kept:
-                values[spec.name] = spec_value(spec, f"{name} ({source})", value)
-                values |= {"key_source": f"{name} ({source})"} if spec.name == "key" else {}
+            if given or kept:
+                hides = f", which hides the one in {file}" if kept not in ("", given) else ""
+                source = f"{name} (from {f'the environment{hides}' if given else file})"
+                values[spec.name] = setting_value(spec, source, given or kept)
+                if spec.name == "key":
+                    values["key_source"] = source
                 break
-    for needed, name in (("url", "SUPABASE_URL"), ("key", "SUPABASE_SECRET_KEY")):
-        if not (args.local or values.get(needed)):
-            local = (
-                ", not .env.local, which is not read" * nearest.with_name(".env.local").is_file()
-            )
-            raise RunError(
-                f"{name} is not set: put it into {nearest.resolve()}{local} (.env.example shows "
-                "how), or use --local DIR, which needs no account"
-            )
+        else:
+            if needed:
+                other = file.with_name(".env.local").is_file()
+                local = ", not .env.local, which is not read" if other else ""
+                raise RunError(
+                    f"{names[0]} is not set: put it into {file}{local} (.env.example shows how), "
+                    "or use --local DIR, which needs no account"
+                )
     return Settings(**values)
 
 
-def spec_value(spec: Any, label: str, value: str) -> Any:
+def setting_value(spec: Any, source: str, text: str) -> Any:
     """A setting's value, once it looks like one; raises RunError."""
-    found = re.fullmatch(spec.metadata["pattern"], value, re.ASCII)
+    found = re.fullmatch(spec.metadata["pattern"], text, re.ASCII)
     if not found:
-        raise RunError(f"{label} {spec.metadata['advice']}")
+        raise RunError(f"{source} {spec.metadata['advice']}")
     kind = type(spec.default)
     return found[1] == "1" if kind is bool else kind(found[1])
 
@@ -1829,25 +1717,36 @@ def main(argv: list[str] | None = None) -> int:
     if sys.stderr is None:  # 2>&-: and the next file that is opened must not get its number
         sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
     stop = Stop()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    # as process 1 of a container it would else be ignored until the run listens
-    signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
     try:
-        args = parser().parse_args(argv)
-        set_up_output(args.verbose)
-        code = embed_all(read_settings(args), stop)
+        flags = vars(parser().parse_args(argv))
+        set_up_output("verbose" in flags)
+        if flags.pop("version", False):
+            say_version()
+            return 0
+        code = embed_all(read_settings(flags), stop)
         return stop.code or code
     except RunError as error:
-        complain(str(error))
+        trouble = str(error)
     except ImportError as error:
-        complain(f"{error}: run {INSTALL}")
-    except KeyboardInterrupt:
-        complain("interrupted")
-        return 130
+        trouble = f"{error}: run {INSTALL}"
     except Exception as error:  # a defect; exit code 1 would say that some images failed
         log.debug("", exc_info=True)
-        complain(f"unexpected {type(error).__name__}: {error}; -v says more")
+        trouble = f"unexpected {type(error).__name__}: {error}; -v says more"
+    line = printable(f"error: {trouble}")
+    if sys.stderr.isatty():
+        width = shutil.get_terminal_size().columns - 1
+        line = textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
+    with contextlib.suppress(OSError):  # there may be nobody to read it
+        print(line, file=sys.stderr)
     return stop.code or 2
+
+
+class Log(logging.StreamHandler[Any]):
+    """Logs to stderr while somebody reads it."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        # What is left in a broken pipe's buffer would fail each start of a process
+        sys.stderr = self.stream = Path(os.devnull).open("w")  # noqa: SIM115
 
 
 class Lines(logging.Formatter):
@@ -1860,33 +1759,14 @@ class Lines(logging.Formatter):
         return "\n".join(map(printable, super().formatException(exc_info).split("\n")))
 
 
-class Log(logging.StreamHandler[Any]):
-    """Logs to stderr while somebody reads it."""
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        # What is left in a broken pipe's buffer would fail each start of a process
-        sys.stderr = self.stream = Path(os.devnull).open("w")  # noqa: SIM115
-
-
 def set_up_output(verbose: bool) -> None:
     """Logs to stderr, with the time where nobody watches."""
     handler = Log()
     handler.setFormatter(Lines("%(message)s" if sys.stderr.isatty() else "%(asctime)s %(message)s"))
-    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    logging.basicConfig(handlers=[handler])
     log.setLevel(logging.DEBUG if verbose else logging.INFO)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may hold anything
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not each encoding has all that names may hold
         sys.stdout.reconfigure(errors="backslashreplace")
-
-
-def complain(trouble: str) -> None:
-    """Says why a run ended, where there still is someone to read it."""
-    line = printable(f"error: {trouble}")
-    with contextlib.suppress(OSError):
-        width = shutil.get_terminal_size().columns - 1 if sys.stderr.isatty() else sys.maxsize
-        print(
-            textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False),
-            file=sys.stderr,
-        )
 
 
 def first_answer(store: Store) -> Status:
@@ -1906,23 +1786,22 @@ def embed_all(settings: Settings, stop: Stop) -> int:
     report = Report(status.assets - status.done - skipped, skipped)
     log.info("%s%s to do", status, f"{report.pending:,}")
     if settings.dry_run:
-        return preview(store, settings, report)
-    trouble: Exception | None = None
-    if report.pending:
-        log.info("vectors go to %s", store.place)
-        log.info("loading the model")
-        stop.listen()
-        try:
+        goal = min(report.pending, settings.limit or report.pending)
+        print(f"Would embed {goal} asset{'s' * (goal != 1)} as {settings.model_version}")
+        for asset in next(store.pages(), [])[: min(5, goal)]:
+            print(printable(f"  {asset}"))
+        return 0
+    try:
+        if report.pending:
+            log.info("vectors go to %s", store.place)
+            log.info("loading the model")
+            stop.listen()
             Run(store, settings, report, stop).loop()
-        except Exception as error:
-            trouble = error
-    else:
-        log.info("nothing to do%s", "" if status.assets else ": there are no assets yet")
-    lines = [printable(line) for line in report.lines()]
-    with contextlib.suppress(OSError):  # as in: ... | head -1
-        print("\n".join(lines), flush=True)
-    if trouble:
-        raise trouble
+        else:
+            log.info("nothing to do%s", "" if status.assets else ": there are no assets yet")
+    finally:
+        with contextlib.suppress(OSError):  # as in: ... | head -1
+            print("\n".join(map(printable, report.lines())), flush=True)
     if settings.gallery and not stop.code:
         done, failed = status.done + report.embedded, report.failed + report.skipped
         counts = f"{status.assets:,} assets: {done:,} embedded, {failed:,} failed"
@@ -1930,15 +1809,6 @@ def embed_all(settings: Settings, stop: Stop) -> int:
     elif settings.local and report.embedded and sys.stderr.isatty():
         log.info("next: --gallery FILE.html shows what looks alike; README.md: with Supabase")
     return 1 if report.failed else 0
-
-
-def preview(store: Store, settings: Settings, report: Report) -> int:
-    """Says what a run would do."""
-    goal = min(report.pending, settings.limit or report.pending)
-    print(f"Would embed {goal} asset{'s' * (goal != 1)} as {settings.model_version}")
-    for asset in next(store.pages(), [])[: min(5, goal)]:
-        print(printable(f"  {asset}"))
-    return 0
 
 
 if __name__ == "__main__":
