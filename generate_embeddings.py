@@ -31,7 +31,8 @@ import sys
 
 if __name__ == "__main__":  # a stop while the imports go on: no traceback
     for _number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(_number, lambda number, _: os._exit(128 + number))
+        if signal.getsignal(_number) != signal.SIG_IGN:  # as a background job's is
+            signal.signal(_number, lambda number, _: os._exit(128 + number))
 if sys.version_info < (3, 11):
     print("error: Python 3.11 or later is needed, not " + sys.version.split()[0], file=sys.stderr)
     sys.exit(2)
@@ -107,7 +108,7 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, by chan
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 MAX_BYTES = 50 * 2**20  # of one image file
-HEAVY_BYTES = 4 * 2**20  # of files above this at most HEAVY_FILES are in memory at once
+HEAVY_BYTES = 4 * 2**20  # of files above this at most HEAVY_FILES are downloaded at once
 HEAVY_FILES = 4
 MIN_SIDE = 16  # pixels; below it: tracking pixels and spacers
 MAX_ASPECT = 100  # above it: rules and borders, of which CLIP would see a sliver
@@ -130,7 +131,7 @@ HOSTS_DOWN = 3  # one after the other, with no image between: the network is gon
 PAGE_ROWS = 250
 WRITE_ROWS = 50  # results to a call; with an index at a million rows far below the 8 s timeout
 WRITE_SECONDS = 2.0  # a result waits no longer than this, but for the batch before its own
-ANSWER_SECONDS = 30.0  # of the database, for one question
+ANSWER_SECONDS = 58.0  # of the database, for one question: Supabase's API ends calls after 60
 CHECK_SECONDS = 5.0  # patience with the database before the run, when the URL may be wrong
 POLL_SECONDS = 0.2  # how soon Ctrl-C is noticed
 ECHO_SECONDS = 0.5  # signals that are this close count as one: timeout(1) sends each of its twice
@@ -174,6 +175,7 @@ KEY_ADVICE = "copy a secret key (sb_secret_...) from the dashboard, Settings > A
 NO_KEY = f"is no secret key, nor a legacy service_role key: {KEY_ADVICE}"
 A_URL = r"(https?://(?!YOUR-PROJECT)[\w-]+(?:\.[\w-]+)*(?::\d{1,5})?)(?:/rest/v1)?/?"
 A_KEY = r"(sb_secret_[\w-]+|[\w-]+\.[\w-]+\.[\w-]+)"
+A_TEXT, NO_TEXT = r"([^\x00-\x1f\x7f-\x9f\ud800-\udfff]+)", "has a control character in it"
 A_NUMBER, NO_NUMBER = r"(\d+(?:\.\d+)?)", "is not a number of seconds"
 
 
@@ -195,8 +197,8 @@ class Settings:
     verbose: bool = False
     url: str = setting("", A_URL, URL_ADVICE, "SUPABASE_URL", "NEXT_PUBLIC_SUPABASE_URL")
     key: str = setting("", A_KEY, NO_KEY, "SUPABASE_SECRET_KEY", "SUPABASE_SERVICE_ROLE_KEY")
-    model_version: str = setting(MODEL_VERSION, "(.+)", "", "MODEL_VERSION")
-    clip_model: str = setting("", "(.+)", "", "CLIP_MODEL")
+    model_version: str = setting(MODEL_VERSION, A_TEXT, NO_TEXT, "MODEL_VERSION")
+    clip_model: str = setting("", A_TEXT, NO_TEXT, "CLIP_MODEL")
     fetch_seconds: float = setting(30.0, A_NUMBER, NO_NUMBER, "FETCH_SECONDS")
     db_retry_seconds: float = setting(180.0, A_NUMBER, NO_NUMBER, "DB_RETRY_SECONDS")
     private_hosts: bool = setting(False, "([01])", "is not 0 or 1", "ALLOW_PRIVATE_IMAGE_HOSTS")
@@ -213,7 +215,7 @@ class Asset:
     id: Id
     image: str
     mark: int = 0  # the store's, of this very image: a hash of the URL, or the file's time
-    size: int = 0  # bytes of `image`, which comes cut short where it is too large
+    size: int = 0  # bytes of the text `image`, which comes cut short where it is too large
 
     @functools.cached_property
     def host(self) -> str:
@@ -284,7 +286,7 @@ ASIDE = {
 
 
 class Report:
-    """The counts of a run. An asset was attempted once its vector or failure is stored."""
+    """The counts of a run. An asset was attempted once the store took or refused its result."""
 
     def __init__(self, pending: int, skipped: int) -> None:
         self.pending = pending  # as counted before the run
@@ -402,9 +404,9 @@ class SupabaseStore:
         answer = min(ANSWER_SECONDS, max(CHECK_SECONDS, settings.db_retry_seconds))
         self.longest = settings.db_retry_seconds + answer  # seconds for all attempts at a call
         timeout = httpx.Timeout(answer, connect=READ_SECONDS)
-        # no redirects: one would carry the key to another origin
         self._here = threading.local()  # an APIError of a gateway's JSON lacks the status
         hooks = {"response": [lambda response: setattr(self._here, "status", response.status_code)]}
+        # no redirects: one would carry the key to another origin
         http = httpx.Client(timeout=timeout, follow_redirects=False, event_hooks=hooks)
         options = supabase.ClientOptions(httpx_client=http)
         self._rpc = supabase.create_client(settings.url, settings.key, options).rpc
@@ -416,14 +418,19 @@ class SupabaseStore:
 
     def status(self) -> Status:
         """What there is, asked before anything heavy is loaded."""
-        answer = self._call("embedding_status", dict, **self._of())
+
+        def read(answer: Any) -> Status:
+            if answer["contract"] != CONTRACT:
+                raise RunError(f"the database's functions are of another version: {RUN_SQL}")
+            if not answer["client_exists"]:
+                client = self._settings.client
+                raise RunError(f"no asset is of client {client!r}: check the spelling")
+            self._time = answer["time"]
+            return Status(*(answer[n] for n in ("assets", "done", "failed_for_good", "waiting")))
+
+        status: Status = self._call("embedding_status", read, **self._of())
         self._patience = self._settings.db_retry_seconds
-        if answer.get("contract") != CONTRACT:
-            raise RunError(f"the database's functions are of another version: {RUN_SQL}")
-        if not answer["client_exists"]:
-            raise RunError(f"no asset is of client {self._settings.client!r}: check the spelling")
-        self._time = answer["time"]
-        return Status(*(answer[n] for n in ("assets", "done", "failed_for_good", "waiting")))
+        return status
 
     def pages(self) -> Iterator[list[Asset]]:
         """Pending assets in the order of their ids, a page at a time and each once; those that
@@ -442,7 +449,7 @@ class SupabaseStore:
     def locate(self, asset: Asset) -> tuple[str, dict[str, str]]:
         """Where an image is and the headers to send there; the key only to the own storage."""
         s, image = self._settings, asset.image.strip()
-        if len(asset.image) < asset.size // 4:  # bytes of a character
+        if len(asset.image) < asset.size // 4:  # a character has at most 4 bytes: it was cut
             raise Rejected(f"a data: URL of {asset.size // 2**20} MB, which belongs into a file")
         if not image:
             raise Rejected("no image URL")
@@ -451,7 +458,7 @@ class SupabaseStore:
         path = image.removeprefix(objects)
         if path == image or path.startswith("sign/"):  # which carries a token of its own
             return image, {}
-        path = path.removeprefix("public/").removeprefix("authenticated/")
+        path = re.sub("^(public|authenticated)/", "", path)
         if ".." in unquote(path).split("/"):
             raise Rejected("a storage path with '..' in it")
         key = {"apikey": s.key, "Authorization": f"Bearer {s.key}"}
@@ -499,7 +506,7 @@ class SupabaseStore:
                 trouble = f"{error.code}, {shorten(str(error.message))}"
             except httpx.RequestError as error:
                 trouble = f"{type(error).__name__}: {error}"
-            except (AttributeError, LookupError, TypeError, ValueError):
+            except (AttributeError, LookupError, TypeError, ValueError, RecursionError):
                 trouble = f"an answer that {function} never gives"
             patience = min(self._patience, 10) if self._stop.code else self._patience
             left = started + patience - time.monotonic()
@@ -511,6 +518,7 @@ class SupabaseStore:
 
     def _explain(self, error: Any) -> str:
         source, code = self._settings.key_source, error.code
+        error.message = shorten(str(error.message), 300)
         if code in ("PGRST202", "42883", "42P01", "42703"):
             return f"the database lacks what this script calls ({error.message}): {RUN_SQL}"
         if code in ("401", "403", "42501", "PGRST301", "PGRST302", "PGRST303"):
@@ -562,7 +570,7 @@ class FolderStore:
     """
 
     FILE = "product_embeddings.sqlite3"
-    longest = math.inf
+    longest = math.inf  # a disk has no deadline
 
     def __init__(self, settings: Settings, _: Stop) -> None:
         self._settings, self._folder = settings, settings.local or Path()
@@ -810,6 +818,8 @@ class Fetcher:
                     target = requests.Session().get_redirect_target(response)
                     if target is None:
                         return self._body(response, deadline)
+            except UnicodeDecodeError:
+                raise Rejected("not a valid URL") from None  # a redirect's
             except (OSError, ValueError, urllib3.exceptions.HTTPError) as error:
                 raise Rejected(network_reason(error), False, retry_after=0) from None
             request = prepare(request.url or "", target, {})  # the headers were for the first alone
@@ -832,11 +842,12 @@ class Fetcher:
         # to the addresses that were looked at: no DNS can change them in between
         end, port = time.monotonic() + connection.timeout, connection.port
         private_too = self._trusted in (None, (connection.host, port))
-        for address in addresses(connection._dns_host, port, private_too):
-            place, left = (address, port), max(0.01, end - time.monotonic())
+        found = addresses(connection._dns_host, port, private_too)
+        for number, address in enumerate(found):
+            share = (end - time.monotonic()) / (len(found) - number)
             try:
                 return urllib3.util.connection.create_connection(
-                    place, left, None, connection.socket_options
+                    (address, port), max(0.01, share), None, connection.socket_options
                 )
             except OSError as error:
                 trouble = error
@@ -881,7 +892,7 @@ def refusal(response: requests.Response) -> Rejected:
     code, wait = response.status_code, 0.0
     reason = f"HTTP {code} {http.client.responses.get(code, '')}".strip()
     if 200 <= code < 500 and code not in (408, 425, 429):
-        return Rejected(reason, code not in (401, 403, 407))  # a block may be lifted
+        return Rejected(reason, code not in (401, 402, 403, 407))  # a block may be lifted
     with contextlib.suppress(urllib3.exceptions.InvalidHeader, ValueError, OverflowError):
         wait = urllib3.Retry().get_retry_after(response.raw) or 0
     return Rejected(reason, False, retry_after=wait)
@@ -993,6 +1004,8 @@ def normalise(levels: np.ndarray) -> np.ndarray:
 
 
 OUT_OF_MEMORY = 77  # a decoder's exit code
+# By exit code: of SIGXCPU, and of the signals of a crash
+DEATHS = {OUT_OF_MEMORY: TOO_MUCH, -24: TOO_SLOW} | dict.fromkeys((-4, -6, -7, -8, -11), BROKEN)
 MALLOC_THRESHOLDS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
 
 
@@ -1007,38 +1020,47 @@ class Decoder:
         # glibc would else give memory back after each image and fetch it anew: 2 ms
         os.environ |= dict.fromkeys(MALLOC_THRESHOLDS, str(64 * 2**20))
         self._process: Any = None
+        self._images = 0  # that this process has decoded
 
     def decode(self, data: bytes) -> np.ndarray:
         """The levels (224, 224, 3) of an image file; raises Rejected."""
-        reason = KILLED
+        hung = False
         with contextlib.suppress(EOFError, OSError):  # it dies of some files
             if not self._process:
-                self._pipe, theirs = self._context.Pipe()
-                process = self._context.Process(target=work, args=(theirs,), daemon=True)
-                process.start()
-                self._process = process
-                theirs.close()
+                self._start()
             self._pipe.send_bytes(data)
-            if self._pipe.poll(DECODE_PATIENCE):
+            hung = not self._pipe.poll(DECODE_PATIENCE)
+            if not hung:
                 answer: np.ndarray | Rejected = self._pipe.recv()
+                self._images += 1
                 if isinstance(answer, Rejected):
                     raise answer
                 return answer
-            reason = TOO_SLOW
         if not self._process:
             raise Rejected("no process could be started to decode it", permanent=False)
         self._process.kill()
         self._process.join()
-        ends = {-9: reason, -24: TOO_SLOW, OUT_OF_MEMORY: TOO_MUCH}  # -24: SIGXCPU
-        reason = ends.get(self._process.exitcode, BROKEN)
+        reason = TOO_SLOW if hung else DEATHS.get(self._process.exitcode, KILLED)
         self._process = None
+        if reason == TOO_MUCH and self._images:  # of what earlier images left behind, perhaps
+            return self.decode(data)
         raise Rejected(reason, permanent=reason != KILLED)
+
+    def _start(self) -> None:
+        self._pipe, theirs = self._context.Pipe()
+        process = self._context.Process(target=work, args=(theirs,), daemon=True)
+        process.start()
+        theirs.close()
+        self._process, self._images = process, 0
 
 
 def work(pipe: Any) -> None:
     """What a decoder's process does until the run closes the pipe."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the run
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the run,
+    if hasattr(os, "setsid"):
+        os.setsid()  # and so is what timeout(1) or a closed terminal sends to its whole group
     warnings.simplefilter("ignore")  # Pillow's, about oddities that do no harm
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # where libtiff writes
     with contextlib.suppress(OSError):
         pages = int(Path("/proc/self/statm").read_text().split()[5])
         limit("RLIMIT_DATA", pages * os.sysconf("SC_PAGE_SIZE") + DECODE_MB * 2**20)
@@ -1346,6 +1368,9 @@ class Run:
         self.store_by = 0.0  # before this moment; the first of all at once
         self.failures: Counter[str] = Counter()  # in a row, by host
         self.hosts_down = 0  # one after the other
+        self.skipped = 0  # assets of hosts that are down
+        self.slow_line = False  # what makes room for others would only crowd it
+        self.storing = True  # until the store gives up
         self.tasks: dict[Future[Any], Task] = {}
         self.done: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
         self.embedders, self.others = ThreadPoolExecutor(self.lanes), ThreadPoolExecutor(9999)
@@ -1364,7 +1389,7 @@ class Run:
                 self.give_up_what_hangs()
         if self.trouble:
             raise self.trouble
-        if self.hosts_down and self.report.left:
+        if self.hosts_down and self.skipped:
             host = max(self.failures, key=self.failures.__getitem__)
             raise RunError(
                 f"no image came since {host} failed {HOST_FAILURES} times in a row: check this "
@@ -1384,15 +1409,15 @@ class Run:
         """False if nothing is left to wait for."""
         ending = bool(self.trouble or self.stop.code or self.hosts_down >= HOSTS_DOWN)
         if not ending:
+            self.start_loads()  # first: it may leave all that was found
             more = not self.report.found_all and self.report.found < self.limit
             if more and len(self.found) < PAGE_ROWS and not self.under_way("find"):
                 self.start(Task("find"), next, self.pages, None)
-            self.start_loads()
             self.start_embeds()
         awaited = ("embed",) if ending else ("model", "find", "fetch", "decode", "embed")
         last = not self.under_way(*awaited)
         due = last or len(self.results) >= WRITE_ROWS or time.monotonic() > self.store_by
-        if self.results and due and not self.under_way("store"):
+        if self.storing and self.results and due and not self.under_way("store"):
             batch, self.results = self.results[:WRITE_ROWS], self.results[WRITE_ROWS:]
             self.store_by = time.monotonic() + WRITE_SECONDS
             self.start(Task("store", batch), self.store.save, batch)
@@ -1400,15 +1425,17 @@ class Run:
 
     def start_loads(self) -> None:
         loads, size = self.under_way("fetch", "decode"), self.settings.batch_size
-        slow = min(MOST_SLOW, sum(task.age > SLOW_SECONDS for task in loads))
+        slow = 0 if self.slow_line else sum(task.age > SLOW_SECONDS for task in loads)
         waiting = len(self.ready) + sum(len(task.subject) for task in self.under_way("embed"))
         workers = self.settings.workers
-        room = min(workers, 2 * (workers + self.lanes * size) - waiting) + slow - len(loads)
+        room = min(workers, 2 * (workers + self.lanes * size) - waiting) - len(loads)
+        room += min(slow, MOST_SLOW)
         while self.found and room > 0:
             asset = self.found.popleft()
             if self.failures[asset.host] >= HOST_FAILURES:
                 why = f"of {asset.host}, which failed {HOST_FAILURES} times in a row"
                 self.report.aside[why] += 1
+                self.skipped += 1
                 continue
             room -= 1
             task = Task("fetch", asset)
@@ -1435,7 +1462,7 @@ class Run:
         elif isinstance(given, Exception):
             self.trouble = self.trouble or given
             if task.step == "store":
-                self.results.clear()  # they are counted as left, as are those of that batch
+                self.storing = False  # what was not stored is counted as left
         elif task.step == "model":
             self.encoder = given
             # the rate is that without the loading
@@ -1454,6 +1481,7 @@ class Run:
     def take_load(self, task: Task, given: Loaded | Exception) -> None:
         host, passing = task.subject.host, False
         if isinstance(given, Loaded):
+            self.slow_line = task.age > SLOW_SECONDS
             self.ready.append(given)
         else:
             reason = str(given)
@@ -1595,7 +1623,7 @@ def thumbnails(assets: set[Asset], loader: Loader, settings: Settings) -> dict[A
 def link(asset_id: Id, image: str) -> str:
     """An asset's id, with a link to its image where that is a web address."""
     name = f"<bdi>{html.escape(shorten(str(asset_id), 120))}</bdi>"
-    if not re.match("(?i)https?://", image):
+    if not re.match("(?i)https?://", image or ""):
         return name
     return f'<a href="{html.escape(image)}" rel="noreferrer">{name}</a>'
 
@@ -1604,7 +1632,7 @@ def link(asset_id: Id, image: str) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line's flags; those not given have the defaults of Settings."""
+    """The command line's flags; those not given, but --workers, have the defaults of Settings."""
     usage = argparse.ArgumentParser(
         usage="%(prog)s [--limit N] [--client NAME] [--local DIR] [...]   -h: all flags",
         description="Give every product image in a Supabase database, or in a folder, "
@@ -1746,7 +1774,8 @@ class Log(logging.StreamHandler[Any]):
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
         # What is left in a broken pipe's buffer would fail each start of a process
-        sys.stderr = self.stream = Path(os.devnull).open("w")  # noqa: SIM115
+        if isinstance(sys.exception(), OSError):
+            sys.stderr = self.stream = Path(os.devnull).open("w")  # noqa: SIM115
 
 
 class Lines(logging.Formatter):
@@ -1764,6 +1793,7 @@ def set_up_output(verbose: bool) -> None:
     handler = Log()
     handler.setFormatter(Lines("%(message)s" if sys.stderr.isatty() else "%(asctime)s %(message)s"))
     logging.basicConfig(handlers=[handler])
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # its warnings have tracebacks in them
     log.setLevel(logging.DEBUG if verbose else logging.INFO)
     if isinstance(sys.stdout, io.TextIOWrapper):  # not each encoding has all that names may hold
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -3,7 +3,8 @@
 --
 -- Made for a table   public.assets (id uuid primary key, image_url text, client_name text).
 -- Yours differs? The section "Your tables" is the only one that names it. Are your ids bigint or
--- text? Replace the word uuid by that in the whole file.
+-- text? Replace the word uuid by that in the whole file. A table product_embeddings that is there
+-- already is kept; from then on the service role alone may use it (see "Access").
 
 begin;
 set local search_path = public, extensions;
@@ -29,14 +30,19 @@ begin
   perform '[1]'::vector;
   -- What older versions of this file made.
   for old in
-    select p.oid::regprocedure from pg_proc p
+    select format('drop function %s %s', p.oid::regprocedure,
+                  case when p.prorettype = 'trigger'::regtype then 'cascade' else '' end)
+    from pg_proc p
     where p.pronamespace = 'public'::regnamespace
       and (p.proname in ('forget_asset_embedding', 'await_image_change', 'clear_embedding_failure',
                          'skip_embedding_failure', 'count_embedding_attempt')
-           or p.proname in ('match_products', 'similar_products')
-              and 'image_url' = any (p.proargnames))
+           and p.prorettype = 'trigger'::regtype
+           or p.proname = 'match_products' and p.proargnames = '{query_embedding, match_count, '
+                'client, model_version, asset_id, image_url, similarity}'
+           or p.proname = 'similar_products' and p.proargnames = '{asset_id, match_count, '
+                'asset_id, image_url, similarity}')
   loop
-    execute format('drop function %s cascade', old);
+    execute old;
   end loop;
 end $$;
 
@@ -58,10 +64,10 @@ grant select on public.assets to service_role;
 -- A deleted asset takes its rows along: what asset_id refers to.
 set local embeddings.assets = 'public.assets (id)';
 
--- A new image: forget what is known of the old one. The column that holds it, thrice, and the
--- name of the id's column.
+-- A new image: forget what is known of the old one. The column that holds it, twice, and the name
+-- of the id's column.
 create or replace trigger forget_embedding
-  after update of image_url on public.assets
+  after update on public.assets
   for each row when (old.image_url is distinct from new.image_url)
   execute function public.forget_embedding('id');
 
@@ -159,7 +165,7 @@ begin
       and o.opcname = 'vector_cosine_ops' and o.opcmethod = (select oid from pg_am
                                                              where amname = 'hnsw')
   ) then
-    if (select count(*) from (select from product_embeddings limit 50001) as few) > 50000 then
+    if (select count(*) from (select from product_embeddings limit 10001) as few) > 10000 then
       raise warning 'product_embeddings has no HNSW index: create it as schema.sql says';
     else
       create index product_embeddings_embedding_hnsw
@@ -208,7 +214,7 @@ as $$
 begin
   return (
     select jsonb_build_object(
-      'contract', 1,
+      'contract', 1,  -- CONTRACT in generate_embeddings.py
       'dimensions', (select atttypmod from pg_attribute where attname = 'embedding'
                      and attrelid = 'public.product_embeddings'::regclass),
       'time', now(),
@@ -626,15 +632,21 @@ end $$;
 
 -- The service role alone may call these. (New functions may be called by everyone.)
 revoke execute on function
-  public.embedding_status, public.pending_assets, public.store_embeddings,
-  public.store_embedding_rows, public.forget_embedding,
-  public.match_products, public.similar_products, public.duplicate_products,
-  public.embedding_gallery
+  public.embedding_status(text, text, int, int),
+  public.pending_assets(text, text, uuid, int, timestamptz, boolean, int, int),
+  public.store_embeddings(text, json, json), public.store_embedding_rows(text, json, json),
+  public.forget_embedding(), public.match_products(vector, int, text, text),
+  public.similar_products(uuid, int, text),
+  public.duplicate_products(float8, text, uuid, int, int),
+  public.embedding_gallery(text, text, int)
   from public, anon, authenticated, service_role;
 grant execute on function
-  public.embedding_status, public.pending_assets, public.store_embeddings,
-  public.match_products, public.similar_products, public.duplicate_products,
-  public.embedding_gallery
+  public.embedding_status(text, text, int, int),
+  public.pending_assets(text, text, uuid, int, timestamptz, boolean, int, int),
+  public.store_embeddings(text, json, json), public.match_products(vector, int, text, text),
+  public.similar_products(uuid, int, text),
+  public.duplicate_products(float8, text, uuid, int, int),
+  public.embedding_gallery(text, text, int)
   to service_role;
 
 -- To let signed-in users search, and find what the policies on your assets show them, no more (run

@@ -23,7 +23,7 @@ CLOSED = "http://127.0.0.1:9"  # nothing listens there
 
 # Runs the script with other constants: NAME=value ... -- arguments
 TUNED = f"""
-import sys
+import os, sys
 sys.path.insert(0, {str(REPO)!r})
 import generate_embeddings as script
 if __name__ == "__main__":  # the decoders' processes import this file, too
@@ -31,7 +31,9 @@ if __name__ == "__main__":  # the decoders' processes import this file, too
     for name, value in (pair.split("=") for pair in sys.argv[1:end]):
         assert hasattr(script, name), name
         setattr(script, name, type(getattr(script, name))(value))
-    sys.exit(script.main(sys.argv[end + 1:]))
+    code = script.main(sys.argv[end + 1:])
+    sys.stdout.flush()
+    os._exit(code)  # as the script itself
 """
 
 COUNTS = re.compile(r"embedded=\d+ failed=\d+ left=\d+ attempted=\d+( \w+=[\d.]+)*")

@@ -179,6 +179,7 @@ def shop(_stack, photos, tiny, tmp_path_factory):
         rows.append(("inline", inline, "other"))
         rows.append(("gone", host.url_of("/gone.jpg"), ODD))
         rows.append(("bad", "javascript:alert(1)", "other"))
+        rows.append(("none", None, "other"))
         _stack.add_assets(rows)
         run = cli("--gallery", path)
         assert run.code == 1, run.err
@@ -190,7 +191,7 @@ def shop(_stack, photos, tiny, tmp_path_factory):
 def test_the_page_of_a_database_shows_the_nearest_by_its_own_functions(shop, photos):
     rows, page, _ = shop
     shown = page.rows("near")
-    assert len(shown) == min(30, len(rows) - 2)
+    assert len(shown) == min(30, len(rows) - 3)
     assert {len(row) for row in shown} <= {6, 7}  # the index may miss one
     rocket = next(i for i, url, _ in rows if url.endswith("/rocket.jpg"))
     nearest = {html.unescape(row[0]): html.unescape(row[1]) for row in shown}
@@ -209,6 +210,7 @@ def test_only_web_addresses_become_links(shop, photos):
     names = {Path(unquote(urlsplit(link).path)).name for link in page.links}
     assert names == {*photos, "gone.jpg"}
     assert "fetch: HTTP 404 Not Found gone" in page.text
+    assert "1 fetch: no image URL none" in page.text
     assert "1 fetch: only http, https and data URLs are fetched bad" in page.text
 
 

@@ -8,6 +8,7 @@ import threading
 import time
 import uuid
 
+import psutil
 import psycopg
 import pytest
 from conftest import REPO, wait_until
@@ -75,6 +76,17 @@ def halfway(cli, stack, gate, forty):
 
 
 # Stopped from outside
+
+
+def test_a_signal_that_ends_the_decoders_fails_no_image_for_good(stack, gate, halfway):
+    run = halfway()
+    for process in psutil.Process(run.pid).children(recursive=True):  # as systemd does
+        process.send_signal(signal.SIGTERM)
+    gate.opened.set()
+    end = run.finish(60)
+    assert end.counts["attempted"] == 40
+    assert end.counts["embedded"] > 30
+    assert stack.sql("select count(*) from product_embedding_failures where permanent") == [(0,)]
 
 
 def test_after_kill_9_the_next_run_does_the_rest_and_nothing_twice(
@@ -470,15 +482,16 @@ def dead(count, name="dead.invalid"):
 
 
 def test_one_dead_host_does_not_hide_the_others(cli, stack, host):
-    ids = add(stack, dead(80) + [host.url_of("/flower.jpg")] * 5)
+    # more than are found ahead: whole pages hold nothing else
+    ids = add(stack, dead(1500) + [host.url_of("/flower.jpg")] * 5)
     run = cli("--workers", 8, FETCH_SECONDS=1)
     assert run.code == 1
-    assert stored(stack) == set(ids[80:])
+    assert stored(stack) == set(ids[1500:])
     assert run.counts["embedded"] == 5
     assert 20 <= run.counts["failed"] < 60
-    left = 80 - run.counts["failed"]
+    left = 1500 - run.counts["failed"]
     assert run.counts["left"] == left
-    assert re.search(rf"(?m)^ +{left}  of dead\.invalid, which failed 20 times in a row", run.out)
+    assert re.search(rf"(?m)^ +{left:,}  of dead\.invalid, which failed 20 times in a row", run.out)
 
 
 def test_a_host_that_begins_to_refuse_is_asked_again_by_the_next_run(cli, stack, host, photos):

@@ -308,7 +308,7 @@ def test_the_triggers_and_functions_of_the_version_before_are_gone(stack):
 def test_a_large_table_is_not_indexed_while_the_app_waits(older):
     older.sql(
         "insert into product_embeddings select gen_random_uuid(), %s, 'x', now(), now() "
-        "from generate_series(1, 50001)",
+        "from generate_series(1, 10001)",
         [ONES],
     )
     indexes = "select count(*) from pg_indexes where indexdef like '%hnsw%'"
