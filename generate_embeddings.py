@@ -382,7 +382,7 @@ def shorten(text: str, width: int = 60) -> str:
 # ------------------------------------------------------------------ stores
 
 SILENCE = "no answer from the database"
-CHECK_URL = "check SUPABASE_URL and the project's status, then run again; what is stored stays"
+CHECK_URL = "check SUPABASE_URL and the project's status, then run again"
 RUN_SQL = "run this version's schema.sql in Supabase's SQL editor, then this script again"
 # PostgREST's and PostgreSQL's codes of trouble that may pass; a gateway's are HTTP's
 PASSING = re.compile(r"5\d\d|408|425|429|PGRST00\d|(08|40|53|57)...|55P03|XX000")
@@ -751,6 +751,7 @@ def addresses(host: str, port: int, private_too: bool, flags: int = 0) -> list[s
 
 
 def host_and_port(url: str) -> tuple[str, int]:
+    """Whom a URL leads to; raises ValueError."""
     parts = urlsplit(url)
     return parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
 
@@ -899,6 +900,7 @@ def refusal(response: requests.Response) -> Rejected:
 
 
 def read_file(path: Path) -> bytes:
+    """A file's bytes; raises Rejected."""
     try:
         if not path.is_file():  # a named pipe, say, would never end
             raise OSError(0, "no regular file")
@@ -1076,6 +1078,7 @@ def work(pipe: Any) -> None:
 
 
 def limit(name: str, most: int) -> None:
+    """Limits a resource of this process, where the system can."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource  # Windows has none
 
@@ -1662,12 +1665,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def positive_number(text: str) -> int:
+    """A flag's number; raises ArgumentTypeError below 1."""
     if not (text.isascii() and text.isdecimal()) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
     return int(text)
 
 
 def shard(text: str) -> tuple[int, int]:
+    """ "I/N" as two numbers; raises ArgumentTypeError for what is no part."""
     found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text, re.ASCII)
     if not found or not 1 <= int(found[1]) <= int(found[2]):
         raise argparse.ArgumentTypeError(f"{text!r} is not a part like 1/4, 2/4, 3/4 or 4/4")
@@ -1675,10 +1680,12 @@ def shard(text: str) -> tuple[int, int]:
 
 
 def full_path(text: str) -> Path:
+    """A flag's path, whatever the current folder is later."""
     return Path(text).resolve()
 
 
 def page(text: str) -> Path:
+    """The gallery's file; raises ArgumentTypeError where it can't be written."""
     path = full_path(text)
     writable = os.access(path if path.exists() else path.parent, os.W_OK)
     if path.suffix != ".html" or path.is_dir() or not writable:
@@ -1701,7 +1708,8 @@ def read_settings(flags: dict[str, Any]) -> Settings:
     """Flags, environment and the nearest .env as Settings; raises RunError that names the setting
     at fault. Nothing of .env enters the environment, which libraries read as well."""
     file = full_path(".env")
-    file = file if file.is_file() else HERE / ".env"
+    here = file.is_file() or file.with_name(".env.local").is_file()
+    file = file if here else HERE / ".env"
     try:
         in_file = dotenv.dotenv_values(file, encoding="utf-8-sig", interpolate=False)
     except (UnicodeDecodeError, OSError):

@@ -160,7 +160,7 @@ def time_run(stack, name, client=None, *flags):
     )
 
 
-def time_stores(stack, host, when, batches=40):
+def time_stores(stack, host, when, batches=120):
     """Prints what a batch of new rows costs through the function and by a bare upsert, in turn."""
     caller = Caller(stack)
     for number in range(2 * batches):
