@@ -199,8 +199,23 @@ grant select, insert, update, delete
 -- Security definer: they read and write as their owner, so the service role needs no grant.
 -- force_custom_plan: which parameters are null decides what a good plan is.
 
+-- How long a failure for now rests before it is tried again: after the first not at all, then 1, 3,
+-- 7, ... hours, a week at most. One step longer where an image used up the whole time it is given:
+-- a host that answers so has each run spend that time on each of its images, and a second run
+-- right after the first would only spend it again. (These are the words of
+-- generate_embeddings.py.) Strict: embedding_status asks for every asset, and most have not failed.
+create or replace function public.embedding_back_off(attempts int, reason text) returns interval
+language plpgsql immutable strict parallel safe
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  steps int := least(attempts, 9) + (reason ^@ 'not complete within')::int;
+begin
+  return (least(power(2, steps - 1), 169) - 1) * interval '1 hour';
+end $$;
+
 -- What there is of one client and shard, counted exactly; "waiting" are those that failed for now
--- too often to be tried again yet. A failure row says more than a vector beside it: see
+-- and are not due again yet. A failure row says more than a vector beside it: see
 -- forget_embedding.
 create or replace function public.embedding_status(
   model_version text, client text default null, shard int default 1, shards int default 1
@@ -224,7 +239,7 @@ begin
       'done', count(*) filter (where e.asset_id is not null and f.asset_id is null),
       'failed_for_now', count(*) filter (where not f.permanent),
       'waiting', count(*) filter (where not f.permanent and f.updated_at
-        + (least(power(2, least(f.attempts, 9) - 1), 169) - 1) * interval '1 hour' >= now()),
+        + embedding_back_off(f.attempts, f.reason) >= now()),
       'failed_for_good', count(*) filter (where f.permanent))
     from embedding_sources s
     left join product_embeddings e
@@ -237,10 +252,9 @@ begin
 end $$;
 
 -- The next assets to embed after an id: new ones, or those that failed before a moment (and are due
--- again: after one failure at once, then after 1, 3, 7, ... hours, a week at most). One JSON value,
--- as the API cuts a list of rows at 1,000. At most 8 MB of images at once, for some are data: URLs;
--- one that is larger by itself comes cut short. Ids first, so that no image is read before it is
--- known which ones fit.
+-- again: see embedding_back_off). One JSON value, as the API cuts a list of rows at 1,000. At most
+-- 8 MB of images at once, for some are data: URLs; one that is larger by itself comes cut short.
+-- Ids first, so that no image is read before it is known which ones fit.
 create or replace function public.pending_assets(
   model_version text, client text default null, after uuid default null, wanted int default 250,
   failed_before timestamptz default null, permanent_too boolean default false,
@@ -276,7 +290,7 @@ begin
       where f.model_version = pending_assets.model_version
         and f.updated_at < failed_before
         and (permanent_too or not f.permanent and f.updated_at
-          + (least(power(2, least(f.attempts, 9) - 1), 169) - 1) * interval '1 hour' < failed_before)
+          + embedding_back_off(f.attempts, f.reason) < failed_before)
         and (pending_assets.client is null or s.client = pending_assets.client)
         and (after is null or s.id > after)
         and (shards = 1
@@ -308,8 +322,9 @@ begin
 end $$;
 
 -- One batch, or one row of it: what store_embeddings does, without its care for a row that fails.
--- The vectors are read once, into arrays, and planned without (force_generic_plan): each further
--- look at the whole batch costs as much as storing four of its rows.
+-- Planned without the values (force_generic_plan), and the vectors are read once: each further look
+-- at the whole batch costs as much as storing a few of its rows. A row takes its outcome along from
+-- where it is known: looking it up again for the answer costs as much.
 create or replace function public.store_embedding_rows(
   model_version text, vectors json, failures json
 ) returns jsonb
@@ -320,55 +335,61 @@ as $$
 #variable_conflict use_column
 declare
   ids uuid[];
-  hashes bigint[];
-  embeddings vector[];
-  held jsonb;  -- id -> hash of the image, of the assets that could be locked
+  outcomes text[];
   written uuid[];
+  due uuid[];  -- failures of assets that could be locked and have not changed
   noted uuid[];
 begin
-  select array_agg(v.asset_id), array_agg(v.image_hash), array_agg(v.embedding)
-  into ids, hashes, embeddings
-  from json_to_recordset(vectors) v (asset_id uuid, image_hash bigint, embedding vector);
-
-  -- No transaction of the app, and no other worker, changes these assets until ours is over.
-  -- Statements after this one see what was there when the lock was taken.
-  select coalesce(jsonb_object_agg(l.id, hashtextextended(coalesce(l.image, ''), 0)), '{}')
-  into held
-  from (
-    select s.id, s.image from embedding_sources s
-    where s.id = any (ids || array(select f.asset_id from json_to_recordset(failures)
-                                   f (asset_id uuid)))
+  -- No transaction of the app, and no other worker, changes the locked assets until ours is over.
+  -- This statement locks and overwrites what is newest, whatever it saw; the statements after it
+  -- see what was there when the lock was taken.
+  with given as materialized (
+    select v.*, false as failed
+    from json_to_recordset(vectors) v (asset_id uuid, image_hash bigint, embedding vector)
+    union all
+    select f.asset_id, f.image_hash, null, true
+    from json_to_recordset(failures) f (asset_id uuid, image_hash bigint)
+  ), locked as materialized (
+    select s.id, hashtextextended(coalesce(s.image, ''), 0) as image_hash
+    from embedding_sources s where s.id = any (array(select g.asset_id from given g))
     order by s.id for no key update skip locked
-  ) l;
-
-  with stored as (
+  ), stored as (
     insert into product_embeddings as e (asset_id, embedding, model_version)
-    select v.asset_id, v.embedding, store_embedding_rows.model_version
-    from unnest(ids, hashes, embeddings) v (asset_id, image_hash, embedding)
-    where (held ->> v.asset_id::text)::bigint = v.image_hash
+    select g.asset_id, g.embedding, store_embedding_rows.model_version from given g
+    where not g.failed and (g.asset_id, g.image_hash) in (select l.id, l.image_hash from locked l)
     on conflict (asset_id) do update set
       embedding = excluded.embedding, model_version = excluded.model_version, updated_at = now()
     returning e.asset_id
+  ), seen as materialized (
+    select g.asset_id, case
+      when (g.asset_id, g.image_hash) in (select l.id, l.image_hash from locked l) then case
+        when g.failed then 'due'
+        when g.asset_id in (select s.asset_id from stored s) then 'stored'
+        else 'refused' end
+      when g.asset_id not in (select l.id from locked l) then 'not locked'
+      else 'changed' end as outcome
+    from given g
   )
-  select array_agg(asset_id) into written from stored;
+  select array_agg(asset_id), array_agg(outcome),
+    array_agg(asset_id) filter (where outcome = 'stored'),
+    array_agg(asset_id) filter (where outcome = 'due')
+  into ids, outcomes, written, due
+  from seen;
   delete from product_embedding_failures f where f.asset_id = any (written);
 
-  if json_array_length(failures) > 0 then
+  if due is not null then
     -- A vector with a failure beside it is of an older image: see forget_embedding.
-    delete from product_embeddings e
-    using json_to_recordset(failures) r (asset_id uuid, image_hash bigint),
-      product_embedding_failures f
-    where (held ->> r.asset_id::text)::bigint = r.image_hash
-      and e.asset_id = r.asset_id and e.model_version = store_embedding_rows.model_version
-      and f.asset_id = r.asset_id and f.model_version = store_embedding_rows.model_version;
+    delete from product_embeddings e using product_embedding_failures f
+    where e.asset_id = any (due) and e.model_version = store_embedding_rows.model_version
+      and f.asset_id = e.asset_id and f.model_version = store_embedding_rows.model_version;
 
     with recorded as (
       insert into product_embedding_failures as f
         (asset_id, model_version, stage, reason, permanent)
       select r.asset_id, store_embedding_rows.model_version, r.stage, r.reason, r.permanent
       from json_to_recordset(failures)
-        r (asset_id uuid, image_hash bigint, stage text, reason text, permanent boolean)
-      where (held ->> r.asset_id::text)::bigint = r.image_hash
+        r (asset_id uuid, stage text, reason text, permanent boolean)
+      where r.asset_id = any (due)
         and not exists (
           select from product_embeddings e where e.asset_id = r.asset_id
           and e.model_version = store_embedding_rows.model_version)
@@ -382,26 +403,21 @@ begin
   end if;
 
   return (
-    select coalesce(jsonb_agg(jsonb_build_object('asset_id', asset_id, 'outcome', outcome) || case
-      when outcome = 'refused' then '{"reason": "a trigger left the row out"}' else '{}'::jsonb
-      end), '[]')
+    select coalesce(jsonb_agg(case
+      when outcome = 'refused' then jsonb_build_object(
+        'asset_id', asset_id, 'outcome', outcome, 'reason', 'a trigger left the row out')
+      else jsonb_build_object('asset_id', asset_id, 'outcome', outcome) end), '[]')
     from (
       select g.asset_id, case
-        when not held ? g.asset_id::text and exists (
-          select from embedding_sources s where s.id = g.asset_id) then 'busy'
-        when not held ? g.asset_id::text then 'deleted'
-        when (held ->> g.asset_id::text)::bigint is distinct from g.image_hash then 'changed'
-        when not g.failed and g.asset_id = any (written) then 'stored'
-        when g.failed and g.asset_id = any (noted) then 'noted'
-        when g.failed and exists (
+        when g.outcome = 'not locked' then case when exists (
+          select from embedding_sources s where s.id = g.asset_id) then 'busy' else 'deleted' end
+        when g.outcome <> 'due' then g.outcome
+        when g.asset_id = any (noted) then 'noted'
+        when exists (
           select from product_embeddings e where e.asset_id = g.asset_id
           and e.model_version = store_embedding_rows.model_version) then 'superseded'
         else 'refused' end as outcome
-      from (
-        select v.*, false as failed from unnest(ids, hashes) v (asset_id, image_hash)
-        union all
-        select f.*, true from json_to_recordset(failures) f (asset_id uuid, image_hash bigint)
-      ) g
+      from unnest(ids, outcomes) g (asset_id, outcome)
     ) answers);
 end $$;
 
@@ -635,8 +651,8 @@ revoke execute on function
   public.embedding_status(text, text, int, int),
   public.pending_assets(text, text, uuid, int, timestamptz, boolean, int, int),
   public.store_embeddings(text, json, json), public.store_embedding_rows(text, json, json),
-  public.forget_embedding(), public.match_products(vector, int, text, text),
-  public.similar_products(uuid, int, text),
+  public.embedding_back_off(int, text), public.forget_embedding(),
+  public.match_products(vector, int, text, text), public.similar_products(uuid, int, text),
   public.duplicate_products(float8, text, uuid, int, int),
   public.embedding_gallery(text, text, int)
   from public, anon, authenticated, service_role;

@@ -5,6 +5,7 @@ import json
 import re
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import jwt
@@ -294,6 +295,7 @@ def test_the_triggers_and_functions_of_the_version_before_are_gone(stack):
     )
     assert [name for (name,) in stack.sql(functions)] == [
         "duplicate_products",
+        "embedding_back_off",
         "embedding_gallery",
         "embedding_status",
         "forget_embedding",
@@ -478,6 +480,7 @@ CALLS = [
     ("POST", "rpc/pending_assets", {"model_version": VERSION}),
     ("POST", "rpc/store_embeddings", {"model_version": VERSION}),
     ("POST", "rpc/store_embedding_rows", {"model_version": "x", "vectors": [], "failures": []}),
+    ("POST", "rpc/embedding_back_off", {"attempts": 1, "reason": "x"}),
     ("POST", "rpc/match_products", {"query_embedding": ONES}),
     ("POST", "rpc/similar_products", {"asset_id": str(uuid.UUID(int=1))}),
     ("POST", "rpc/duplicate_products", {}),
@@ -515,8 +518,9 @@ def test_the_script_needs_no_right_on_the_assets(stack, api):
     assert api.status()["done"] == 1
 
 
-def test_the_part_that_trusts_its_caller_is_not_for_callers(stack, api):
-    (call,) = (call for call in CALLS if "store_embedding_rows" in call[1])
+@pytest.mark.parametrize("function", ["store_embedding_rows", "embedding_back_off"])
+def test_the_parts_of_other_functions_are_not_for_callers(stack, api, function):
+    (call,) = (call for call in CALLS if function in call[1])
     answer = api(*call)
     assert (answer.status_code, answer.json()["code"]) == (403, "42501")
 
@@ -659,12 +663,18 @@ def test_shards_partition_the_catalog(mixture):
 
 
 WAITS = [(1, 0), (2, 1), (3, 3), (4, 7), (5, 15), (8, 127), (9, 168), (20, 168), (2000, 168)]
+SLOW_WAITS = [(1, 1), (2, 3), (3, 7), (7, 127), (8, 168), (9, 168), (2000, 168)]
 
 
-@pytest.mark.parametrize(("attempts", "hours"), WAITS)
-def test_what_failed_several_times_waits_before_it_comes_again(stack, api, attempts, hours):
+@pytest.mark.parametrize(
+    ("reason", "attempts", "hours"),
+    [("HTTP 500", *wait) for wait in WAITS]
+    + [("not complete within 30 s", *wait) for wait in SLOW_WAITS],
+)
+def test_what_failed_waits_before_it_comes_again(stack, api, reason, attempts, hours):
     fill(stack, 2)
-    api.store([], [a | {"failure": {"permanent": False}} for a in api.pending()["assets"]])
+    failure = {"failure": {"permanent": False, "reason": reason}}
+    api.store([], [a | failure for a in api.pending()["assets"]])
     for minutes, due in ((-1, False), (1, True)):
         stack.sql(
             "update product_embedding_failures set attempts = %s, "
@@ -803,6 +813,27 @@ def test_an_asset_deleted_or_changed_meanwhile_is_left_out(stack, api):
     outcomes = ["changed", "deleted", "stored", "changed", "deleted", "noted"]
     assert api.store(assets[:3], assets[3:]) == dict(zip(ids, outcomes, strict=True))
     assert [a["id"] for a in api.pending()["assets"]] == [ids[0], ids[3]]
+
+
+def test_what_changes_between_the_look_and_the_lock_is_left_out(stack, api):
+    ids = fill(stack, 6)
+    assets = api.pending()["assets"]
+    # Each asset is looked at for a while before the first one is locked
+    pause = "create function pause() returns boolean language plpgsql as "
+    stack.sql(f"{pause} 'begin perform pg_sleep(0.1); return true; end'")
+    view = "select id, image_url as image, client_name as client from assets where pause()"
+    stack.sql(f"create or replace view embedding_sources as {view}")
+    with ThreadPoolExecutor() as pool:
+        stored = pool.submit(api.store, assets[:3], assets[3:])
+        looking = "select 1 from pg_stat_activity where wait_event = 'PgSleep'"
+        while not stack.sql(looking):
+            assert not stored.done()
+        stack.sql("update assets set image_url = 'new' where id = any(%s)", [[ids[0], ids[3]]])
+        stack.sql("delete from assets where id = any(%s)", [[ids[1], ids[4]]])
+        outcomes = ["changed", "deleted", "stored", "changed", "deleted", "noted"]
+        assert stored.result() == dict(zip(ids, outcomes, strict=True))
+    assert [str(i) for (i,) in rows(stack, "asset_id")] == [ids[2]]
+    assert [str(i) for (i,) in failures(stack, "asset_id")] == [ids[5]]
 
 
 def test_an_asset_that_the_app_is_changing_is_busy_and_nobody_waits(stack, api, other):
