@@ -25,14 +25,11 @@ Exit codes: 0 all done, 1 some assets failed, 2 could not run, 130 interrupted (
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 
-if __name__ == "__main__":  # a stop while the imports go on: no traceback
-    for _number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(_number) != signal.SIG_IGN:  # as a background job's is
-            signal.signal(_number, lambda number, _: os._exit(128 + number))
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports go on: no traceback
 if sys.version_info < (3, 11):
     print("error: Python 3.11 or later is needed, not " + sys.version.split()[0], file=sys.stderr)
     sys.exit(2)
@@ -40,7 +37,6 @@ if sys.version_info < (3, 11):
 import argparse
 import base64
 import contextlib
-import functools
 import html
 import http.client
 import io
@@ -50,6 +46,7 @@ import json
 import logging
 import math
 import multiprocessing
+import os
 import queue
 import random
 import re
@@ -60,23 +57,21 @@ import textwrap
 import threading
 import time
 import warnings
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote, urljoin, urlsplit
 from urllib.request import DataHandler, Request
 from zlib import crc32
 
-HERE = Path(__file__).resolve().parent
-INSTALL = "pip install -r requirements.txt"
-if sys.prefix == sys.base_prefix:  # no virtual environment is active
-    INSTALL = ". .venv/bin/activate && " + INSTALL
-    INSTALL = INSTALL if (HERE / ".venv").is_dir() else "python3 -m venv .venv && " + INSTALL
-
+INSTALL = (
+    "run pip install -r requirements.txt in an active virtual environment "
+    "(python3 -m venv .venv makes it, . .venv/bin/activate activates it)"
+)
 try:
     import dotenv
     import numpy as np
@@ -87,7 +82,7 @@ try:
     from tqdm import tqdm
     from tqdm.contrib.logging import logging_redirect_tqdm
 except ImportError as error:
-    print(f"error: {error}: run {INSTALL}", file=sys.stderr)
+    print(f"error: {error}: {INSTALL}", file=sys.stderr)
     sys.exit(2)
 
 log = logging.getLogger("generate_embeddings")
@@ -98,6 +93,7 @@ VERSION = "2.0"
 MODEL_ID = "openai/clip-vit-base-patch32"
 MODEL_REVISION = "3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268"  # pinned: vectors must not drift
 MODEL_VERSION = "clip-vit-base-patch32"  # what rows carry; another value counts as lacking
+HERE = Path(__file__).resolve().parent
 MODEL_CACHE = HERE / ".cache" / "transformers"
 VIT_B_32: dict[str, Any] = {"num_hidden_layers": 12, "hidden_size": 768, "patch_size": 32}
 VIT_B_32 |= {"num_attention_heads": 12, "intermediate_size": 3072, "hidden_act": "quick_gelu"}
@@ -137,11 +133,6 @@ POLL_SECONDS = 0.2  # how soon Ctrl-C is noticed
 ECHO_SECONDS = 0.5  # signals that are this close count as one: timeout(1) sends each of its twice
 LOG_EVERY = 10  # images, where there is no terminal
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".webp", ".avif"}
-IMAGE_SUFFIXES |= {".tif", ".tiff", ".bmp", ".heic", ".heif"}
-# Other Pillow plugins stay shut: some start programs (EPS), none is a product photo.
-FORMATS = ["JPEG", "PNG", "GIF", "WEBP", "AVIF", "TIFF", "BMP"]
-
 # ------------------------------------------------------------------ types
 
 
@@ -167,10 +158,8 @@ def setting(default: Any, pattern: str, advice: str, *names: str) -> Any:
     return field(default=default, repr=False, metadata=metadata)
 
 
-URL_ADVICE = (
-    "is not like https://abcdefghijkl.supabase.co: copy the project's URL from the dashboard "
-    "(Connect), not the dashboard's own address, nor the key"
-)
+URL_ADVICE = "is not like https://abcdefghijkl.supabase.co: copy the project's URL from the "
+URL_ADVICE += "dashboard (Connect), not the dashboard's own address, nor the key"
 KEY_ADVICE = "copy a secret key (sb_secret_...) from the dashboard, Settings > API Keys"
 NO_KEY = f"is no secret key, nor a legacy service_role key: {KEY_ADVICE}"
 A_URL = r"(https?://(?!YOUR-PROJECT)[\w-]+(?:\.[\w-]+)*(?::\d{1,5})?)(?:/rest/v1)?/?"
@@ -208,8 +197,7 @@ class Settings:
 Id = str | int  # uuid and text come as str
 
 
-@dataclass(frozen=True)
-class Asset:
+class Asset(NamedTuple):
     """One image to embed: the store's id of it, and a URL or a path."""
 
     id: Id
@@ -217,7 +205,7 @@ class Asset:
     mark: int = 0  # the store's, of this very image: a hash of the URL, or the file's time
     size: int = 0  # bytes of the text `image`, which comes cut short where it is too large
 
-    @functools.cached_property
+    @property
     def host(self) -> str:
         """The image host; empty for files and for data: URLs."""
         with contextlib.suppress(ValueError):
@@ -228,24 +216,21 @@ class Asset:
         return self.image if self.id == self.image else f"{self.id}  {shorten(self.image)}"
 
 
-@dataclass(frozen=True)
-class Loaded:
+class Loaded(NamedTuple):
     """An asset with its pixels, float32 (3, 224, 224)."""
 
     asset: Asset
     pixels: np.ndarray
 
 
-@dataclass(frozen=True)
-class Embedded:
+class Embedded(NamedTuple):
     """An asset with its vector, float32 (512,) of unit length."""
 
     asset: Asset
     vector: np.ndarray
 
 
-@dataclass(frozen=True)
-class Failed:
+class Failed(NamedTuple):
     """An asset that got no vector. Stages: fetch, decode, embed, store."""
 
     asset: Asset
@@ -260,8 +245,7 @@ class Failed:
 Result = Embedded | Failed
 
 
-@dataclass(frozen=True)
-class Status:
+class Status(NamedTuple):
     """How many assets there are of the run's client and shard."""
 
     assets: int
@@ -296,7 +280,7 @@ class Report:
         self.embedded = 0  # and stored
         self.gone = 0  # pending no more, though not by this run
         self.failures: Counter[str] = Counter()  # by what happened
-        self.examples: dict[str, list[str]] = {}
+        self.examples: dict[str, list[Asset]] = {}
         self.aside: Counter[str] = Counter()  # not attempted, by what happened
         self.started = time.monotonic()
 
@@ -324,8 +308,8 @@ class Report:
         else:
             failed = str(result) if isinstance(result, Failed) else f"store: {reason}"
             self.failures[failed] += 1
-            if self.failures[failed] <= 3:
-                self.examples.setdefault(failed, []).append(f"          {result.asset}")
+            examples = self.examples.setdefault(failed, [])
+            examples += [result.asset] if len(examples) < 3 else []
 
     def lines(self) -> Iterator[str]:
         """What is printed at the end; the last line is for programs."""
@@ -334,7 +318,7 @@ class Report:
         yield f"Failed   {self.failed:>9,}"
         for failed, count in self.failures.most_common(50):
             yield f"  {count:>6,}  {failed}"
-            yield from self.examples[failed]
+            yield from (f"          {asset}" for asset in self.examples[failed])
         if self.skipped:
             known = f"known failure{'s' * (self.skipped != 1)}; --retry-failed tries them"
             yield f"Skipped  {self.skipped:>9,}  {known}"
@@ -386,6 +370,8 @@ CHECK_URL = "check SUPABASE_URL and the project's status, then run again"
 RUN_SQL = "run this version's schema.sql in Supabase's SQL editor, then this script again"
 # PostgREST's and PostgreSQL's codes of trouble that may pass; a gateway's are HTTP's
 PASSING = re.compile(r"5\d\d|408|425|429|PGRST00\d|(08|40|53|57)...|55P03|XX000")
+LACKING = ("PGRST202", "42883", "42P01", "42703")
+REFUSED = ("401", "403", "42501", "PGRST301", "PGRST302", "PGRST303")
 
 
 class SupabaseStore:
@@ -410,11 +396,8 @@ class SupabaseStore:
         http = httpx.Client(timeout=timeout, follow_redirects=False, event_hooks=hooks)
         options = supabase.ClientOptions(httpx_client=http)
         self._rpc = supabase.create_client(settings.url, settings.key, options).rpc
-
-    def _of(self, **more: Any) -> dict[str, Any]:
-        s = self._settings
-        of = {"model_version": s.model_version, "client": s.client}
-        return of | {"shard": s.shard[0], "shards": s.shard[1]} | more
+        self._of = {"model_version": settings.model_version, "client": settings.client}
+        self._part = {"shard": settings.shard[0], "shards": settings.shard[1]}
 
     def status(self) -> Status:
         """What there is, asked before anything heavy is loaded."""
@@ -428,20 +411,28 @@ class SupabaseStore:
             self._time = answer["time"]
             return Status(*(answer[n] for n in ("assets", "done", "failed_for_good", "waiting")))
 
-        status: Status = self._call("embedding_status", read, **self._of())
+        status: Status = self._call("embedding_status", read, **self._of, **self._part)
         self._patience = self._settings.db_retry_seconds
         return status
 
     def pages(self) -> Iterator[list[Asset]]:
         """Pending assets in the order of their ids, a page at a time and each once; those that
         failed in an earlier run come last, so that they never keep the others waiting."""
-        wanted = min(self._settings.limit or PAGE_ROWS, PAGE_ROWS)
+
+        def read(answer: Any) -> tuple[list[Asset], Id | None]:
+            assets = [
+                Asset(row["id"], row["image"] or "", row["image_hash"], row["bytes"])
+                for row in answer["assets"]
+            ]
+            return assets, answer["last"]
+
+        of = self._of | self._part
+        of["wanted"] = min(self._settings.limit or PAGE_ROWS, PAGE_ROWS)
         failed = {"failed_before": self._time, "permanent_too": self._settings.retry_failed}
-        for which in ({}, failed):
+        for which in (of, of | failed):
             last: Id | None = None
             while True:
-                of = self._of(after=last, wanted=wanted, **which)
-                page, last = self._call("pending_assets", read_page, **of)
+                page, last = self._call("pending_assets", read, after=last, **which)
                 yield page
                 if last is None:
                     break
@@ -467,27 +458,24 @@ class SupabaseStore:
     def save(self, results: list[Result]) -> list[tuple[str, str]]:
         """Stores vectors and notes failures, in one transaction. Returns for each result its
         outcome (schema.sql lists them) and the reason where it was refused."""
-        vectors, failures = [], []
+        rows: dict[str, list[Any]] = {"vectors": [], "failures": []}
         for result in results:
             row = {"asset_id": result.asset.id, "image_hash": result.asset.mark}
             if isinstance(result, Embedded):
-                vectors.append(row | {"embedding": vector_text(result.vector)})
+                rows["vectors"].append(row | {"embedding": vector_text(result.vector)})
             else:
-                failures.append(row | why(result))
+                rows["failures"].append(row | columns(result))
 
         def read(answer: Any) -> list[tuple[str, str]]:
             by_id = {row["asset_id"]: (row["outcome"], row.get("reason", "")) for row in answer}
             return [by_id[result.asset.id] for result in results]
 
-        rows = {"vectors": vectors, "failures": failures}
         version = self._settings.model_version
         return self._call("store_embeddings", read, model_version=version, **rows)  # type: ignore[no-any-return]
 
-    def gallery(self) -> dict[str, Any]:
+    def gallery(self) -> Any:
         """What the gallery shows: see embedding_gallery in schema.sql."""
-        version, client = self._settings.model_version, self._settings.client
-        of = {"model_version": version, "client": client}
-        return self._call("embedding_gallery", dict, **of)  # type: ignore[no-any-return]
+        return self._call("embedding_gallery", dict, **self._of)
 
     def _call(self, function: str, read: Callable[[Any], Any], **arguments: Any) -> Any:
         """The answer of a function of schema.sql as `read` takes it; asked again, with backoff,
@@ -500,10 +488,11 @@ class SupabaseStore:
             try:
                 return read(self._rpc(function, arguments).execute().data)
             except APIError as error:
-                error.code = str(error.code or self._here.status)
-                if not PASSING.fullmatch(error.code):
-                    raise RunError(self._explain(error)) from None
-                trouble = f"{error.code}, {shorten(str(error.message))}"
+                code = str(error.code or self._here.status)
+                message = shorten(str(error.message), 300)
+                if not PASSING.fullmatch(code):
+                    raise RunError(self._explain(code, message)) from None
+                trouble = f"{code}, {message}"
             except httpx.RequestError as error:
                 trouble = f"{type(error).__name__}: {error}"
             except (AttributeError, LookupError, TypeError, ValueError, RecursionError):
@@ -516,26 +505,17 @@ class SupabaseStore:
             time.sleep(min(2 ** min(attempt, 4) * random.uniform(0.25, 0.5), left))
         raise AssertionError  # count() has no end
 
-    def _explain(self, error: Any) -> str:
-        source, code = self._settings.key_source, error.code
-        error.message = shorten(str(error.message), 300)
-        if code in ("PGRST202", "42883", "42P01", "42703"):
-            return f"the database lacks what this script calls ({error.message}): {RUN_SQL}"
-        if code in ("401", "403", "42501", "PGRST301", "PGRST302", "PGRST303"):
-            return f"the key in {source} was refused ({error.message}): {KEY_ADVICE}"
+    def _explain(self, code: str, message: str) -> str:
+        if code in LACKING:
+            return f"the database lacks what this script calls ({message}): {RUN_SQL}"
+        if code in REFUSED:
+            return f"the key in {self._settings.key_source} was refused ({message}): {KEY_ADVICE}"
         if re.fullmatch(r"\d\d\d", code):
             return f"{self._settings.url} does not answer like a Supabase project (HTTP {code})"
-        return f"the database says {error.message!r} ({code}): {RUN_SQL}"
+        return f"the database says {message!r} ({code}): {RUN_SQL}"
 
 
-def read_page(answer: Any) -> tuple[list[Asset], Id | None]:
-    """A page as pending_assets gives it, and the id after which the next one begins."""
-    rows = answer["assets"]
-    assets = [Asset(r["id"], r["image"] or "", r["image_hash"], r["bytes"]) for r in rows]
-    return assets, answer["last"]
-
-
-def why(failed: Failed) -> dict[str, Any]:
+def columns(failed: Failed) -> dict[str, Any]:
     """A failure's columns."""
     return {name: getattr(failed, name) for name in ("stage", "reason", "permanent")}
 
@@ -545,20 +525,19 @@ def vector_text(vector: np.ndarray) -> str:
     return "[" + ",".join(map(str, vector.astype(np.float32))) + "]"
 
 
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".webp", ".avif"}
+IMAGE_SUFFIXES |= {".tif", ".tiff", ".bmp", ".heic", ".heif"}
 # A row is of the image as it was at that time of modification
 FOLDER_TABLE = """
 create table if not exists images (asset_id text primary key, modified integer not null,
     model_version text not null, embedding blob, stage text, reason text, permanent integer,
-    attempts integer not null, created_at text not null, updated_at text not null)
+    created_at text not null, updated_at text not null)
 """
 FOLDER_SAVE = """
-insert into images values (:id, :mark, :version, :embedding, :stage, :reason, :permanent, 1,
-    :now, :now)
+insert into images values (:id, :mark, :version, :embedding, :stage, :reason, :permanent, :now,
+    :now)
 on conflict do update set modified = :mark, model_version = :version, embedding = :embedding,
-    stage = :stage, reason = :reason, permanent = :permanent, updated_at = :now,
-    attempts = 1 + iif(modified = :mark and model_version = :version, attempts, 0)
-where :embedding is not null or embedding is null or modified <> :mark
-    or model_version <> :version
+    stage = :stage, reason = :reason, permanent = :permanent, updated_at = :now
 """
 
 
@@ -570,7 +549,7 @@ class FolderStore:
     """
 
     FILE = "product_embeddings.sqlite3"
-    longest = math.inf  # a disk has no deadline
+    longest = threading.TIMEOUT_MAX  # a disk has no deadline
 
     def __init__(self, settings: Settings, _: Stop) -> None:
         self._settings, self._folder = settings, settings.local or Path()
@@ -578,9 +557,14 @@ class FolderStore:
         self._below = "" if settings.client is None else f"{settings.client.strip('/')}/"
 
     @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
+    def _database(self) -> Iterator[sqlite3.Connection]:
+        """The file's database, in one transaction."""
         try:
-            yield
+            nowhere = self._settings.dry_run and not Path(self.place).exists()
+            place = ":memory:" if nowhere else self.place
+            with contextlib.closing(sqlite3.connect(place, 60)) as database, database:
+                database.execute(FOLDER_TABLE)
+                yield database
         except (sqlite3.Error, OSError) as error:
             raise RunError(
                 f"{self.place}: {error}. It must be a database of this version of the script, in "
@@ -590,38 +574,30 @@ class FolderStore:
     def status(self) -> Status:
         """Compares the folder's images with what the file says of them."""
         s, files = self._settings, dict(self._files())
-        there = Path(self.place).exists()
-        if not files and not there:
-            raise RunError(f"no image below {self._folder}, by the endings of the files there")
-        with self._errors():
-            place = ":memory:" if s.dry_run and not there else self.place
-            self._db = sqlite3.connect(place, 60, isolation_level=None, check_same_thread=False)
-            kept = {name for (name,) in self._db.execute("select name from sqlite_master")}
-            if kept and "images" not in kept:
-                raise sqlite3.DatabaseError("it holds other tables")
-            self._db.execute(FOLDER_TABLE)
-            columns = "asset_id, modified, model_version, embedding is null, permanent"
-            known = {path: row for path, *row in self._db.execute(f"select {columns} from images")}
-            gone = json.dumps([] if s.dry_run else list(known.keys() - files.keys()))
-            query = "delete from images where asset_id in (select value from json_each(?))"
-            self._db.execute(query, [gone])
         mine = [path for path in sorted(files) if path.startswith(self._below)]
-        if self._below and not mine:
-            raise RunError(f"no image below {self._folder / self._below}: --client is a subfolder")
+        if not mine:
+            hint = "--client is a subfolder" if self._below else "by the endings of the files there"
+            raise RunError(f"no image below {self._folder / self._below}: {hint}")
+        with self._database() as database:
+            query = "select asset_id, modified, model_version, permanent from images"
+            known = {path: row for path, *row in database.execute(query)}
+            gone = [] if s.dry_run else [(path,) for path in known.keys() - files.keys()]
+            database.executemany("delete from images where asset_id = ?", gone)
         mine = [path for path in mine if crc32(path.encode()) % s.shard[1] == s.shard[0] - 1]
         states: dict[str, list[Asset]] = {"new": [], "done": [], "failed": [], "for good": []}
         for path in mine:
-            modified, model, failed, permanent = known.get(path, (0, "", 0, 0))
-            state = ("for good" if permanent else "failed") if failed else "done"
-            state = state if (modified, model) == (files[path], s.model_version) else "new"
-            states[state].append(Asset(path, path, files[path]))
+            modified, version, permanent = known.get(path, (0, "", None))
+            mark = files[path] or modified
+            state = {None: "done", 0: "failed", 1: "for good"}[permanent]
+            state = state if (mark, version) == (modified, s.model_version) else "new"
+            states[state].append(Asset(path, path, mark))
         self._todo = [states["new"], states["failed"] + states["for good"] * s.retry_failed]
         return Status(len(mine), len(states["done"]), len(states["for good"]))
 
     def _files(self) -> Iterator[tuple[str, int]]:
-        """Path and time of each image file; hidden files and folders are left out."""
+        """Path and time (0: can't be read) of each image file, without hidden files and folders."""
         others: Counter[str] = Counter()
-        for folder, folders, names in os.walk(self._folder, onerror=_raise):
+        for folder, folders, names in os.walk(self._folder, onerror=unreadable):
             folders[:] = [name for name in folders if not name.startswith(".")]
             for path in (Path(folder, name) for name in names):
                 kind = path.suffix.lower()
@@ -634,8 +610,10 @@ class FolderStore:
                     image = path.relative_to(self._folder).as_posix()
                     image.encode()
                     yield image, path.stat().st_mtime_ns
-                except (OSError, UnicodeEncodeError) as error:
+                except (FileNotFoundError, UnicodeEncodeError) as error:
                     log.warning("left out: %s: %s", ascii(str(path)), error)
+                except OSError:  # of a folder that keeps its files from us, say
+                    yield image, 0
         if others:
             kinds = ", ".join(f"{count:,} {kind}" for kind, count in others.most_common(5))
             log.info("left out, as no images by their ending: %s", kinds)
@@ -653,61 +631,49 @@ class FolderStore:
     def save(self, results: list[Result]) -> list[tuple[str, str]]:
         """As SupabaseStore's."""
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-        with self._errors(), self._db:
-            self._db.execute("begin immediate")
+        empty = dict.fromkeys(("embedding", "stage", "reason", "permanent"))
+        empty |= {"version": self._settings.model_version, "now": now}
+        with self._database() as database:
             for result in results:
-                row: dict[str, Any] = {"id": result.asset.id, "mark": result.asset.mark, "now": now}
-                row |= dict.fromkeys(("embedding", "stage", "reason", "permanent"))
-                row["version"] = self._settings.model_version
+                row = empty | {"id": result.asset.id, "mark": result.asset.mark}
                 if isinstance(result, Failed):
-                    row |= why(result)
+                    row |= columns(result)
                 else:
                     row["embedding"] = result.vector.astype("<f4").tobytes()
-                self._db.execute(FOLDER_SAVE, row)
+                database.execute(FOLDER_SAVE, row)
         return [("noted" if isinstance(r, Failed) else "stored", "") for r in results]
 
-    def gallery(self) -> dict[str, Any]:
-        """As SupabaseStore's; the nearest of up to 1,000 images, looked for among all."""
-        query = "select asset_id, stage || ': ' || reason from images where model_version = ?"
-        with self._errors():
-            rows = self._db.execute(f"{query} order by 1", [self._settings.model_version])
-            states = {name: why for name, why in rows if name.startswith(self._below)}
-        names = [name for name, why in states.items() if why is None]
-        some = names[:: 1 + len(names) // 1000]
-        mine = self._vectors(some)
-        near: list[list[tuple[str, str, float]]] = [[] for _ in some]
-        for others in (names[n : n + 10_000] for n in range(0, len(names), 10_000)):
-            scores, most = mine @ self._vectors(others).T, min(7, len(others))
-            for row, best in enumerate(np.argpartition(scores, -most)[:, -most:]):
-                told = [(others[n], others[n], float(scores[row, n])) for n in best]
-                told = [one for one in told if one[0] != some[row]] + near[row]
-                near[row] = sorted(told, key=lambda one: -one[2])[:6]
-        pairs = {
-            (min(a, b), max(a, b)): x for a, row in zip(some, near, strict=True) for b, _, x in row
-        }
-        shown = range(0, len(some), 1 + len(some) // 30)
-        unlike = (mine[shown] @ mine[shown].T)[np.triu_indices(len(shown), 1)]
-        failed: dict[str, list[str]] = defaultdict(list)
-        for name, why in states.items():
-            if why:
-                failed[why].append(name)
+    def gallery(self) -> Any:
+        """As SupabaseStore's, of 100,000 vectors at most."""
+        query = """select count(*) || ' ' || stage || ': ' || reason, json_group_array(asset_id)
+            from images where model_version = ? and instr(asset_id, ?) = 1 group by stage, reason"""
+        blobs = bytearray()
+        with self._database() as database:
+            rows = database.execute(query, [self._settings.model_version, self._below])
+            failed = {why: sorted(json.loads(paths)) for why, paths in rows}
+            paths = failed.pop(None, [])  # what has a vector has no reason
+            paths = paths[:: 1 + len(paths) // 100_001]
+            query = "select embedding from images where asset_id = ?"
+            for path in paths:
+                blobs += database.execute(query, [path]).fetchone()[0]
+        vectors, near = np.frombuffer(blobs, "<f4").reshape(-1, DIMENSIONS), []
+        sample = np.arange(0, len(paths), 1 + len(paths) ** 2 // 25_000_000)  # 100 MB of cosines
+        for own, cosines in zip(sample, vectors[sample] @ vectors.T, strict=True):
+            best = np.argpartition(-cosines, range(min(7, len(paths))))[:7]
+            others = [(paths[n], paths[n], float(cosines[n])) for n in best if n != own]
+            near.append([(paths[own], paths[own]), *others[:6]])
+        pairs = {frozenset((a[0], b[0])): [a, b] for a, *others in near for b in others}
+        some = vectors[:: 1 + len(paths) // 101]
+        unlike = (some @ some.T)[np.triu_indices(len(some), 1)]
         return {
-            "look_alikes": [[some[n], some[n], near[n]] for n in shown],
-            "pairs": [
-                (a, a, b, b, pairs[a, b]) for a, b in sorted(pairs, key=pairs.__getitem__)[:-25:-1]
-            ],
-            "failed": [(why, len(of), [(p, p) for p in of[:20]]) for why, of in failed.items()],
+            "near": near[:: 1 + len(near) // 31],
+            "pairs": sorted(pairs.values(), key=lambda pair: -pair[1][2])[:24],
+            "failed": [[(name,) for name in (why, *failed[why][:20])] for why in failed],
             "typical": float(np.median(unlike)) if len(unlike) else None,
         }
 
-    def _vectors(self, names: list[str]) -> np.ndarray:
-        query = "select embedding from json_each(?) join images on asset_id = value order by key"
-        with self._errors():
-            rows = self._db.execute(query, [json.dumps(names)])
-            return np.frombuffer(b"".join(blob for (blob,) in rows), "<f4").reshape(-1, DIMENSIONS)
 
-
-def _raise(error: OSError) -> None:
+def unreadable(error: OSError) -> None:
     raise RunError(f"{error.filename} can't be read ({error.strerror}): nothing was changed")
 
 
@@ -763,7 +729,7 @@ NETWORK_REASONS = {  # by what the library's message holds
     "timed out": "the host did not answer in time",
     "refused": "connection refused",
     "unreachable": "host not reachable",
-    "decode": "broken compression",
+    "to decode": "broken compression",
 }
 
 
@@ -819,8 +785,6 @@ class Fetcher:
                     target = requests.Session().get_redirect_target(response)
                     if target is None:
                         return self._body(response, deadline)
-            except UnicodeDecodeError:
-                raise Rejected("not a valid URL") from None  # a redirect's
             except (OSError, ValueError, urllib3.exceptions.HTTPError) as error:
                 raise Rejected(network_reason(error), False, retry_after=0) from None
             request = prepare(request.url or "", target, {})  # the headers were for the first alone
@@ -841,18 +805,14 @@ class Fetcher:
 
     def _connect(self, connection: Any) -> socket.socket:
         # to the addresses that were looked at: no DNS can change them in between
-        end, port = time.monotonic() + connection.timeout, connection.port
+        port, options = connection.port, connection.socket_options
         private_too = self._trusted in (None, (connection.host, port))
         found = addresses(connection._dns_host, port, private_too)
-        for number, address in enumerate(found):
-            share = (end - time.monotonic()) / (len(found) - number)
-            try:
-                return urllib3.util.connection.create_connection(
-                    (address, port), max(0.01, share), None, connection.socket_options
-                )
-            except OSError as error:
-                trouble = error
-        raise trouble
+        share, connect = connection.timeout / len(found), urllib3.util.connection.create_connection
+        for address in found[:-1]:
+            with contextlib.suppress(OSError):
+                return connect((address, port), share, None, options)
+        return connect((found[-1], port), share, None, options)
 
     def _left(self, deadline: float) -> float:
         left = deadline - time.monotonic()
@@ -890,13 +850,12 @@ def prepare(base: str, url: str, headers: dict[str, str]) -> requests.PreparedRe
 
 def refusal(response: requests.Response) -> Rejected:
     """What an answer other than 200 means."""
-    code, wait = response.status_code, 0.0
+    code, seconds = response.status_code, response.headers.get("Retry-After", "")
     reason = f"HTTP {code} {http.client.responses.get(code, '')}".strip()
     if 200 <= code < 500 and code not in (408, 425, 429):
         return Rejected(reason, code not in (401, 402, 403, 407))  # a block may be lifted
-    with contextlib.suppress(urllib3.exceptions.InvalidHeader, ValueError, OverflowError):
-        wait = urllib3.Retry().get_retry_after(response.raw) or 0
-    return Rejected(reason, False, retry_after=wait)
+    wanted = re.fullmatch(r"\d+", seconds, re.ASCII)
+    return Rejected(reason, False, retry_after=float(seconds) if wanted else 0)
 
 
 def read_file(path: Path) -> bytes:
@@ -922,10 +881,17 @@ def decode(data: bytes) -> Image.Image:
         raise Rejected(f"smaller than {MIN_SIDE} pixels a side")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise Rejected(f"a strip, more than {MAX_ASPECT} times as long as wide")
+    # Where a copy stopped halfway, and the rest is zeros, these make some picture of them
+    packed = image.format in ("JPEG", "MPO", "WEBP", "AVIF", "HEIF")
+    if packed and data.endswith(bytes(4096)) and not data.rstrip(b"\0").endswith(b"\xff\xd9"):
+        raise Rejected(BROKEN)
     # JPEG's decoder can shrink by 2, 4 or 8 as it goes; the others take no draft
     shrink = max(1.0, min(width, height) / (KEEP_SCALE * SIDE))
     image.draft(None, (int(width / shrink), int(height / shrink)))
     image.load()
+    read: Any = image  # of a grid that lies Pillow takes the tiles' rows for those of another width
+    if image.format == "AVIF" and read._decoder.get_info()[0] != image.size:
+        raise Rejected(BROKEN)
     result = in_rgb(image)
     with contextlib.suppress(Exception):  # broken EXIF data can't say how the camera was held
         result.getexif()[0x0112] = image.getexif().get(0x0112, 1)
@@ -933,6 +899,8 @@ def decode(data: bytes) -> Image.Image:
     return result
 
 
+# Other Pillow plugins stay shut: some start programs (EPS), none is a product photo.
+FORMATS = ["JPEG", "PNG", "GIF", "WEBP", "AVIF", "TIFF", "BMP"]
 # How files begin that Pillow takes for no image, in small letters
 NO_IMAGES = {
     rb"$": "an empty file",
@@ -1022,30 +990,26 @@ class Decoder:
         # glibc would else give memory back after each image and fetch it anew: 2 ms
         os.environ |= dict.fromkeys(MALLOC_THRESHOLDS, str(64 * 2**20))
         self._process: Any = None
-        self._images = 0  # that this process has decoded
 
     def decode(self, data: bytes) -> np.ndarray:
         """The levels (224, 224, 3) of an image file; raises Rejected."""
-        hung = False
-        with contextlib.suppress(EOFError, OSError):  # it dies of some files
+        reason = TOO_SLOW
+        try:
             if not self._process:
                 self._start()
             self._pipe.send_bytes(data)
-            hung = not self._pipe.poll(DECODE_PATIENCE)
-            if not hung:
+            if self._pipe.poll(DECODE_PATIENCE):
                 answer: np.ndarray | Rejected = self._pipe.recv()
-                self._images += 1
                 if isinstance(answer, Rejected):
                     raise answer
                 return answer
-        if not self._process:
-            raise Rejected("no process could be started to decode it", permanent=False)
+        except (EOFError, OSError):  # it dies of some files
+            if not self._process:
+                raise Rejected("no process could be started to decode it", False) from None
+            self._process.join(READ_SECONDS)
+            reason = DEATHS.get(self._process.exitcode, KILLED)
         self._process.kill()
-        self._process.join()
-        reason = TOO_SLOW if hung else DEATHS.get(self._process.exitcode, KILLED)
         self._process = None
-        if reason == TOO_MUCH and self._images:  # of what earlier images left behind, perhaps
-            return self.decode(data)
         raise Rejected(reason, permanent=reason != KILLED)
 
     def _start(self) -> None:
@@ -1053,7 +1017,7 @@ class Decoder:
         process = self._context.Process(target=work, args=(theirs,), daemon=True)
         process.start()
         theirs.close()
-        self._process, self._images = process, 0
+        self._process = process
 
 
 def work(pipe: Any) -> None:
@@ -1063,31 +1027,28 @@ def work(pipe: Any) -> None:
         os.setsid()  # and so is what timeout(1) or a closed terminal sends to its whole group
     warnings.simplefilter("ignore")  # Pillow's, about oddities that do no harm
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # where libtiff writes
-    with contextlib.suppress(OSError):
-        pages = int(Path("/proc/self/statm").read_text().split()[5])
-        limit("RLIMIT_DATA", pages * os.sysconf("SC_PAGE_SIZE") + DECODE_MB * 2**20)
-    try:
+    with contextlib.suppress(EOFError, OSError):  # the run is over
         while True:
             data = pipe.recv_bytes()
-            limit("RLIMIT_CPU", math.ceil(time.process_time()) + DECODE_SECONDS)
+            limit_one_image()
             pipe.send(levels_or_reason(data))
-    except MemoryError:
-        os._exit(OUT_OF_MEMORY)  # there may be too little left to say more
-    except (EOFError, OSError):
-        pass  # the run is over
 
 
-def limit(name: str, most: int) -> None:
-    """Limits a resource of this process, where the system can."""
+def limit_one_image() -> None:
+    """Limits what this process may take from now on, where the system can."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource  # Windows has none
 
-        number = getattr(resource, name)
-        resource.setrlimit(number, (most, resource.getrlimit(number)[1]))
+        def limit(kind: int, most: int) -> None:
+            resource.setrlimit(kind, (most, resource.getrlimit(kind)[1]))
+
+        limit(resource.RLIMIT_CPU, math.ceil(time.process_time()) + DECODE_SECONDS)
+        pages = int(Path("/proc/self/statm").read_text().split()[5])
+        limit(resource.RLIMIT_DATA, pages * resource.getpagesize() + DECODE_MB * 2**20)
 
 
 def levels_or_reason(data: bytes) -> np.ndarray | Rejected:
-    """The levels of an image file, or why it has none. Raises MemoryError alone."""
+    """The levels of an image file, or why it has none."""
     try:
         return crop(decode(data))
     except Rejected as rejected:
@@ -1095,7 +1056,7 @@ def levels_or_reason(data: bytes) -> np.ndarray | Rejected:
     except Image.DecompressionBombError:
         return Rejected(TOO_MUCH)
     except MemoryError:
-        raise
+        os._exit(OUT_OF_MEMORY)  # there may be too little left to say more, or to go on with
     except Exception:  # Pillow's decoders raise nearly every type there is
         return Rejected(BROKEN)
 
@@ -1123,6 +1084,7 @@ class Loader:
 # ------------------------------------------------------------------ model
 
 WEIGHTS = "pytorch_model.bin"
+NOT_FINITE = "the model gave numbers that are not finite"
 
 
 def cores() -> int:
@@ -1264,9 +1226,11 @@ class ClipEncoder:
             config = config.get("vision_config", config)
             config = {name: config.get(name, value) for name, value in VIT_B_32.items()}
             self._tower = ImageTower(folder, config, settings)
-            made = self.encode(np.zeros((1, 3, SIDE, SIDE), np.float32)).shape[1]
-            if (made, config["hidden_act"]) != (DIMENSIONS, VIT_B_32["hidden_act"]):
-                raise ValueError(f"it gives {made} numbers, by {config['hidden_act']}")
+            (made,) = self.encode(np.zeros((1, 3, SIDE, SIDE), np.float32))
+            if (made.size, config["hidden_act"]) != (DIMENSIONS, VIT_B_32["hidden_act"]):
+                raise ValueError(f"it gives {made.size} numbers, by {config['hidden_act']}")
+            if not np.isfinite(made).all():
+                raise ValueError(NOT_FINITE)
         except ImportError:
             raise
         except Exception as error:  # each file format, library and device has errors of its own
@@ -1279,23 +1243,21 @@ class ClipEncoder:
             raise RunError(f"the model in {folder} is no ViT-B/32: set MODEL_VERSION to {name}")
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
-        """Pixels (n, 3, 224, 224) -> vectors (n, 512); ValueError for one that is not finite."""
+        """Pixels (n, 3, 224, 224) -> vectors (n, 512)."""
         with self._torch.inference_mode():
-            vectors: np.ndarray = self._tower(self._torch.from_numpy(pixels)).float().cpu().numpy()
-        vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-        if not np.isfinite(vectors).all():
-            raise ValueError("the model gave numbers that are not finite")
-        return vectors
+            vectors = self._tower(self._torch.from_numpy(pixels)).float().cpu().numpy()
+        made: np.ndarray = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        return made
 
     def embed(self, batch: list[Loaded]) -> list[Result]:
-        """The batch with vectors in the place of pixels; one by one if together fails."""
-        try:
-            vectors = self.encode(np.stack([loaded.pixels for loaded in batch]))
-        except (ValueError, RuntimeError) as error:
-            if len(batch) > 1:
-                return [result for loaded in batch for result in self.embed([loaded])]
-            return [Failed(batch[0].asset, "embed", shorten(str(error)), False)]
-        return [Embedded(one.asset, vector) for one, vector in zip(batch, vectors, strict=True)]
+        """The batch with vectors in the place of pixels."""
+        vectors = self.encode(np.stack([loaded.pixels for loaded in batch]))
+        return [
+            Embedded(loaded.asset, vector)
+            if np.isfinite(vector).all()
+            else Failed(loaded.asset, "embed", NOT_FINITE)
+            for loaded, vector in zip(batch, vectors, strict=True)
+        ]
 
 
 def has_bfloat16() -> bool:
@@ -1538,97 +1500,65 @@ def progress_bar(goal: int) -> tqdm[Any]:
 
 # ------------------------------------------------------------------ the gallery
 
-THUMBNAIL = 128  # pixels a side; some 5 KB each, 260 at most
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Embeddings of {place}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<style>
-:root {{ color-scheme: light dark; font: 15px/1.4 system-ui, sans-serif }}
-body {{ max-width: 1300px; margin: auto; padding: 1rem; overflow-wrap: anywhere }}
-section {{ display: flex; flex-wrap: wrap; gap: .7rem; padding: .7rem 0 }}
-.near {{ border-top: 1px solid #8884 }}
-.near > :first-child {{ padding-right: .7rem; border-right: 3px solid #8886 }}
-.pair {{ display: inline-flex; margin-right: 2rem }}
-figure {{ margin: 0; width: 128px }}
-img, .none {{ display: block; width: 128px; height: 128px; border-radius: 6px; background: #8883 }}
-.none, figcaption {{ font-size: 12px; max-height: 128px; overflow: hidden }}
-</style></head><body><main>
-<h1>Embeddings of {place}</h1>
-<p>{counts}</p>
-<p>The numbers are cosines: 1.00 is the same picture. No fixed cut fits every catalog: compare with
-two products that have nothing in common, which here have {typical}.</p>
-<h2>Look-alikes: an image, and the six nearest to it</h2>{near}
-<h2>Nearly the same: candidates for duplicates</h2>{pairs}
-<h2>Failed</h2>{failed}
-</main></body></html>
+STYLE = """
+html { color-scheme: light dark; font: 15px system-ui; overflow-wrap: anywhere }
+body { max-width: 80em; margin: 1em auto; padding: 0 1em }
+section { display: flex; flex-wrap: wrap; gap: 1em; padding: 1em 0; border-top: 1px solid #888 }
+.pairs { display: inline-flex; vertical-align: top; margin-right: 2em }
+figure { margin: 0; width: 128px; font-size: 12px }
+figure:first-child { padding-right: 1em; border-right: 3px solid #888 }
+div { height: 128px; background: #8883; overflow: hidden }
 """
 
 
 def write_gallery(store: Store, settings: Settings, counts: str) -> None:
-    """Writes the page that a person looks at; it loads nothing from outside."""
-    made, none = store.gallery(), "<p>None yet.</p>"
-    near = [[row[:2], *row[2]] for row in made["look_alikes"]]
-    pairs = [[row[:2], row[2:]] for row in made["pairs"]]
-    assets = {Asset(*picture[:2]) for row in near + pairs for picture in row}
-    pictures = thumbnails(assets, Loader(store, settings), settings)
+    """Writes the page; it loads nothing from outside."""
+    made, loader = store.gallery(), Loader(store, settings)
+    pool = ThreadPoolExecutor(settings.workers)
+    shown = {Asset(*one[:2]) for row in made["near"] + made["pairs"] for one in row}
+    tasks = {asset.id: pool.submit(thumbnail, asset, loader) for asset in shown}
+    wait(tasks.values(), settings.fetch_seconds + 1)
 
-    def figure(asset_id: Id, image: str, *cosine: float) -> str:
-        caption = "".join(f"<b>{x:.2f}</b> " for x in cosine) + link(asset_id, image)
-        picture = pictures[Asset(asset_id, image)]
-        return f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"
+    def figure(name: Id, image: str = "", *cosine: float) -> str:
+        picture, text = "", html.escape(shorten(str(name), 120))
+        if task := tasks.get(name):
+            trouble = task.exception() if task.done() else "not in time"
+            picture = f"<div>{html.escape(str(trouble)) if trouble else task.result()}</div>"
+        if re.match("(?i)https?://", image):
+            text = f'<a href="{html.escape(image)}">{text}</a>'
+        text = "".join(f"<b>{x:.2f}</b> " for x in cosine) + text
+        return f"<figure>{picture}<figcaption>{text}</figcaption></figure>"
 
-    def sections(kind: str, rows: list[Any]) -> str:
-        figures = ("".join(figure(*picture) for picture in row) for row in rows)
-        return "".join(f'<section class="{kind}">{row}</section>' for row in figures) or none
+    def rows(kind: str) -> str:
+        rows = ("".join(figure(*one) for one in row) for row in made[kind])
+        return "".join(f'<section class="{kind}">{row}</section>' for row in rows) or "None yet."
 
-    failed = ""
-    for reason, count, examples in made["failed"]:
-        items = "".join(f"<li>{link(*example)}</li>" for example in examples)
-        failed += f"<h3>{count:,} {html.escape(reason)}</h3><ul>{items}</ul>"
-    page = PAGE.format(
-        place=html.escape(settings.client or str(settings.local or settings.url)),
-        counts=counts,
-        typical="none yet" if made["typical"] is None else f"{made['typical']:.2f}",
-        near=sections("near", near),
-        pairs=sections("pair", pairs),
-        failed=failed or none,
-    )
+    title = "Embeddings of " + html.escape(settings.client or str(settings.local or settings.url))
+    typical = f"{made['typical']:.2f}" if made["typical"] else "none yet"
+    page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width"><meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<style>{STYLE}</style><h1>{title}</h1><p>{counts}</p>
+<p>The numbers are cosines: 1.00 is the same picture, and unrelated products here have {typical}.
+No cut fits every catalog.</p>
+<h2>Look-alikes, nearest first</h2>{rows("near")}
+<h2>Nearly the same: duplicates?</h2>{rows("pairs")}
+<h2>Failed</h2>{rows("failed")}
+"""
     path = settings.gallery or Path()
     try:
-        path.write_text(page, encoding="utf-8", errors="replace")
+        path.write_text(page, "utf-8", "replace")
     except OSError as error:
         raise RunError(f"{path} can't be written: {error.strerror}") from None
     log.info("look at %s", path.as_uri())
 
 
-def thumbnails(assets: set[Asset], loader: Loader, settings: Settings) -> dict[Asset, str]:
-    """What stands for each asset in the page: its picture, or a box with why there is none."""
-
-    def thumbnail(asset: Asset) -> str:
-        picture = Image.fromarray(loader.decode(loader.fetch(asset))).resize((THUMBNAIL, THUMBNAIL))
-        picture.save(file := io.BytesIO(), "JPEG", quality=80)
-        data = base64.b64encode(file.getvalue()).decode()
-        return f'<img src="data:image/jpeg;base64,{data}" alt="{html.escape(str(asset.id))}">'
-
-    pool = ThreadPoolExecutor(settings.workers)
-    futures = {asset: pool.submit(thumbnail, asset) for asset in assets}
-    wait(futures.values(), settings.fetch_seconds + 1)
-    pictures = {}
-    for asset, future in futures.items():
-        trouble = future.exception() if future.done() else "not there in time"
-        box = f'<div class="none">{html.escape(str(trouble))}</div>'
-        pictures[asset] = box if trouble else future.result()
-    return pictures
-
-
-def link(asset_id: Id, image: str) -> str:
-    """An asset's id, with a link to its image where that is a web address."""
-    name = f"<bdi>{html.escape(shorten(str(asset_id), 120))}</bdi>"
-    if not re.match("(?i)https?://", image or ""):
-        return name
-    return f'<a href="{html.escape(image)}" rel="noreferrer">{name}</a>'
+def thumbnail(asset: Asset, loader: Loader) -> str:
+    """What CLIP sees of an asset."""
+    picture = Image.fromarray(loader.decode(loader.fetch(asset))).resize((128, 128))
+    picture.save(file := io.BytesIO(), "JPEG")
+    data = base64.b64encode(file.getvalue()).decode()
+    return f'<img src="data:image/jpeg;base64,{data}" alt="{html.escape(str(asset.id))}">'
 
 
 # ------------------------------------------------------------------ command line
@@ -1708,12 +1638,14 @@ def read_settings(flags: dict[str, Any]) -> Settings:
     """Flags, environment and the nearest .env as Settings; raises RunError that names the setting
     at fault. Nothing of .env enters the environment, which libraries read as well."""
     file = full_path(".env")
-    here = file.is_file() or file.with_name(".env.local").is_file()
-    file = file if here else HERE / ".env"
     try:
+        here = file.is_file() or file.with_name(".env.local").is_file()
+        file = file if here else HERE / ".env"
         in_file = dotenv.dotenv_values(file, encoding="utf-8-sig", interpolate=False)
     except (UnicodeDecodeError, OSError):
-        raise RunError(f"{file} can't be read: save it as text in UTF-8") from None
+        raise RunError(
+            f"{file} can't be read: it must be text in UTF-8, and yours to read"
+        ) from None
     values = dict(flags)
     for spec in fields(Settings):
         names, needed = spec.metadata.get("names", ()), spec.name in ("url", "key")
@@ -1764,7 +1696,7 @@ def main(argv: list[str] | None = None) -> int:
     except RunError as error:
         trouble = str(error)
     except ImportError as error:
-        trouble = f"{error}: run {INSTALL}"
+        trouble = f"{error}: {INSTALL}"
     except Exception as error:  # a defect; exit code 1 would say that some images failed
         log.debug("", exc_info=True)
         trouble = f"unexpected {type(error).__name__}: {error}; -v says more"
@@ -1789,11 +1721,9 @@ class Log(logging.StreamHandler[Any]):
 class Lines(logging.Formatter):
     """Log lines without the control characters that ids, URLs and messages may hold."""
 
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
-        return printable(super().formatMessage(record))
-
-    def formatException(self, exc_info: Any) -> str:  # noqa: N802
-        return "\n".join(map(printable, super().formatException(exc_info).split("\n")))
+    def format(self, record: logging.LogRecord) -> str:
+        record.msg, record.args = printable(record.getMessage()), ()
+        return "\n".join(map(printable, super().format(record).split("\n")))  # a traceback's
 
 
 def set_up_output(verbose: bool) -> None:
@@ -1807,19 +1737,13 @@ def set_up_output(verbose: bool) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-def first_answer(store: Store) -> Status:
-    """The store's status; not even a database that drips its answer is waited for for long."""
-    seconds = None if store.longest == math.inf else store.longest
-    try:
-        return ThreadPoolExecutor(1).submit(store.status).result(seconds)
-    except TimeoutError:
-        raise RunError(f"{SILENCE} for {seconds:.0f} s: {CHECK_URL}") from None
-
-
 def embed_all(settings: Settings, stop: Stop) -> int:
     """The run, from the first question to the printed report. Returns the exit code."""
     store: Store = (FolderStore if settings.local else SupabaseStore)(settings, stop)
-    status = first_answer(store)
+    try:  # a database may drip its answer
+        status = ThreadPoolExecutor(1).submit(store.status).result(store.longest)
+    except TimeoutError:
+        raise RunError(f"{SILENCE} for {store.longest:.0f} s: {CHECK_URL}") from None
     skipped = 0 if settings.retry_failed else status.failed + status.waiting
     report = Report(status.assets - status.done - skipped, skipped)
     log.info("%s%s to do", status, f"{report.pending:,}")

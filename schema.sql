@@ -580,9 +580,11 @@ begin
     where e.asset_id = any (ids) and m.asset_id > e.asset_id and m.similarity >= min_similarity);
 end $$;
 
--- What --gallery shows: some assets, spread over the clients, each with its nearest; the most alike
--- pairs that a few seconds of looking find; what failed, by reason; and "typical", the similarity
--- of assets that have nothing to do with each other. (Images are cut: some are data: URLs.)
+-- What --gallery shows, in rows of [id, image, similarity to the first of the row]. "near": some
+-- assets, spread over the clients, each with its nearest; "pairs": the most alike that a few
+-- seconds of looking find; "failed": first how many and why, then some of them. And "typical", the
+-- similarity of assets that have nothing to do with each other. (Images are cut, as some are data:
+-- URLs, and empty in the place of null.)
 create or replace function public.embedding_gallery(
   model_version text, client text default null, samples int default 30
 ) returns jsonb
@@ -616,25 +618,27 @@ begin
     exit when after is null or clock_timestamp() > statement_timestamp() + interval '4 s';
   end loop;
   return jsonb_build_object(
-    'look_alikes', (
-      select coalesce(jsonb_agg(jsonb_build_array(s.id, left(s.image, 300000), (
-        select coalesce(jsonb_agg(
-          jsonb_build_array(n.asset_id, left(n.image, 300000), n.similarity)
-          order by n.similarity desc), '[]')
+    'near', (
+      select coalesce(jsonb_agg(array[jsonb_build_array(s.id, left(concat(s.image), 300000))] || (
+        select array_agg(
+          jsonb_build_array(n.asset_id, left(concat(n.image), 300000), n.similarity)
+          order by n.similarity desc)
         from similar_products(s.id, 6, embedding_gallery.client) n)
-      ) order by s.client, s.id), '[]')
+      order by s.client, s.id), '[]')
       from embedding_sources s where s.id = any (ids)),
     'pairs', (
       select coalesce(jsonb_agg(jsonb_build_array(
-        p -> 'asset_id', left(p ->> 'image', 300000),
-        p -> 'duplicate_id', left(p ->> 'duplicate_image', 300000), p -> 'similarity')), '[]')
+        jsonb_build_array(p -> 'asset_id', left(concat(p ->> 'image'), 300000)),
+        jsonb_build_array(
+          p -> 'duplicate_id', left(concat(p ->> 'duplicate_image'), 300000), p -> 'similarity')
+      )), '[]')
       from jsonb_array_elements(pairs) p),
     'failed', (
-      select coalesce(jsonb_agg(jsonb_build_array(r.why, r.count, r.assets) order by r.count desc),
-                      '[]')
+      select coalesce(jsonb_agg(
+        array[jsonb_build_array(r.count || ' ' || r.why)] || r.assets order by r.count desc), '[]')
       from (
         select f.stage || ': ' || f.reason as why, count(*),
-          to_jsonb((array_agg(jsonb_build_array(s.id, left(s.image, 2000)) order by s.id))[:20])
+          (array_agg(jsonb_build_array(s.id, left(concat(s.image), 2000)) order by s.id))[:20]
             as assets
         from product_embedding_failures f join embedding_sources s on s.id = f.asset_id
         where f.model_version = embedding_gallery.model_version

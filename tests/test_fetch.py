@@ -16,7 +16,6 @@ import uuid
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
-from email.utils import formatdate
 
 import pytest
 from cryptography import x509
@@ -463,16 +462,13 @@ def arrivals(host, answer):
     return times
 
 
-@pytest.mark.parametrize("form", ["seconds", "date"])
-def test_retry_after_is_respected(host, form):
-    # A date has whole seconds only: three ahead are two at least
-    value = "2" if form == "seconds" else formatdate(time.time() + 3, usegmt=True)
-    times = arrivals(host, in_turn(status(429, ("Retry-After", value)), good()))
+def test_retry_after_is_respected(host):
+    times = arrivals(host, in_turn(status(429, ("Retry-After", "2")), good()))
     assert fetched(host, fetch_seconds=15.0) == IMAGE
     assert times[1] - times[0] > 1.5
 
 
-@pytest.mark.parametrize("value", ["3600", "99999999999999999999999", formatdate(4e9, usegmt=True)])
+@pytest.mark.parametrize("value", ["3600", "99999999999999999999999"])
 def test_a_retry_after_beyond_the_deadline_ends_it_at_once(host, value):
     host.files["/a.png"] = status(429, ("Retry-After", value))
     started = time.monotonic()
@@ -483,8 +479,7 @@ def test_a_retry_after_beyond_the_deadline_ends_it_at_once(host, value):
     assert len(host.requests) == ONCE
 
 
-NONSENSE = ["soon", "-5", "", "0", "1.5", "nan", "Mon, 99 Foo 2026"]
-NONSENSE += ["Mon, 01 Jan 99999 00:00:00 GMT"]
+NONSENSE = ["soon", "-5", "", "0", "1.5", "nan", "²", "Mon, 01 Jan 2099 00:00:00 GMT"]
 
 
 def test_a_retry_after_that_makes_no_sense_is_not_minded(host):

@@ -10,10 +10,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import numpy as np
 import pytest
 from conftest import Cli, model_settings, renew, stack_cli
 from PIL import Image
 from stack import ImageHost
+
+import generate_embeddings as script
 
 ODD = '"><script>alert(1)</script> & \u202e\u05d0\u05d1\u05d2 ' + "x" * 180
 
@@ -25,7 +28,7 @@ class Page(HTMLParser):
         super().__init__(convert_charrefs=True)
         self.source = Path(path).read_text()
         self.tags, self.links, self.pictures, self.boxes = [], [], [], 0
-        self.words, self.within = [], []
+        self.words, self.boxed = [], False
         self.feed(self.source)
 
     def handle_starttag(self, tag, attrs):
@@ -35,10 +38,12 @@ class Page(HTMLParser):
             self.links.append(attrs["href"])
         if tag == "img":
             self.pictures.append(attrs)
-        self.boxes += attrs.get("class") == "none"
+        self.boxed = tag == "div"
 
     def handle_data(self, data):
         self.words.append(data)
+        self.boxes += self.boxed  # the reason, in the place of a picture
+        self.boxed = False
 
     @property
     def text(self):
@@ -105,7 +110,7 @@ def test_a_folders_page_shows_each_image_with_its_nearest(album, photos):
 
 def test_images_that_are_there_twice_come_first_among_the_pairs(album):
     _, _, page = album
-    pairs = page.rows("pair")
+    pairs = page.rows("pairs")
     assert len(pairs) == 24
     twice = [["coffee.png", "sub/coffee.png"], ["rocket.jpg", "sub/rocket.jpg"]]
     assert sorted(map(sorted, pairs[:2])) == twice
@@ -117,7 +122,7 @@ def test_the_page_counts_and_names_what_failed(album, photos):
     assert f"{count + 2} assets: {count} embedded, 2 failed, 0 left" in page.text
     assert "1 decode: an HTML page, not an image page.jpg" in page.text
     assert "1 decode: broken or truncated image file broken.jpg" in page.text
-    assert re.search(r"nothing in common, which here have 0\.\d\d", page.text)
+    assert re.search(r"unrelated products here have 0\.\d\d", page.text)
 
 
 def test_a_page_may_be_of_a_subfolder_and_with_nothing_left_to_do(album, tmp_path):
@@ -144,6 +149,43 @@ def test_an_image_that_broke_since_is_a_box_with_the_reason(cli, photos, tmp_pat
     assert "an empty file" in page.text
 
 
+@pytest.fixture
+def catalog(tmp_path):
+    """A folder's store with generated vectors on record and 30 failures; its names, the vectors."""
+    vectors = np.random.default_rng(1).standard_normal((400, 512)) + 1
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype("<f4")
+    names = [f"{n:03}.jpg" for n in range(430)]
+    for name in names:
+        (tmp_path / name).touch()
+    store = script.FolderStore(script.Settings(local=tmp_path), None)
+    store.status()
+    assets = [asset for page in store.pages() for asset in page]
+    store.save([script.Embedded(*pair) for pair in zip(assets[:400], vectors, strict=True)])
+    store.save([script.Failed(asset, "decode", "an empty file") for asset in assets[400:]])
+    return store, names, vectors
+
+
+def test_a_folders_rows_are_the_nearest_of_all(catalog):
+    store, names, vectors = catalog
+    made, cosines = store.gallery(), vectors @ vectors.T
+    every = cosines[np.triu_indices(400, 1)]
+    np.fill_diagonal(cosines, -1)
+    assert 20 < len(made["near"]) <= 31
+    for (own, _), *others in made["near"]:
+        at = names.index(own)
+        assert [name for name, *_ in others] == [names[n] for n in np.argsort(-cosines[at])[:6]]
+        assert np.allclose([x for *_, x in others], np.sort(cosines[at])[:-7:-1])
+    assert np.allclose([pair[1][2] for pair in made["pairs"]], np.sort(every)[:-25:-1])
+    assert len({frozenset((a[0], b[0])) for a, b in made["pairs"]}) == 24
+    assert made["typical"] == pytest.approx(np.median(every), abs=0.01)
+
+
+def test_failures_are_counted_and_some_are_named(catalog):
+    store, names, _ = catalog
+    expected = [("30 decode: an empty file",), *((name,) for name in names[400:420])]
+    assert store.gallery()["failed"] == [expected]
+
+
 @pytest.mark.parametrize("name", ["there/is/none.html", "page.txt", "."])
 def test_a_page_that_can_not_be_written_is_said_before_the_run(cli, tmp_path, name, photos):
     (tmp_path / "a.jpg").write_bytes(photos["coffee.png"])
@@ -158,7 +200,7 @@ def test_an_empty_folder_of_failures_has_a_page_too(cli, tmp_path):
     run = cli("--local", tmp_path, "--gallery", tmp_path / "x.html")
     assert run.code == 1
     page = written(run, tmp_path / "x.html")
-    assert (page.pictures, page.rows("near"), page.rows("pair")) == ([], [], [])
+    assert (page.pictures, page.rows("near"), page.rows("pairs")) == ([], [], [])
     assert "None yet." in page.text
 
 
@@ -196,7 +238,7 @@ def test_the_page_of_a_database_shows_the_nearest_by_its_own_functions(shop, pho
     rocket = next(i for i, url, _ in rows if url.endswith("/rocket.jpg"))
     nearest = {html.unescape(row[0]): html.unescape(row[1]) for row in shown}
     assert nearest["inline"] == rocket
-    assert sorted(map(html.unescape, page.rows("pair")[0])) == sorted(["inline", rocket])
+    assert sorted(map(html.unescape, page.rows("pairs")[0])) == sorted(["inline", rocket])
 
 
 def test_names_of_any_kind_are_escaped(shop):
@@ -218,7 +260,7 @@ def test_a_clients_page_shows_that_clients_images_alone(shop):
     rows, _, mine = shop
     of_client = {i for i, _, client in rows if client == ODD}
     shown = {
-        html.unescape(name) for kind in ("near", "pair") for row in mine.rows(kind) for name in row
+        html.unescape(name) for kind in ("near", "pairs") for row in mine.rows(kind) for name in row
     }
     assert shown == of_client - {"gone"}
 

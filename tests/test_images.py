@@ -790,6 +790,33 @@ def test_other_encodings_of_a_truncated_file_are_found_too(cat, kind):
     assert "truncated" in str(refused(data[: len(data) // 2]))
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("JPEG", {"quality": 100}),
+        ("JPEG", {"optimize": True}),
+        ("PNG", {}),
+        ("GIF", {}),
+        ("WEBP", {}),
+        ("WEBP", {"lossless": True}),
+        ("AVIF", {}),
+        ("HEIF", {}),
+        ("TIFF", {"compression": "tiff_lzw"}),
+    ],
+)
+def test_a_copy_that_stopped_halfway_is_broken_though_zeros_fill_it_up(kind, options):
+    data = saved(noise(300, 300), kind, **options)
+    for part in (0.3, 0.5, 0.8):
+        kept = int(len(data) * part)
+        assert "broken" in str(refused(data[:kept] + bytes(len(data) - kept)))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "MPO", "PNG", "GIF"])
+def test_zeros_after_the_end_of_a_file_do_no_harm(cat, kind):
+    data = saved(cat, kind)
+    assert np.array_equal(seen(data + bytes(9999)), seen(data))
+
+
 @PILLOW_WARNS
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "AVIF", "TIFF", "BMP", "HEIF"])
 def test_of_a_few_bytes_nothing_is_seen(cat, kind):
@@ -804,6 +831,67 @@ def test_a_good_beginning_with_a_damaged_rest_is_broken(cat):
     error = refused(bytes(data))
     assert "broken" in str(error)
     assert error.permanent
+
+
+def box(kind, *parts):
+    """A box of an AVIF file."""
+    return struct.pack(">I", 8 + len(b"".join(parts))) + kind + b"".join(parts)
+
+
+def grid(image, claim, tiles=4):
+    """An AVIF whose quarters are coded apart. Its header claims a size, and names so many tiles."""
+    across, down = image.width // 2, image.height // 2
+    corners = itertools.product((0, down), (0, across))
+    parts = [image.crop((x, y, x + across, y + down)) for y, x in corners]
+    files = [saved(part, "AVIF", quality=90) for part in parts]
+    items = [struct.pack(">BBBBHH", 0, 0, 1, 1, *image.size)]  # two rows, two columns
+    items += [file.split(b"mdat", 1)[1] for file in files]
+    codec = files[0].index(b"av1C")
+    sizes = [struct.pack(">4xII", *size) for size in (claim, (across, down))]
+
+    def header(start):
+        located, known, used = b"", b"", b""
+        for n, item in enumerate(items, 1):
+            located += struct.pack(">HHHII", n, 0, 1, start, len(item))
+            kind = b"grid" if n == 1 else b"av01"
+            known += box(b"infe", struct.pack(">IHH", 2 << 24, n, 0), kind, b"\0")
+            used += struct.pack(">HBB", n, 1, 1) if n == 1 else struct.pack(">HBBB", n, 2, 2, 0x83)
+            start += len(item)
+        named = struct.pack(f">HH{tiles}H", 1, tiles, *range(2, 2 + tiles))
+        ends = files[0][codec - 4 : codec + 8]
+        meta = box(
+            b"meta",
+            bytes(4),
+            box(b"hdlr", bytes(8) + b"pict" + bytes(13)),
+            box(b"pitm", struct.pack(">IH", 0, 1)),
+            box(b"iloc", struct.pack(">IHH", 0, 0x4400, len(items)), located),
+            box(b"iinf", struct.pack(">IH", 0, len(items)), known),
+            box(b"iref", bytes(4), box(b"dimg", named)),
+            box(
+                b"iprp",
+                box(b"ipco", *(box(b"ispe", size) for size in sizes), ends),
+                box(b"ipma", struct.pack(">II", 0, len(items)), used),
+            ),
+        )
+        return box(b"ftyp", b"avif\0\0\0\0avifmif1miaf") + meta
+
+    return header(len(header(0)) + 8) + box(b"mdat", *items)
+
+
+def test_an_avif_in_tiles_is_seen_whole_or_refused(cat):
+    image = cat.resize((256, 192))
+    whole = grid(image, image.size)
+    assert mean_distance(seen(whole), np.asarray(image)) < 3
+    false = [grid(image, size) for size in ((200, 100), (255, 192), (192, 256), (512, 384))]
+    for data in (*false, grid(image, image.size, tiles=3), whole[: int(len(whole) * 0.9)]):
+        assert "broken" in str(refused(data))
+
+
+def test_an_avif_in_one_piece_is_seen_whole_whatever_size_it_claims(cat):
+    image, claim = cat.resize((256, 192)), (100, 100)
+    data = saved(image, "AVIF", quality=90)
+    data = data.replace(struct.pack(">II", *image.size), struct.pack(">II", *claim))
+    assert mean_distance(seen(data), np.asarray(image.resize(claim))) < 4
 
 
 @pytest.mark.parametrize("size", [(1, 1), (15, 15), (15, 400), (400, 15), (2, 2)])

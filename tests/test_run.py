@@ -499,7 +499,10 @@ def test_a_host_that_begins_to_refuse_is_asked_again_by_the_next_run(cli, stack,
     requests = itertools.count(1)  # by arrival: four of them come at once
 
     def answer(handler):
-        handler.reply(403 if next(requests) > 10 else 200, [], photos["flower.jpg"])
+        refused = next(requests) > 10
+        if refused:  # an image that is still being decoded would show that the host is well
+            wait_until(lambda: len(stored(stack)) == 10)
+        handler.reply(403 if refused else 200, [], photos["flower.jpg"])
 
     host.files = dict.fromkeys(paths, answer)
     ids = add(stack, map(host.url_of, paths))
