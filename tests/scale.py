@@ -169,9 +169,8 @@ def time_run(stack, name, client=None, *flags):
 def time_stores(stack, host, when, batches=120):
     """Prints what a batch of new rows costs through the function and by a bare upsert, in turn.
 
-    Both send the vectors as the script does. Longer numbers would tell against the function, whose
-    arguments PostgREST and the database parse twice as often, and which then has the memory for
-    them anew from the system in each call.
+    Both send the vectors as the script does. Longer numbers tell against the function: PostgREST
+    has the database read its arguments more often than the rows of an upsert.
     """
     caller = Caller(stack)
     for number in range(2 * batches):
