@@ -744,6 +744,7 @@ class Fetcher:
 
     def __init__(self, settings: Settings) -> None:
         self._seconds = settings.fetch_seconds
+        self._late = f"not complete within {self._seconds:g} s"
         self._trusted = None if settings.private_hosts else host_and_port(settings.url)
         self._verify = os.environ.get("REQUESTS_CA_BUNDLE") or True
         self._heavy = threading.Semaphore(HEAVY_FILES)
@@ -771,9 +772,10 @@ class Fetcher:
                 return self._follow(place, headers, deadline)
             except Rejected as error:
                 delay = max(2**attempt * random.uniform(0.125, 0.25), error.retry_after or 0)
-                late = time.monotonic() + delay > deadline
-                if error.retry_after is None or late or attempt == FETCH_ATTEMPTS:
+                if error.retry_after is None or attempt == FETCH_ATTEMPTS:
                     raise
+                if time.monotonic() + delay > deadline:
+                    raise Rejected(f"{self._late} ({error})", permanent=False) from None
             time.sleep(delay)
             attempt += 1
 
@@ -817,7 +819,7 @@ class Fetcher:
     def _left(self, deadline: float) -> float:
         left = deadline - time.monotonic()
         if left <= 0:
-            raise Rejected(f"not complete within {self._seconds:g} s", False)
+            raise Rejected(self._late, permanent=False)
         return left
 
     def _body(self, response: requests.Response, deadline: float) -> bytes:
@@ -854,8 +856,8 @@ def refusal(response: requests.Response) -> Rejected:
     reason = f"HTTP {code} {http.client.responses.get(code, '')}".strip()
     if 200 <= code < 500 and code not in (408, 425, 429):
         return Rejected(reason, code not in (401, 402, 403, 407))  # a block may be lifted
-    wanted = re.fullmatch(r"\d+", seconds, re.ASCII)
-    return Rejected(reason, False, retry_after=float(seconds) if wanted else 0)
+    wait = float(seconds) if re.fullmatch(r"\d+", seconds, re.ASCII) else 0.0
+    return Rejected(reason, False, retry_after=wait if wait < READ_SECONDS else None)
 
 
 def read_file(path: Path) -> bytes:
