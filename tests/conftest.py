@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 from stack import ImageHost, Stack, photographs
 
-# A shell starts background jobs with Ctrl-C ignored, and every process started here inherits that
+# A shell starts background jobs with Ctrl-C ignored, nohup its own with SIGHUP, and every process
+# started here inherits that
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 REPO = Path(__file__).resolve().parent.parent
 SCRIPT = REPO / "generate_embeddings.py"
