@@ -25,11 +25,14 @@ Exit codes: 0 all done, 1 some assets failed, 2 could not run, 130 interrupted (
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports go on: no traceback
+if __name__ == "__main__":  # a stop while the imports go on: no traceback
+    for _number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(_number) != signal.SIG_IGN:  # as a background job's is
+            signal.signal(_number, lambda number, _: os._exit(128 + number))
 if sys.version_info < (3, 11):
     print("error: Python 3.11 or later is needed, not " + sys.version.split()[0], file=sys.stderr)
     sys.exit(2)
@@ -46,7 +49,6 @@ import json
 import logging
 import math
 import multiprocessing
-import os
 import queue
 import random
 import re
@@ -538,6 +540,8 @@ insert into images values (:id, :mark, :version, :embedding, :stage, :reason, :p
     :now)
 on conflict do update set modified = :mark, model_version = :version, embedding = :embedding,
     stage = :stage, reason = :reason, permanent = :permanent, updated_at = :now
+where :embedding is not null or embedding is null or modified <> :mark
+    or model_version <> :version
 """
 
 
@@ -558,7 +562,7 @@ class FolderStore:
 
     @contextlib.contextmanager
     def _database(self) -> Iterator[sqlite3.Connection]:
-        """The file's database, in one transaction."""
+        """The file's database; what is changed is one transaction."""
         try:
             nowhere = self._settings.dry_run and not Path(self.place).exists()
             place = ":memory:" if nowhere else self.place
@@ -649,6 +653,7 @@ class FolderStore:
             from images where model_version = ? and instr(asset_id, ?) = 1 group by stage, reason"""
         blobs = bytearray()
         with self._database() as database:
+            database.execute("begin")  # another run may store meanwhile
             rows = database.execute(query, [self._settings.model_version, self._below])
             failed = {why: sorted(json.loads(paths)) for why, paths in rows}
             paths = failed.pop(None, [])  # what has a vector has no reason
@@ -666,7 +671,7 @@ class FolderStore:
         some = vectors[:: 1 + len(paths) // 101]
         unlike = (some @ some.T)[np.triu_indices(len(some), 1)]
         return {
-            "near": near[:: 1 + len(near) // 31],
+            "near": near[:: max(1, round(len(near) / 30))],
             "pairs": sorted(pairs.values(), key=lambda pair: -pair[1][2])[:24],
             "failed": [[(name,) for name in (why, *failed[why][:20])] for why in failed],
             "typical": float(np.median(unlike)) if len(unlike) else None,
@@ -771,12 +776,13 @@ class Fetcher:
             try:
                 return self._follow(place, headers, deadline)
             except Rejected as error:
-                delay = max(2**attempt * random.uniform(0.125, 0.25), error.retry_after or 0)
-                if error.retry_after is None or attempt == FETCH_ATTEMPTS:
+                left, pause = deadline - time.monotonic(), 2**attempt * random.uniform(0.125, 0.25)
+                wanted = error.retry_after
+                if wanted is None or wanted > max(left, 0) or attempt == FETCH_ATTEMPTS:
                     raise
-                if time.monotonic() + delay > deadline:
+                if pause > left:
                     raise Rejected(f"{self._late} ({error})", permanent=False) from None
-            time.sleep(delay)
+            time.sleep(max(pause, wanted))
             attempt += 1
 
     def _follow(self, url: str, headers: dict[str, str], deadline: float) -> bytes:
@@ -787,6 +793,8 @@ class Fetcher:
                     target = requests.Session().get_redirect_target(response)
                     if target is None:
                         return self._body(response, deadline)
+            except UnicodeDecodeError:
+                raise Rejected("not a valid URL") from None  # a redirect's
             except (OSError, ValueError, urllib3.exceptions.HTTPError) as error:
                 raise Rejected(network_reason(error), False, retry_after=0) from None
             request = prepare(request.url or "", target, {})  # the headers were for the first alone
@@ -856,8 +864,8 @@ def refusal(response: requests.Response) -> Rejected:
     reason = f"HTTP {code} {http.client.responses.get(code, '')}".strip()
     if 200 <= code < 500 and code not in (408, 425, 429):
         return Rejected(reason, code not in (401, 402, 403, 407))  # a block may be lifted
-    wait = float(seconds) if re.fullmatch(r"\d+", seconds, re.ASCII) else 0.0
-    return Rejected(reason, False, retry_after=wait if wait < READ_SECONDS else None)
+    wanted = float(seconds) if re.fullmatch(r"\d+", seconds, re.ASCII) else 0.0
+    return Rejected(reason, False, retry_after=wanted)
 
 
 def read_file(path: Path) -> bytes:
@@ -883,9 +891,7 @@ def decode(data: bytes) -> Image.Image:
         raise Rejected(f"smaller than {MIN_SIDE} pixels a side")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise Rejected(f"a strip, more than {MAX_ASPECT} times as long as wide")
-    # Where a copy stopped halfway, and the rest is zeros, these make some picture of them
-    packed = image.format in ("JPEG", "MPO", "WEBP", "AVIF", "HEIF")
-    if packed and data.endswith(bytes(4096)) and not data.rstrip(b"\0").endswith(b"\xff\xd9"):
+    if zeros_at_end(image, data):
         raise Rejected(BROKEN)
     # JPEG's decoder can shrink by 2, 4 or 8 as it goes; the others take no draft
     shrink = max(1.0, min(width, height) / (KEEP_SCALE * SIDE))
@@ -899,6 +905,16 @@ def decode(data: bytes) -> Image.Image:
         result.getexif()[0x0112] = image.getexif().get(0x0112, 1)
         ImageOps.exif_transpose(result, in_place=True)
     return result
+
+
+def zeros_at_end(image: Image.Image, data: bytes) -> bool:
+    """Whether a copy stopped halfway, its rest zeros: these formats make some picture of them."""
+    if image.format in ("JPEG", "MPO"):
+        return data.endswith(bytes(4096)) and b"\xff\xd9" not in data.rstrip(b"\0")[-4096:]
+    if image.format == "WEBP":
+        data = data[: 8 + int.from_bytes(data[4:8], "little")]  # what follows is not its own
+    packed = image.format in ("WEBP", "AVIF", "HEIF")  # EXIF may end in zeros, and is at the end
+    return packed and data.endswith(bytes(4096)) and not image.info.get("exif")
 
 
 # Other Pillow plugins stay shut: some start programs (EPS), none is a product photo.
@@ -1253,7 +1269,12 @@ class ClipEncoder:
 
     def embed(self, batch: list[Loaded]) -> list[Result]:
         """The batch with vectors in the place of pixels."""
-        vectors = self.encode(np.stack([loaded.pixels for loaded in batch]))
+        try:
+            vectors = self.encode(np.stack([loaded.pixels for loaded in batch]))
+        except RuntimeError as error:  # memory of the device that is not there, say
+            trouble = f"the model failed on {len(batch)} images at once"
+            fix = "try a smaller --batch-size, or another --device"
+            raise RunError(f"{trouble} ({shorten(str(error), 100)}): {fix}") from None
         return [
             Embedded(loaded.asset, vector)
             if np.isfinite(vector).all()

@@ -468,7 +468,7 @@ def test_retry_after_is_respected(host):
     assert times[1] - times[0] > 1.5
 
 
-@pytest.mark.parametrize("value", ["3600", "99999999999999999999999"])
+@pytest.mark.parametrize("value", ["21", "3600", "99999999999999999999999"])
 def test_a_retry_after_beyond_the_deadline_ends_it_at_once(host, value):
     host.files["/a.png"] = status(429, ("Retry-After", value))
     started = time.monotonic()
@@ -546,7 +546,7 @@ def test_a_redirect_leads_to_http_and_https_only(host, target):
     assert error.permanent
 
 
-@pytest.mark.parametrize("target", ["http://[::1", "http://a b/", "http://h:99999/"])
+@pytest.mark.parametrize("target", ["http://[::1", "http://a b/", "http://h:99999/", "/\xe9.png"])
 def test_a_redirect_to_nowhere_is_a_failure(host, target):
     host.files["/a.png"] = redirect(target)
     assert outcome(refused(host.url_of("/a.png"))) == ("not a valid URL", True)

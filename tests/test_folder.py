@@ -13,6 +13,8 @@ import pytest
 from conftest import TINY_VERSION, Cli, model_settings, wait_until
 from PIL import Image
 
+from generate_embeddings import Embedded, Failed, FolderStore, Settings, Stop
+
 FILE = "product_embeddings.sqlite3"
 COLUMNS = "asset_id modified model_version embedding stage reason permanent created_at updated_at"
 COLUMNS = COLUMNS.split()
@@ -327,6 +329,14 @@ def test_two_processes_on_one_folder_wait_for_each_other(cli, many):
     assert [end.code for end in ends] == [0, 0], [end.err for end in ends]
     assert len(stored(folder)) == 60
     assert query(folder, "pragma integrity_check") == [("ok",)]
+
+
+def test_another_runs_failure_leaves_a_vector_alone(small):
+    both = [FolderStore(Settings(local=small), Stop()) for _ in range(2)]
+    assets = [store.status() and next(store.pages())[0] for store in both]
+    both[0].save([Embedded(assets[0], np.ones(512, np.float32))])
+    both[1].save([Failed(assets[1], "decode", "takes too long", True)])
+    assert stored(small).keys() == {"china.jpg"}
 
 
 def test_a_locked_file_is_waited_for(cli, small):

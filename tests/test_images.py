@@ -811,10 +811,19 @@ def test_a_copy_that_stopped_halfway_is_broken_though_zeros_fill_it_up(kind, opt
         assert "broken" in str(refused(data[:kept] + bytes(len(data) - kept)))
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "MPO", "PNG", "GIF"])
-def test_zeros_after_the_end_of_a_file_do_no_harm(cat, kind):
+@pytest.mark.parametrize("kind", ["JPEG", "MPO", "PNG", "GIF", "WEBP"])
+@pytest.mark.parametrize("end", [bytes(9999), b"made by a scanner" + bytes(9999)])
+def test_zeros_after_the_end_of_a_file_do_no_harm(cat, kind, end):
     data = saved(cat, kind)
-    assert np.array_equal(seen(data + bytes(9999)), seen(data))
+    assert np.array_equal(seen(data + end), seen(data))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "AVIF", "HEIF"])
+def test_zeros_that_are_room_in_the_exif_data_do_no_harm(cat, kind):
+    made = Image.Exif()
+    made[0xEA1C] = bytes(9999)  # as Windows leaves it
+    padded = saved(cat, kind, exif=made.tobytes())
+    assert np.array_equal(seen(padded), seen(saved(cat, kind)))
 
 
 @PILLOW_WARNS

@@ -290,6 +290,13 @@ def test_a_device_that_is_not_there_is_named(cli, folder):
     assert run.counts["attempted"] == 0
 
 
+def test_a_batch_that_does_not_fit_says_so(tiny):
+    encoder = tiny_encoder(tiny)
+    batch = [script.Loaded(script.Asset(n, ""), np.zeros((3, 96, 96), np.float32)) for n in (1, 2)]
+    with pytest.raises(script.RunError, match=r"failed on 2 images at once \(.+--batch-size"):
+        encoder.embed(batch)  # of a size for which the model has no positions
+
+
 def test_numbers_that_are_not_finite_cost_their_own_image_alone(tiny):
     pixels = np.random.default_rng(0).normal(size=(8, 3, 224, 224)).astype(np.float32)
     pixels[3] = np.nan
