@@ -175,7 +175,7 @@ def time_stores(stack, host, when, batches=120):
     caller = Caller(stack)
     for number in range(2 * batches):
         ids = [str(uuid.uuid4()) for _ in range(BATCH)]
-        image = host.url_of("/new.jpg")
+        image = host.url_of("/flower.jpg")
         stack.add_assets((asset_id, image, "new") for asset_id in ids)
         ((image_hash,),) = stack.sql("select hashtextextended(%s, 0)", [image])
         vectors = made_vectors(
