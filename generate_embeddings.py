@@ -679,6 +679,7 @@ class FolderStore:
 
 
 def unreadable(error: OSError) -> None:
+    """Ends the run: what a folder does not show must not count as deleted. Raises RunError."""
     raise RunError(f"{error.filename} can't be read ({error.strerror}): nothing was changed")
 
 
