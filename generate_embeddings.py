@@ -12,13 +12,40 @@
 # ///
 """Give every product image in a Supabase database (or a folder) a CLIP embedding.
 
-    find pending assets -> load (fetch, decode) -> embed -> store -> report
+    find pending assets -> fetch -> decode -> embed -> store -> report
 
+Words
     asset     one product image to embed: an id and where its image is
     pending   without an embedding of this model version; the store says which assets are
+    store     where assets and embeddings are: a Supabase database, or a folder
     levels    a uint8 array (224, 224, 3), what CLIP sees of an image
     pixels    the same as float32 (3, 224, 224), normalised: what its image tower takes
     vector    a float32 array (512,) of unit length, what that gives
+
+Sections, in the order in which a run meets them
+    The story        main, embed_all, Report: a run from its first question to its report
+    Words            what the sections hand to each other, errors, the Store protocol
+    The run          Run (one loop), Task, Hosts, Progress, Stop
+    Stores           SupabaseStore, FolderStore
+    Fetching         Guard, Fetcher, and what a host's answer means
+    Pictures         from a file's bytes to levels; the decoders' processes
+    Model            the image tower, its weights and their download
+    The page         --gallery
+    Command line     flags, settings, what is said on the terminal
+
+Who runs where
+    The main thread runs the loop of Run. It alone touches the Run and the Report.
+    A pool of threads has one task each at a time: load the model, find a page, fetch or decode
+    an image, store a batch. A second pool embeds, one thread a core.
+    Decoders are processes, one a core: what a file claims is not what it holds.
+
+What must be called before what
+    Store.status before Store.pages, and pages once. Stop.listen before Run.loop.
+
+What an upgrade of a package may break, as no documentation promises it
+    urllib3     connection._new_conn, connection._dns_host (Guard)
+    torch       torch.ops.mkldnn._linear_pointwise, _reorder_linear_weight (ImageTower)
+    tqdm        bar.initial, bar.start_t (Progress)
 
 Exit codes: 0 all done, 1 some assets failed, 2 could not run, 130 interrupted (143 by SIGTERM).
 """
@@ -29,9 +56,11 @@ import os
 import signal
 import sys
 
-if __name__ == "__main__":  # a stop while the imports go on: no traceback
+if __name__ == "__main__":
+    # A stop while the imports go on ends at once, without a traceback.
     for _number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(_number) != signal.SIG_IGN:  # as a background job's is
+        # A background job's are ignored, and stay so.
+        if signal.getsignal(_number) != signal.SIG_IGN:
             signal.signal(_number, lambda number, _: os._exit(128 + number))
 if sys.version_info < (3, 11):
     print("error: Python 3.11 or later is needed, not " + sys.version.split()[0], file=sys.stderr)
@@ -40,6 +69,7 @@ if sys.version_info < (3, 11):
 import argparse
 import base64
 import contextlib
+import difflib
 import html
 import http.client
 import io
@@ -58,17 +88,18 @@ import sqlite3
 import textwrap
 import threading
 import time
+import unicodedata
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 from urllib.parse import unquote, urljoin, urlsplit
 from urllib.request import DataHandler, Request
-from zlib import crc32
 
 INSTALL = (
     "run pip install -r requirements.txt in an active virtual environment "
@@ -87,55 +118,209 @@ except ImportError as error:
     print(f"error: {error}: {INSTALL}", file=sys.stderr)
     sys.exit(2)
 
-log = logging.getLogger("generate_embeddings")
+# torch, transformers and supabase are imported where they are used: they take seconds, which
+# a usage error or a run with nothing to do need not wait for.
 
-# ------------------------------------------------------------------ the contract
+log = logging.getLogger("generate_embeddings")
 
 VERSION = "2.0"
 MODEL_ID = "openai/clip-vit-base-patch32"
 MODEL_REVISION = "3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268"  # pinned: vectors must not drift
 MODEL_VERSION = "clip-vit-base-patch32"  # what rows carry; another value counts as lacking
-HERE = Path(__file__).resolve().parent
-MODEL_CACHE = HERE / ".cache" / "transformers"
-VIT_B_32: dict[str, Any] = {"num_hidden_layers": 12, "hidden_size": 768, "patch_size": 32}
-VIT_B_32 |= {"num_attention_heads": 12, "intermediate_size": 3072, "hidden_act": "quick_gelu"}
 CONTRACT = 1  # the version of schema.sql's functions
-DIMENSIONS = 512
+DIMENSIONS = 512  # of a vector
 SIDE = 224  # pixels; CLIP sees a square
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, by channel
-STD = (0.26862954, 0.26130258, 0.27577711)
+HERE = Path(__file__).resolve().parent
 
-MAX_BYTES = 50 * 2**20  # of one image file
-HEAVY_BYTES = 4 * 2**20  # of files above this at most HEAVY_FILES are downloaded at once
-HEAVY_FILES = 4
-MIN_SIDE = 16  # pixels; below it: tracking pixels and spacers
-MAX_ASPECT = 100  # above it: rules and borders, of which CLIP would see a sliver
-KEEP_SCALE = 3  # large images are first reduced to at least this many times SIDE
-DECODE_SECONDS = 5  # of a core for one image; the largest honest ones take 2
-DECODE_MB = 400  # of memory for one image, on each core: 45 megapixels in four channels, twice
-DECODE_PATIENCE = 60.0  # seconds, on however busy a machine, until a decoder counts as hung
+# ================================================================================ The story
 
-# A core embeds 10 (float32) to 40 images/s, more in batches; a host 300 ms away gives a worker 3
-WORKERS_PER_CORE = 8
-MOST_WORKERS = 64  # more at once few image hosts like
-SLOW_SECONDS = 4.0  # a download that takes longer makes room for another
-MOST_SLOW = 64  # downloads that do
-FETCH_ATTEMPTS = 4
-MAX_REDIRECTS = 5
-READ_SECONDS = 10.0  # between two packets; the deadline for the whole is FETCH_SECONDS
-HOST_FAILURES = 20  # in a row, none an image's own: the host's other images are left
-HOSTS_DOWN = 3  # one after the other, with no image between: the network is gone
 
-PAGE_ROWS = 250
-WRITE_ROWS = 50  # results to a call; with an index at a million rows far below the 8 s timeout
-WRITE_SECONDS = 2.0  # a result waits no longer than this, but for the batch before its own
-ANSWER_SECONDS = 58.0  # of the database, for one question: Supabase's API ends calls after 60
-CHECK_SECONDS = 5.0  # patience with the database before the run, when the URL may be wrong
-POLL_SECONDS = 0.2  # how soon Ctrl-C is noticed
-ECHO_SECONDS = 0.5  # signals that are this close count as one: timeout(1) sends each of its twice
-LOG_EVERY = 10  # images, where there is no terminal
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    if sys.stderr is None:  # 2>&-
+        # The next file that is opened must not get its number.
+        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
+    stop = Stop()
+    try:
+        flags = read_flags(argv)
+        set_up_output("verbose" in flags)
+        if "version" in flags:
+            say_version()
+            return 0
+        code = embed_all(read_settings(flags), stop)
+        return stop.code or code
+    except RunError as error:
+        trouble = str(error)
+    except ImportError as error:
+        trouble = f"{error}: {INSTALL}"
+    except Exception as error:
+        # A defect. Exit code 1 would say that some images failed.
+        log.debug("", exc_info=True)
+        trouble = f"unexpected {type(error).__name__}: {error}; -v says more"
+    say_error(trouble)
+    return stop.code or 2
 
-# ------------------------------------------------------------------ types
+
+def embed_all(settings: Settings, stop: Stop) -> int:
+    """A run, from the first question to the printed report. Returns the exit code."""
+    store = open_store(settings, stop)
+    status = status_in_time(store)
+    report = Report(status, settings)
+    log.info("%s%s to do", status, f"{report.pending:,}")
+    if settings.dry_run:
+        say_what_would_be_done(store, settings, report)
+        return 0
+
+    try:
+        if report.pending:
+            log.info("vectors go to %s", store.place)
+            log.info("loading the model")
+            stop.listen()
+            Run(store, settings, report, stop).loop()
+        elif status.assets:
+            log.info("nothing to do")
+        else:
+            log.info("nothing to do: there are no assets yet")
+    finally:
+        report.print()
+
+    if stop.code:
+        log.info("stopped: run the same command again to go on")
+    elif settings.gallery:
+        write_gallery(store, settings, report.summary())
+    elif settings.local and report.embedded and sys.stderr.isatty():
+        log.info("next: --gallery FILE.html shows what looks alike; README.md: with Supabase")
+    return report.exit_code
+
+
+def open_store(settings: Settings, stop: Stop) -> Store:
+    """Where this run's assets and embeddings are."""
+    if settings.local:
+        return FolderStore(settings)
+    return SupabaseStore(settings, stop)
+
+
+def status_in_time(store: Store) -> Status:
+    """The store's status; raises RunError where it does not come, as a database may drip."""
+    try:
+        return ThreadPoolExecutor(1).submit(store.status).result(store.longest)
+    except TimeoutError:
+        raise RunError(f"{SILENCE} for {store.longest:.0f} s: {CHECK_URL}") from None
+
+
+def say_what_would_be_done(store: Store, settings: Settings, report: Report) -> None:
+    """Prints what --dry-run is asked for, with the first few assets."""
+    goal = report.pending
+    if settings.limit:
+        goal = min(goal, settings.limit)
+    print(f"Would embed {counted(goal, 'asset')} as {settings.model_version}")
+    first_page = next(store.pages(), [])
+    for asset in first_page[: min(5, goal)]:
+        print(printable(f"  {asset}"))
+
+
+class Report:
+    """The counts of a run. An asset was attempted once the store took or refused its result.
+
+    Always: attempted == embedded + failed.
+    """
+
+    MOST_REASONS = 50  # lines; a catalog may have a reason for each image
+    MOST_EXAMPLES = 3  # assets to a reason
+
+    def __init__(self, status: Status, settings: Settings) -> None:
+        self.status = status  # as the run found it
+        self.known_failures = 0  # of earlier runs, which this one does not try
+        if not settings.retry_failed:
+            self.known_failures = status.failed_for_good + status.waiting
+        self.pending = status.assets - status.done - self.known_failures
+        self.found = 0  # pending assets that came by
+        self.found_all = False
+        self.embedded = 0  # and stored
+        self.gone = 0  # pending no more, though not by this run
+        self.reasons: Counter[str] = Counter()  # of what failed
+        self.examples: dict[str, list[Asset]] = {}  # by reason
+        self.set_aside: Counter[str] = Counter()  # what was not attempted, by why
+        self.started = time.monotonic()
+
+    @property
+    def failed(self) -> int:
+        return self.reasons.total()
+
+    @property
+    def attempted(self) -> int:
+        return self.embedded + self.failed
+
+    @property
+    def left(self) -> int:
+        """Assets that are still pending."""
+        known = self.found
+        if not self.found_all:
+            known = max(self.pending, self.found)
+        return known - self.attempted - self.gone
+
+    @property
+    def exit_code(self) -> int:
+        """Of a run that came to its end."""
+        return 1 if self.failed else 0
+
+    def count(self, result: Result, outcome: Outcome) -> None:
+        """Takes what the store says became of a result."""
+        if outcome.name == "stored":
+            self.embedded += 1
+        elif outcome.name in SET_ASIDE:
+            self.set_aside[SET_ASIDE[outcome.name]] += 1
+            if outcome.name in GONE:
+                self.gone += 1
+        elif isinstance(result, Failed):
+            self._count_failure(result.asset, str(result))
+        else:
+            self._count_failure(result.asset, f"store: {outcome.reason}")
+
+    def _count_failure(self, asset: Asset, reason: str) -> None:
+        self.reasons[reason] += 1
+        examples = self.examples.setdefault(reason, [])
+        if len(examples) < self.MOST_EXAMPLES:
+            examples.append(asset)
+
+    def summary(self) -> str:
+        """The state of the catalog in one line."""
+        done = self.status.done + self.embedded
+        failed = self.failed + self.known_failures
+        counts = f"{self.status.assets:,} assets: {done:,} embedded, {failed:,} failed"
+        return f"{counts}, {self.left:,} left"
+
+    def print(self) -> None:
+        """Prints the report to stdout."""
+        with contextlib.suppress(OSError):  # as in: ... | head -1
+            for line in self.lines():
+                print(printable(line))
+            sys.stdout.flush()
+
+    def lines(self) -> Iterator[str]:
+        """What is printed at the end; the last line is for programs."""
+        seconds = time.monotonic() - self.started
+        yield f"Embedded {self.embedded:>9,}"
+        yield f"Failed   {self.failed:>9,}"
+        for reason, count in self.reasons.most_common(self.MOST_REASONS):
+            yield f"  {count:>6,}  {reason}"
+            for asset in self.examples[reason]:
+                yield f"          {asset}"
+        if self.known_failures:
+            known = plural(self.known_failures, "known failure")
+            yield f"Skipped  {self.known_failures:>9,}  {known}; --retry-failed tries them"
+        yield f"Left     {self.left:>9,}"
+        for why, count in self.set_aside.most_common(self.MOST_REASONS):
+            yield f"  {count:>6,}  {why}"
+        yield f"Elapsed  {seconds:>8.1f}s"
+        yield (
+            f"embedded={self.embedded} failed={self.failed} left={self.left} "
+            f"attempted={self.attempted} skipped={self.known_failures} gone={self.gone} "
+            f"seconds={seconds:.1f}"
+        )
+
+
+# ==================================================================================== Words
 
 
 class RunError(Exception):
@@ -143,57 +328,19 @@ class RunError(Exception):
 
 
 class Rejected(Exception):  # noqa: N818 - no error of the program
-    """One image can't be used. `permanent`: trying again later would give the same.
-    `retry_after`: seconds until another attempt in this run may help; None: none will."""
+    """An image can't be used, for good: another try would give the same."""
 
-    def __init__(
-        self, reason: str, permanent: bool = True, retry_after: float | None = None
-    ) -> None:
+
+class NotNow(Exception):  # noqa: N818
+    """An image can't be had in this run; a later one may have it."""
+
+
+class TryAgain(NotNow):
+    """An image can't be had now; another attempt in this run may help, after some seconds."""
+
+    def __init__(self, reason: str, after: float) -> None:
         super().__init__(reason)
-        self.permanent, self.retry_after = permanent, retry_after
-
-
-def setting(default: Any, pattern: str, advice: str, *names: str) -> Any:
-    """A field of Settings that the environment or .env gives by the first of these names: what
-    the pattern's group holds. What does not match it is refused with the advice."""
-    metadata = {"pattern": pattern, "advice": advice, "names": names}
-    return field(default=default, repr=False, metadata=metadata)
-
-
-URL_ADVICE = "is not like https://abcdefghijkl.supabase.co: copy the project's URL from the "
-URL_ADVICE += "dashboard (Connect), not the dashboard's own address, nor the key"
-KEY_ADVICE = "copy a secret key (sb_secret_...) from the dashboard, Settings > API Keys"
-NO_KEY = f"is no secret key, nor a legacy service_role key: {KEY_ADVICE}"
-A_URL = r"(https?://(?!YOUR-PROJECT)[\w-]+(?:\.[\w-]+)*(?::\d{1,5})?)(?:/rest/v1)?/?"
-A_KEY = r"(sb_secret_[\w-]+|[\w-]+\.[\w-]+\.[\w-]+)"
-A_TEXT, NO_TEXT = r"([^\x00-\x1f\x7f-\x9f\ud800-\udfff]+)", "has a control character in it"
-A_NUMBER, NO_NUMBER = r"(\d+(?:\.\d+)?)", "is not a number of seconds"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything a run depends on: the command line's flags, then the settings."""
-
-    local: Path | None = None
-    limit: int | None = None
-    client: str | None = None
-    shard: tuple[int, int] = (1, 1)
-    workers: int = 8
-    batch_size: int = 1
-    dtype: str = "float32"
-    device: str = "cpu"
-    gallery: Path | None = None
-    dry_run: bool = False
-    retry_failed: bool = False
-    verbose: bool = False
-    url: str = setting("", A_URL, URL_ADVICE, "SUPABASE_URL", "NEXT_PUBLIC_SUPABASE_URL")
-    key: str = setting("", A_KEY, NO_KEY, "SUPABASE_SECRET_KEY", "SUPABASE_SERVICE_ROLE_KEY")
-    model_version: str = setting(MODEL_VERSION, A_TEXT, NO_TEXT, "MODEL_VERSION")
-    clip_model: str = setting("", A_TEXT, NO_TEXT, "CLIP_MODEL")
-    fetch_seconds: float = setting(30.0, A_NUMBER, NO_NUMBER, "FETCH_SECONDS")
-    db_retry_seconds: float = setting(180.0, A_NUMBER, NO_NUMBER, "DB_RETRY_SECONDS")
-    private_hosts: bool = setting(False, "([01])", "is not 0 or 1", "ALLOW_PRIVATE_IMAGE_HOSTS")
-    key_source: str = "SUPABASE_SECRET_KEY"  # the setting that it is of, and where that was read
+        self.after = after
 
 
 Id = str | int  # uuid and text come as str
@@ -215,7 +362,16 @@ class Asset(NamedTuple):
         return ""
 
     def __str__(self) -> str:
-        return self.image if self.id == self.image else f"{self.id}  {shorten(self.image)}"
+        if self.id == self.image:
+            return self.image
+        return f"{self.id}  {shorten(self.image)}"
+
+
+class Place(NamedTuple):
+    """Where an image is, and the headers to send there."""
+
+    where: str | Path  # a URL, or a file
+    headers: Mapping[str, str]
 
 
 class Loaded(NamedTuple):
@@ -238,7 +394,7 @@ class Failed(NamedTuple):
     asset: Asset
     stage: str
     reason: str
-    permanent: bool = False
+    permanent: bool
 
     def __str__(self) -> str:
         return f"{self.stage}: {self.reason}"
@@ -247,89 +403,543 @@ class Failed(NamedTuple):
 Result = Embedded | Failed
 
 
-class Status(NamedTuple):
-    """How many assets there are of the run's client and shard."""
+class Outcome(NamedTuple):
+    """What became of a result in the store.
 
-    assets: int
-    done: int
-    failed: int  # for good
-    waiting: int = 0  # failed several times: not yet tried again
+    stored, noted (a failure) and refused (by the store: the reason says why) are attempts.
+    The others, in SET_ASIDE, are none.
+    """
 
-    def __str__(self) -> str:
-        counts = {"done": self.done, "failed for good": self.failed}
-        counts["failed before, tried later"] = self.waiting
-        told = "".join(f"{n:,} {what}, " for what, n in counts.items() if n)
-        return f"{self.assets:,} asset{'s' * (self.assets != 1)}: {told}"
+    name: str
+    reason: str = ""
 
 
-# Outcomes of schema.sql's store_embeddings that make no attempt
-ASIDE = {
+SET_ASIDE = {
     "deleted": "deleted meanwhile",
     "superseded": "done by another run meanwhile",
     "changed": "got another image meanwhile: for the next run",
     "busy": "in the app's hands: for the next run",
 }
+GONE = ("deleted", "superseded")  # pending no more
 
 
-class Report:
-    """The counts of a run. An asset was attempted once the store took or refused its result."""
+class Status(NamedTuple):
+    """How many assets there are of the run's client and shard."""
 
-    def __init__(self, pending: int, skipped: int) -> None:
-        self.pending = pending  # as counted before the run
-        self.skipped = skipped  # failures of earlier runs that are not tried
-        self.found = 0  # pending assets that came by
-        self.found_all = False
-        self.embedded = 0  # and stored
-        self.gone = 0  # pending no more, though not by this run
-        self.failures: Counter[str] = Counter()  # by what happened
-        self.examples: dict[str, list[Asset]] = {}
-        self.aside: Counter[str] = Counter()  # not attempted, by what happened
-        self.started = time.monotonic()
+    assets: int
+    done: int
+    failed_for_good: int
+    waiting: int = 0  # failed several times: not yet tried again
+
+    def __str__(self) -> str:
+        told = []
+        if self.done:
+            told.append(f"{self.done:,} done")
+        if self.failed_for_good:
+            told.append(f"{self.failed_for_good:,} failed for good")
+        if self.waiting:
+            told.append(f"{self.waiting:,} failed before, tried later")
+        told.append("")
+        return f"{counted(self.assets, 'asset')}: " + ", ".join(told)
+
+
+class Store(Protocol):
+    """Where assets and embeddings are, and what a run asks and tells there.
+
+    `status` is called first, then `pages`, once. `locate` is called from many threads at once,
+    `save` from one at a time, beside the walk through `pages`. `gallery` comes after the run.
+    All may raise RunError, which ends the run. An image may change between `pages` and `save`:
+    the asset's `mark` comes back with its result, and the store answers "changed".
+    """
+
+    place: str  # in words, for the log
+    longest: float  # seconds: a call that takes longer counts as hung
+
+    def status(self) -> Status:
+        """What there is; asked before anything heavy is loaded."""
+
+    def pages(self) -> Iterator[list[Asset]]:
+        """Pending assets in a fixed order, a page at a time and each once. Those that failed in
+        an earlier run come last, so that they never keep the others waiting."""
+
+    def locate(self, asset: Asset) -> Place:
+        """Where an image is; raises Rejected or NotNow."""
+
+    def save(self, results: list[Result]) -> list[Outcome]:
+        """Stores vectors and notes failures, all or nothing; an outcome for each result."""
+
+    def gallery(self) -> Any:
+        """What the page shows."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that a run depends on: the flags of the command line, then the settings that
+    come from the environment or .env (see SETTINGS). A new one: a field here, and an entry in
+    `parser` or SETTINGS."""
+
+    local: Path | None = None
+    limit: int | None = None
+    client: str | None = None
+    shard: Shard | None = None
+    workers: int = 8
+    batch_size: int = 1
+    dtype: str = "float32"
+    device: str = "cpu"
+    gallery: Path | None = None
+    dry_run: bool = False
+    retry_failed: bool = False
+    verbose: bool = False
+
+    url: str = field(default="", repr=False)
+    key: str = field(default="", repr=False)
+    model_version: str = MODEL_VERSION
+    clip_model: str = ""
+    fetch_seconds: float = 30.0
+    db_retry_seconds: float = 180.0
+    private_hosts: bool = False
+    storage_buckets: str = ""
+    key_source: str = ""  # the setting that the key is of, and where that was read
+
+
+class Shard(NamedTuple):
+    """One of several parts of a catalog, counted from 1."""
+
+    part: int
+    parts: int
+
+
+def printable(text: str) -> str:
+    """Text from outside on its way to the screen: one line, no escape codes."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def shorten(text: str, width: int = 60) -> str:
+    """The text in at most `width` characters, its middle left out."""
+    if len(text) <= width:
+        return text
+    half = width // 2 - 2
+    return f"{text[:half]}...{text[-half:]}"
+
+
+def plural(count: int, noun: str) -> str:
+    """The noun as it follows that number."""
+    return noun if count == 1 else f"{noun}s"
+
+
+def counted(count: int, noun: str) -> str:
+    """A number of things, in words."""
+    return f"{count:,} {plural(count, noun)}"
+
+
+# ================================================================================== The run
+
+# A core embeds 10 (float32) to 40 images/s, more in batches; a host 300 ms away gives a worker 3
+WORKERS_PER_CORE = 8
+MOST_WORKERS = 64  # more at once few image hosts like
+SLOW_SECONDS = 4.0  # a download that takes longer makes room for another
+MOST_SLOW = 64  # downloads that do
+HOST_FAILURES = 20  # in a row, none an image's own: the host counts as down
+HOSTS_DOWN = 3  # one after the other, with no answer between: the network is gone
+REFUSALS = 20  # of vectors, for one reason, with none stored: the rest would fare no better
+
+PAGE_ROWS = 250  # assets to a page
+WRITE_ROWS = 50  # results to a call; with an index at a million rows far below the 8 s timeout
+WRITE_SECONDS = 2.0  # a result waits no longer than this, but for the batch before its own
+POLL_SECONDS = 0.2  # how soon Ctrl-C is noticed
+ECHO_SECONDS = 0.5  # signals that are this close count as one: timeout(1) sends each of its twice
+BACKGROUND_THREADS = 9999  # without end: a download that hangs keeps its thread
+
+
+@dataclass(eq=False)
+class Task:
+    """Work under way in a pool, and what the loop does with what comes of it.
+
+    `take` gets what the work returned, `fail` the exception that it raised, both in the loop's
+    thread. A task that takes longer than `patience` seconds is given up: `fail` gets `late`, and
+    whatever the work returns later is dropped.
+    """
+
+    step: str  # model, find, fetch, decode, embed or store
+    take: Callable[[Any], None]
+    fail: Callable[[Exception], None]
+    images: int = 1  # that it is about
+    patience: float = math.inf
+    late: Exception | None = None
+    since: float = field(default_factory=time.monotonic)
 
     @property
-    def failed(self) -> int:
-        return self.failures.total()
+    def age(self) -> float:
+        """Seconds since its start."""
+        return time.monotonic() - self.since
+
+
+class Run:
+    """Find, fetch, decode, embed and store: steps in the background, and one loop in this thread
+    that takes what they give and starts what is next.
+
+    What is in memory is bounded by the settings: see `room_for_loads`. What is done first goes on
+    first, so that a slow host delays its own images alone. On CPUs each core embeds a batch of
+    its own in one thread: threads that share an image wait for each other at every layer.
+
+    A run ends early, and what is embedded by then is stored, when
+        somebody stops it (Stop): exit code 130, 143 or 129;
+        a step raises RunError, or anything unforeseen: exit code 2;
+        the network is gone (Hosts): exit code 2;
+        the database refuses every vector for one reason: exit code 2.
+    """
+
+    def __init__(self, store: Store, settings: Settings, report: Report, stop: Stop) -> None:
+        self.store = store
+        self.settings = settings
+        self.report = report
+        self.stop = stop
+        self.lanes = cores() if settings.device == "cpu" else 1  # batches embedded at once
+        self.limit = settings.limit or sys.maxsize
+        self.loader = Loader(store, settings)
+        self.pages = store.pages()
+        self.encoder: ClipEncoder | None = None  # until the model is loaded
+        self.hosts = Hosts()
+        self.progress = Progress(min(report.pending, self.limit))
+        self.found: deque[Asset] = deque()  # to be loaded
+        self.ready: list[Loaded] = []  # to be embedded
+        self.results: list[Result] = []  # to be stored
+        self.store_by = 0.0  # the moment at which they must be; the first of all at once
+        self.line_is_slow = False  # the last image that came was slow
+        self.trouble: Exception | None = None  # what ends the run
+        self.storing = True  # until the store gives up
+        self.tasks: dict[Future[Any], Task] = {}
+        self.finished: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
+        self.embedders = ThreadPoolExecutor(self.lanes)
+        self.background = ThreadPoolExecutor(BACKGROUND_THREADS)
+
+    def loop(self) -> None:
+        """Returns when there is no more to do; raises what ended the run before that."""
+        self.start(Task("model", self.take_model, self.end), ClipEncoder, self.settings)
+        with self.progress:
+            while True:
+                if not self.ending:
+                    self.start_loads()
+                    self.start_find()
+                    self.start_embeds()
+                self.start_store()
+                if not self.under_way(*self.awaited):
+                    break
+                self.take_what_finished()
+                self.give_up_what_hangs()
+        if not self.trouble and self.hosts.network_is_gone:
+            self.trouble = self.hosts.explain()
+        if self.trouble:
+            raise self.trouble
 
     @property
-    def attempted(self) -> int:
-        return self.embedded + self.failed
+    def ending(self) -> bool:
+        """Whether nothing new is begun: what is embedded is stored, and then the run ends."""
+        return bool(self.trouble or self.stop.code or self.hosts.several_in_a_row)
 
     @property
-    def left(self) -> int:
-        """Assets that are still pending."""
-        known = self.found if self.found_all else max(self.pending, self.found)
-        return known - self.attempted - self.gone
+    def awaited(self) -> tuple[str, ...]:
+        """The steps that the run waits for before it ends."""
+        if self.ending:
+            return ("embed", "store")
+        return ("model", "find", "fetch", "decode", "embed", "store")
 
-    def count(self, result: Result, outcome: str, reason: str) -> None:
-        """Takes what the store says became of a result."""
-        if outcome in ASIDE:
-            self.aside[ASIDE[outcome]] += 1
-            self.gone += outcome in ("deleted", "superseded")
-        elif outcome == "stored":
-            self.embedded += 1
+    # Tasks, in general
+
+    def start(self, task: Task, work: Callable[..., Any], *arguments: Any) -> None:
+        pool = self.embedders if task.step == "embed" else self.background
+        future = pool.submit(work, *arguments)
+        self.tasks[future] = task
+        future.add_done_callback(self.finished.put)
+
+    def under_way(self, *steps: str) -> list[Task]:
+        return [task for task in self.tasks.values() if task.step in steps]
+
+    def take_what_finished(self) -> None:
+        """Waits a moment for a task to finish, and takes what it gave."""
+        try:
+            future = self.finished.get(timeout=POLL_SECONDS)
+        except queue.Empty:
+            return
+        task = self.tasks.pop(future, None)
+        if task is None:
+            return  # it was given up before
+        error = future.exception()
+        if isinstance(error, Exception):
+            task.fail(error)
         else:
-            failed = str(result) if isinstance(result, Failed) else f"store: {reason}"
-            self.failures[failed] += 1
-            examples = self.examples.setdefault(failed, [])
-            examples += [result.asset] if len(examples) < 3 else []
+            task.take(future.result())
 
-    def lines(self) -> Iterator[str]:
-        """What is printed at the end; the last line is for programs."""
-        seconds = time.monotonic() - self.started
-        yield f"Embedded {self.embedded:>9,}"
-        yield f"Failed   {self.failed:>9,}"
-        for failed, count in self.failures.most_common(50):
-            yield f"  {count:>6,}  {failed}"
-            yield from (f"          {asset}" for asset in self.examples[failed])
-        if self.skipped:
-            known = f"known failure{'s' * (self.skipped != 1)}; --retry-failed tries them"
-            yield f"Skipped  {self.skipped:>9,}  {known}"
-        yield f"Left     {self.left:>9,}"
-        yield from (f"  {count:>6,}  {why}" for why, count in self.aside.most_common(50))
-        yield f"Elapsed  {seconds:>8.1f}s"
-        counts = f"embedded={self.embedded} failed={self.failed} left={self.left} "
-        counts += f"attempted={self.attempted} skipped={self.skipped} gone={self.gone}"
-        yield f"{counts} seconds={seconds:.1f}"
+    def give_up_what_hangs(self) -> None:
+        """For what no deadline further down covers: headers that drip, a dead file system."""
+        for future, task in list(self.tasks.items()):
+            if task.late and task.age > task.patience:
+                del self.tasks[future]
+                task.fail(task.late)
+
+    def end(self, error: Exception) -> None:
+        """Ends the run; the first error is the one that it ends with."""
+        self.trouble = self.trouble or error
+
+    # The model, and what is pending
+
+    def take_model(self, encoder: ClipEncoder) -> None:
+        self.encoder = encoder
+        self.progress.restart_clock()
+
+    def start_find(self) -> None:
+        if self.report.found_all or self.report.found >= self.limit:
+            return
+        if len(self.found) >= PAGE_ROWS or self.under_way("find"):
+            return
+        task = Task("find", self.take_page, self.end, patience=self.store.longest)
+        task.late = self.silence()
+        self.start(task, next, self.pages, None)
+
+    def take_page(self, page: list[Asset] | None) -> None:
+        if page is None:
+            self.report.found_all = True
+            return
+        wanted = page[: self.limit - self.report.found]
+        self.found += wanted
+        self.report.found += len(wanted)
+
+    def silence(self) -> RunError:
+        return RunError(f"{SILENCE} for {self.store.longest:.0f} s: {CHECK_URL}")
+
+    # Fetch, then decode
+
+    def start_loads(self) -> None:
+        room = self.room_for_loads()
+        while self.found and room > 0:
+            asset = self.found.popleft()
+            if self.hosts.is_down(asset.host):
+                why = f"of {asset.host}, which failed {HOST_FAILURES} times in a row"
+                self.report.set_aside[why] += 1
+                continue
+            self.start_fetch(asset)
+            room -= 1
+
+    def room_for_loads(self) -> int:
+        """How many more images may be fetched now.
+
+        As many are at work as --workers says, and one more for each download that is slow, unless
+        the line itself is. There are fewer where images wait for the model: that bounds memory.
+        """
+        loads = self.under_way("fetch", "decode")
+        waiting = len(self.ready) + sum(task.images for task in self.under_way("embed"))
+        most_waiting = 2 * (self.settings.workers + self.lanes * self.settings.batch_size)
+        room = min(self.settings.workers, most_waiting - waiting)
+        if not self.line_is_slow:
+            slow = [task for task in loads if task.age > SLOW_SECONDS]
+            room += min(len(slow), MOST_SLOW)
+        return room - len(loads)
+
+    def start_fetch(self, asset: Asset) -> None:
+        seconds = self.settings.fetch_seconds
+        task = Task("fetch", lambda data: None, partial(self.take_failure, asset, "fetch"))
+        task.take = partial(self.take_bytes, asset, task)
+        task.patience = seconds + 1
+        task.late = NotNow(not_in_time(seconds))
+        self.start(task, self.loader.fetch, asset)
+
+    def take_bytes(self, asset: Asset, fetch: Task, data: bytes) -> None:
+        self.line_is_slow = fetch.age > SLOW_SECONDS
+        self.hosts.answered(asset.host)
+        failed = partial(self.take_failure, asset, "decode")
+        self.start(Task("decode", self.take_loaded, failed), self.loader.load, asset, data)
+
+    def take_loaded(self, loaded: Loaded) -> None:
+        self.ready.append(loaded)
+
+    def take_failure(self, asset: Asset, stage: str, error: Exception) -> None:
+        """Makes the error that a load ended with the asset's failure, or the run's end."""
+        if isinstance(error, RunError):
+            self.end(error)
+            return
+        reason = str(error)
+        if not isinstance(error, Rejected | NotNow):
+            log.debug("%s", asset, exc_info=error)
+            reason = f"unexpected {type(error).__name__}"
+        failed = Failed(asset, stage, reason, permanent=isinstance(error, Rejected))
+        self.take_result(failed)
+        if stage != "fetch":
+            return
+        if failed.permanent:
+            self.hosts.answered(asset.host)
+        elif self.hosts.failed(asset.host):
+            left = "its other images are left for the next run"
+            log.warning("%s: %s; %s", asset.host, failed, left)
+
+    # Embed
+
+    def start_embeds(self) -> None:
+        """Gives each core a batch, and one to follow it. Batches are full ones, but where there
+        is nothing else to do."""
+        size = self.settings.batch_size
+        while self.encoder and self.ready:
+            batches = len(self.under_way("embed"))
+            if batches == 2 * self.lanes:
+                return
+            if batches and len(self.ready) < size:
+                return
+            batch = self.ready[:size]
+            self.ready = self.ready[size:]
+            task = Task("embed", self.take_results, self.end, images=len(batch))
+            self.start(task, self.encoder.embed, batch)
+
+    def take_results(self, results: list[Result]) -> None:
+        for result in results:
+            self.take_result(result)
+
+    def take_result(self, result: Result) -> None:
+        self.results.append(result)
+        failed = isinstance(result, Failed)
+        if failed:
+            log.debug("%s: %s", result.asset, result)
+        self.progress.step(failed)
+
+    # Store
+
+    def start_store(self) -> None:
+        """Stores a batch, one at a time: a full one, or what waited long enough, or the last."""
+        if not self.results or not self.storing or self.under_way("store"):
+            return
+        full = len(self.results) >= WRITE_ROWS
+        late = time.monotonic() > self.store_by
+        last = not self.under_way(*self.awaited)
+        if not (full or late or last):
+            return
+        batch = self.results[:WRITE_ROWS]
+        self.results = self.results[WRITE_ROWS:]
+        self.store_by = time.monotonic() + WRITE_SECONDS
+        task = Task("store", partial(self.take_outcomes, batch), self.end_storing)
+        task.patience = self.store.longest
+        task.late = self.silence()
+        self.start(task, self.store.save, batch)
+
+    def take_outcomes(self, batch: list[Result], outcomes: list[Outcome]) -> None:
+        for result, outcome in zip(batch, outcomes, strict=True):
+            self.report.count(result, outcome)
+        refused = {outcome.reason for outcome in outcomes if outcome.name == "refused"}
+        if len(refused) == 1 and not self.report.embedded:
+            (reason,) = refused
+            if self.report.reasons[f"store: {reason}"] >= REFUSALS:
+                self.end(RunError(f"the database refuses every row: {reason}"))
+
+    def end_storing(self, error: Exception) -> None:
+        """What was not stored is counted as left."""
+        self.storing = False
+        self.end(error)
+
+
+class Hosts:
+    """Which image hosts are down, and whether the network is.
+
+    A host is down once HOST_FAILURES of its images in a row failed for now: its other images are
+    left for the next run. An image's own failure (404, a broken file) is an answer of the host,
+    and ends such a row.
+
+    The network is gone, which is no image's failure and ends a run with exit code 2, when
+    HOSTS_DOWN hosts went down one after the other without an answer of any host between, or when
+    a host went down in a run to which no host ever gave an answer.
+    """
+
+    def __init__(self) -> None:
+        self._failures: Counter[str] = Counter()  # in a row, by host
+        self._down_in_a_row = 0  # hosts
+        self._any_answered = False
+        self._last_down = ""
+
+    def answered(self, host: str) -> None:
+        """A host sent an image, or said that there is none. Files have no host."""
+        if host:
+            self._failures[host] = 0
+            self._down_in_a_row = 0
+            self._any_answered = True
+
+    def failed(self, host: str) -> bool:
+        """A host failed to send an image. True when it counts as down from now on."""
+        if not host:
+            return False
+        self._failures[host] += 1
+        if self._failures[host] != HOST_FAILURES:
+            return False
+        self._down_in_a_row += 1
+        self._last_down = host
+        return True
+
+    def is_down(self, host: str) -> bool:
+        return self._failures[host] >= HOST_FAILURES
+
+    @property
+    def several_in_a_row(self) -> bool:
+        return self._down_in_a_row >= HOSTS_DOWN
+
+    @property
+    def network_is_gone(self) -> bool:
+        if self.several_in_a_row:
+            return True
+        return bool(self._last_down) and not self._any_answered
+
+    def explain(self) -> RunError:
+        """What to say where the network is gone."""
+        return RunError(
+            f"no image came since {self._last_down} failed {HOST_FAILURES} times in a row: check "
+            "this machine's network and that host, then run again"
+        )
+
+
+class Progress:
+    """How far the run is: a bar on a terminal, lines in a log elsewhere."""
+
+    EACH = 10  # images to a line of a log, for the first
+    EACH_UNTIL = 100  # images; from then on a line
+    LINE_SECONDS = 10.0  # after the last one
+
+    def __init__(self, goal: int) -> None:
+        self.terminal = sys.stderr.isatty()
+        self._failed = 0  # stored or not
+        self._line_due = math.inf
+        if self.terminal:
+            width = shutil.get_terminal_size().columns - 1
+            look: dict[str, Any] = {"ncols": width}
+        else:
+            # Never drawn, by this delay; str() makes the lines for the log of it.
+            line = "{n_fmt}/{total_fmt} done{postfix}, {rate_noinv_fmt}, {remaining} left"
+            look = {"file": io.StringIO(), "delay": math.inf, "bar_format": line}
+        self._bar = tqdm(total=goal, unit=" images", leave=False, smoothing=0, **look)
+        self._log_above_bar = logging_redirect_tqdm()
+
+    def __enter__(self) -> Progress:
+        self._log_above_bar.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._bar.close()
+        self._log_above_bar.__exit__(*error)
+
+    def restart_clock(self) -> None:
+        """The rate is that without the loading of the model."""
+        self._bar.initial = self._bar.n
+        self._bar.start_t = time.time()
+
+    def step(self, failed: bool) -> None:
+        """One more image is done."""
+        if failed:
+            self._failed += 1
+        self._bar.set_postfix(failed=self._failed, refresh=False)
+        self._bar.update()
+        if not self.terminal:
+            self._log_now_and_then()
+
+    def _log_now_and_then(self) -> None:
+        now = time.monotonic()
+        done = self._bar.n
+        first_ones = done <= self.EACH_UNTIL and done % self.EACH == 0
+        if first_ones or now >= self._line_due:
+            log.info("%s", self._bar)
+            self._line_due = now + self.LINE_SECONDS
 
 
 class Stop:
@@ -345,139 +955,185 @@ class Stop:
                 signal.signal(number, self._handle)
 
     def _handle(self, number: int, _: object) -> None:
+        now = time.monotonic()
         if not self.code:
-            self.code, self._since = 128 + number, time.monotonic()
-            # not by print: the handler may have interrupted one
-            with contextlib.suppress(OSError):  # Ctrl-C may have ended a pipe's reader, too
+            self.code = 128 + number
+            self._since = now
+            # Not by print, as the handler may have interrupted one. Ctrl-C may have ended the
+            # reader of a pipe, too.
+            with contextlib.suppress(OSError):
                 os.write(2, b"\nstopping: storing what is embedded; Ctrl-C again ends at once\n")
-        elif time.monotonic() - self._since > ECHO_SECONDS:
+        elif now - self._since > ECHO_SECONDS:
             os._exit(self.code)
 
 
-def printable(text: str) -> str:
-    """Text from outside on its way to the screen: one line, no escape codes."""
-    return "".join(c if c.isprintable() else "?" for c in text)
+# =================================================================================== Stores
 
-
-def shorten(text: str, width: int = 60) -> str:
-    """The text in at most `width` characters, its middle left out."""
-    half = width // 2 - 2
-    return text if len(text) <= width else f"{text[:half]}...{text[-half:]}"
-
-
-# ------------------------------------------------------------------ stores
+ANSWER_SECONDS = 58.0  # of the database, for one question: Supabase's API ends calls after 60
+CONNECT_SECONDS = 10.0  # to the database
+CHECK_SECONDS = 5.0  # patience with the database before the run, when the URL may be wrong
+STOP_SECONDS = 10.0  # patience with it after Ctrl-C
 
 SILENCE = "no answer from the database"
 CHECK_URL = "check SUPABASE_URL and the project's status, then run again"
 RUN_SQL = "run this version's schema.sql in Supabase's SQL editor, then this script again"
-# PostgREST's and PostgreSQL's codes of trouble that may pass; a gateway's are HTTP's
+NEW_KEY = "copy a secret key (sb_secret_...) from the dashboard, Settings > API Keys"
+
+# Codes of PostgREST, of PostgreSQL, and a gateway's HTTP status, by what they mean
 PASSING = re.compile(r"5\d\d|408|425|429|PGRST00\d|(08|40|53|57)...|55P03|XX000")
-LACKING = ("PGRST202", "42883", "42P01", "42703")
-REFUSED = ("401", "403", "42501", "PGRST301", "PGRST302", "PGRST303")
+LACKING = ("PGRST202", "42883", "42P01", "42703")  # a function, table or column is not there
+BAD_KEY = ("401", "403", "PGRST301", "PGRST302", "PGRST303")
+NO_GRANT = "42501"
+NOT_EXPOSED = "PGRST106"
 
 
 class SupabaseStore:
     """Assets and embeddings in Supabase, by the functions of schema.sql alone.
 
-    Errors: RunError for what stops a run (key, schema, database away for longer than
-    DB_RETRY_SECONDS). Safe to use from several threads.
+    Safe to use from several threads. Raises RunError for what stops a run: the key, the schema,
+    a database that is away for longer than DB_RETRY_SECONDS.
     """
 
     def __init__(self, settings: Settings, stop: Stop) -> None:
         import httpx
         import supabase
 
-        self._settings, self._stop, self._patience = settings, stop, CHECK_SECONDS
+        self._settings = settings
+        self._stop = stop
+        self._patience = CHECK_SECONDS  # until it has answered once
         self.place = f"product_embeddings at {settings.url}"
-        answer = min(ANSWER_SECONDS, max(CHECK_SECONDS, settings.db_retry_seconds))
-        self.longest = settings.db_retry_seconds + answer  # seconds for all attempts at a call
-        timeout = httpx.Timeout(answer, connect=READ_SECONDS)
-        self._here = threading.local()  # an APIError of a gateway's JSON lacks the status
-        hooks = {"response": [lambda response: setattr(self._here, "status", response.status_code)]}
-        # no redirects: one would carry the key to another origin
-        http = httpx.Client(timeout=timeout, follow_redirects=False, event_hooks=hooks)
+        answer_seconds = min(ANSWER_SECONDS, max(CHECK_SECONDS, settings.db_retry_seconds))
+        self.longest = settings.db_retry_seconds + answer_seconds  # all attempts at a call
+        self._here = threading.local()  # an APIError of a gateway's JSON lacks the HTTP status
+        http = httpx.Client(
+            timeout=httpx.Timeout(answer_seconds, connect=CONNECT_SECONDS),
+            follow_redirects=False,  # one would carry the key to another origin
+            event_hooks={"response": [self._keep_status]},
+        )
         options = supabase.ClientOptions(httpx_client=http)
         self._rpc = supabase.create_client(settings.url, settings.key, options).rpc
-        self._of = {"model_version": settings.model_version, "client": settings.client}
-        self._part = {"shard": settings.shard[0], "shards": settings.shard[1]}
+        self._catalog = {"model_version": settings.model_version, "client": settings.client}
+        self._part: dict[str, Any] = {}
+        if settings.shard:
+            self._part = {"shard": settings.shard.part, "shards": settings.shard.parts}
+
+    def _keep_status(self, response: Any) -> None:
+        self._here.status = response.status_code
 
     def status(self) -> Status:
-        """What there is, asked before anything heavy is loaded."""
-
-        def read(answer: Any) -> Status:
-            if answer["contract"] != CONTRACT:
-                raise RunError(f"the database's functions are of another version: {RUN_SQL}")
-            if not answer["client_exists"]:
-                client = self._settings.client
-                raise RunError(f"no asset is of client {client!r}: check the spelling")
-            self._time = answer["time"]
-            return Status(*(answer[n] for n in ("assets", "done", "failed_for_good", "waiting")))
-
-        status: Status = self._call("embedding_status", read, **self._of, **self._part)
+        """As Store says. Checks that schema.sql is of this version, and that the client is
+        there."""
+        status: Status = self._call(
+            "embedding_status", self._read_status, **self._catalog, **self._part
+        )
         self._patience = self._settings.db_retry_seconds
         return status
 
+    def _read_status(self, answer: Any) -> Status:
+        if answer["contract"] != CONTRACT:
+            raise RunError(f"the database's functions are of another version: {RUN_SQL}")
+        if not answer["client_exists"]:
+            raise RunError(f"no asset is of client {self._settings.client!r}: check the spelling")
+        self._started = answer["time"]
+        return Status(
+            assets=answer["assets"],
+            done=answer["done"],
+            failed_for_good=answer["failed_for_good"],
+            waiting=answer["waiting"],
+        )
+
     def pages(self) -> Iterator[list[Asset]]:
-        """Pending assets in the order of their ids, a page at a time and each once; those that
-        failed in an earlier run come last, so that they never keep the others waiting."""
+        """As Store says, in the order of the ids."""
+        wanted = min(self._settings.limit or PAGE_ROWS, PAGE_ROWS)
+        new = self._catalog | self._part | {"wanted": wanted}
+        failed_before = new | {
+            "failed_before": self._started,
+            "permanent_too": self._settings.retry_failed,
+        }
+        yield from self._walk(new)
+        yield from self._walk(failed_before)
 
-        def read(answer: Any) -> tuple[list[Asset], Id | None]:
-            assets = [
-                Asset(row["id"], row["image"] or "", row["image_hash"], row["bytes"])
-                for row in answer["assets"]
-            ]
-            return assets, answer["last"]
+    def _walk(self, which: dict[str, Any]) -> Iterator[list[Asset]]:
+        """Pages by keyset: each begins after the last id of the one before."""
+        last: Id | None = None
+        while True:
+            page, last = self._call("pending_assets", self._read_page, after=last, **which)
+            yield page
+            if last is None:
+                return
 
-        of = self._of | self._part
-        of["wanted"] = min(self._settings.limit or PAGE_ROWS, PAGE_ROWS)
-        failed = {"failed_before": self._time, "permanent_too": self._settings.retry_failed}
-        for which in (of, of | failed):
-            last: Id | None = None
-            while True:
-                page, last = self._call("pending_assets", read, after=last, **which)
-                yield page
-                if last is None:
-                    break
+    def _read_page(self, answer: Any) -> tuple[list[Asset], Id | None]:
+        page = [
+            Asset(row["id"], row["image"] or "", mark=row["image_hash"], size=row["bytes"])
+            for row in answer["assets"]
+        ]
+        return page, answer["last"]
 
-    def locate(self, asset: Asset) -> tuple[str, dict[str, str]]:
-        """Where an image is and the headers to send there; the key only to the own storage."""
-        s, image = self._settings, asset.image.strip()
+    def locate(self, asset: Asset) -> Place:
+        """As Store says. The key goes to the project's own Storage only, and there to the
+        buckets of STORAGE_BUCKETS: whoever may type an image's URL must not read all others."""
+        image = asset.image.strip()
         if len(asset.image) < asset.size // 4:  # a character has at most 4 bytes: it was cut
-            raise Rejected(f"a data: URL of {asset.size // 2**20} MB, which belongs into a file")
+            megabytes = asset.size // 2**20
+            raise Rejected(f"a data: URL of {megabytes} MB, which belongs into a file")
         if not image:
             raise Rejected("no image URL")
-        image = f"https:{image}" if image.startswith("//") else image
-        objects = f"{s.url}/storage/v1/object/"
-        path = image.removeprefix(objects)
-        if path == image or path.startswith("sign/"):  # which carries a token of its own
-            return image, {}
-        path = re.sub("^(public|authenticated)/", "", path)
-        if ".." in unquote(path).split("/"):
-            raise Rejected("a storage path with '..' in it")
-        key = {"apikey": s.key, "Authorization": f"Bearer {s.key}"}
-        return f"{objects}authenticated/{path}", key
+        if image.startswith("//"):
+            image = f"https:{image}"
+        if image.startswith(STORAGE):
+            image = self._settings.url + image
+        own_storage = self._settings.url + STORAGE
+        if not image.startswith(own_storage):
+            return Place(image, {})
+        return self._locate_in_storage(image, image.removeprefix(own_storage))
 
-    def save(self, results: list[Result]) -> list[tuple[str, str]]:
-        """Stores vectors and notes failures, in one transaction. Returns for each result its
-        outcome (schema.sql lists them) and the reason where it was refused."""
-        rows: dict[str, list[Any]] = {"vectors": [], "failures": []}
+    def _locate_in_storage(self, image: str, path: str) -> Place:
+        access, _, object_path = path.partition("/")
+        if access == "sign":  # it carries a token of its own
+            return Place(image, {})
+        if access not in ("public", "authenticated"):
+            access = ""
+            object_path = path
+        if ".." in unquote(object_path).split("/"):
+            raise Rejected("a storage path with '..' in it")
+        bucket = unquote(object_path.partition("/")[0])
+        if bucket in self._settings.storage_buckets.replace(",", " ").split():
+            key = self._settings.key
+            headers = {"apikey": key, "Authorization": f"Bearer {key}"}
+            return Place(f"{self._settings.url}{STORAGE}authenticated/{object_path}", headers)
+        if access == "public":
+            return Place(image, {})
+        raise NotNow(f"in a private bucket: STORAGE_BUCKETS={bucket} lets this script read it")
+
+    def save(self, results: list[Result]) -> list[Outcome]:
+        """As Store says; schema.sql lists the outcomes."""
+        vectors = []
+        failures = []
         for result in results:
             row = {"asset_id": result.asset.id, "image_hash": result.asset.mark}
             if isinstance(result, Embedded):
-                rows["vectors"].append(row | {"embedding": vector_text(result.vector)})
+                vectors.append(row | {"embedding": vector_text(result.vector)})
             else:
-                rows["failures"].append(row | columns(result))
+                failures.append(row | failure_columns(result))
 
-        def read(answer: Any) -> list[tuple[str, str]]:
-            by_id = {row["asset_id"]: (row["outcome"], row.get("reason", "")) for row in answer}
-            return [by_id[result.asset.id] for result in results]
+        def read(answer: Any) -> list[Outcome]:
+            outcomes = {
+                row["asset_id"]: Outcome(row["outcome"], row.get("reason", "")) for row in answer
+            }
+            return [outcomes[result.asset.id] for result in results]
 
-        version = self._settings.model_version
-        return self._call("store_embeddings", read, model_version=version, **rows)  # type: ignore[no-any-return]
+        saved: list[Outcome] = self._call(
+            "store_embeddings",
+            read,
+            model_version=self._settings.model_version,
+            vectors=vectors,
+            failures=failures,
+        )
+        return saved
 
     def gallery(self) -> Any:
         """What the gallery shows: see embedding_gallery in schema.sql."""
-        return self._call("embedding_gallery", dict, **self._of)
+        return self._call("embedding_gallery", dict, **self._catalog)
 
     def _call(self, function: str, read: Callable[[Any], Any], **arguments: Any) -> Any:
         """The answer of a function of schema.sql as `read` takes it; asked again, with backoff,
@@ -491,7 +1147,7 @@ class SupabaseStore:
                 return read(self._rpc(function, arguments).execute().data)
             except APIError as error:
                 code = str(error.code or self._here.status)
-                message = shorten(str(error.message), 300)
+                message = self._without_key(str(error.message))
                 if not PASSING.fullmatch(code):
                     raise RunError(self._explain(code, message)) from None
                 trouble = f"{code}, {message}"
@@ -499,27 +1155,57 @@ class SupabaseStore:
                 trouble = f"{type(error).__name__}: {error}"
             except (AttributeError, LookupError, TypeError, ValueError, RecursionError):
                 trouble = f"an answer that {function} never gives"
-            patience = min(self._patience, 10) if self._stop.code else self._patience
+            patience = self._patience
+            if self._stop.code:
+                patience = min(patience, STOP_SECONDS)
             left = started + patience - time.monotonic()
             if left <= 0:
                 raise RunError(f"{SILENCE} for {patience:.0f} s ({trouble}): {CHECK_URL}")
             log.info("database: %s; trying again", trouble)
-            time.sleep(min(2 ** min(attempt, 4) * random.uniform(0.25, 0.5), left))
+            pause = 2 ** min(attempt, 4) * random.uniform(0.25, 0.5)
+            time.sleep(min(pause, left))
         raise AssertionError  # count() has no end
 
+    def _without_key(self, message: str) -> str:
+        """A database's message, short, and without the key if it echoes that."""
+        return shorten(message.replace(self._settings.key, "(the key)"), 300)
+
     def _explain(self, code: str, message: str) -> str:
+        """An error of the database in its own words, with what to do where that is known."""
         if code in LACKING:
             return f"the database lacks what this script calls ({message}): {RUN_SQL}"
-        if code in REFUSED:
-            return f"the key in {self._settings.key_source} was refused ({message}): {KEY_ADVICE}"
+        if code in BAD_KEY:
+            return f"the key in {self._settings.key_source} was refused ({message}): {NEW_KEY}"
+        if code == NO_GRANT and key_role(self._settings.key) != "service_role":
+            return f"the key in {self._settings.key_source} may not do this ({message}): {NEW_KEY}"
+        if code == NO_GRANT:
+            return f"the database lacks a grant ({message}): {RUN_SQL}"
+        if code == NOT_EXPOSED:
+            where = "the dashboard's settings of the Data API, Exposed schemas"
+            return f"the schema public is not exposed ({message}): add it in {where}"
         if re.fullmatch(r"\d\d\d", code):
-            return f"{self._settings.url} does not answer like a Supabase project (HTTP {code})"
-        return f"the database says {message!r} ({code}): {RUN_SQL}"
+            return f"{self._settings.url} answers with HTTP {code}, {message}"
+        return f"the database says {message!r} ({code})"
 
 
-def columns(failed: Failed) -> dict[str, Any]:
-    """A failure's columns."""
-    return {name: getattr(failed, name) for name in ("stage", "reason", "permanent")}
+STORAGE = "/storage/v1/object/"  # an image that begins so is the project's own
+
+
+def key_role(key: str) -> str:
+    """The role of a key: a legacy key is a JWT that says it, a secret key has this one."""
+    if key.startswith("sb_secret_"):
+        return "service_role"
+    try:
+        claims = key.split(".")[1]
+        padding = "=" * (-len(claims) % 4)
+        role = json.loads(base64.urlsafe_b64decode(claims + padding))["role"]
+    except (LookupError, TypeError, ValueError):
+        return ""
+    return str(role)
+
+
+def failure_columns(failed: Failed) -> dict[str, Any]:
+    return {"stage": failed.stage, "reason": failed.reason, "permanent": failed.permanent}
 
 
 def vector_text(vector: np.ndarray) -> str:
@@ -529,12 +1215,16 @@ def vector_text(vector: np.ndarray) -> str:
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".webp", ".avif"}
 IMAGE_SUFFIXES |= {".tif", ".tiff", ".bmp", ".heic", ".heif"}
+# Copies, thumbnails and deleted files, as NAS systems, archives and desktops keep them
+SYSTEM_FOLDERS = {"@eadir", "#recycle", "@recycle", "#snapshot", "@recently-snapshot", "@tmp"}
+SYSTEM_FOLDERS |= {"$recycle.bin", "system volume information", "lost+found", "__macosx"}
 # A row is of the image as it was at that time of modification
 FOLDER_TABLE = """
 create table if not exists images (asset_id text primary key, modified integer not null,
     model_version text not null, embedding blob, stage text, reason text, permanent integer,
     created_at text not null, updated_at text not null)
 """
+# A failure never takes the place of a vector of the same image and version
 FOLDER_SAVE = """
 insert into images values (:id, :mark, :version, :embedding, :stage, :reason, :permanent, :now,
     :now)
@@ -545,27 +1235,41 @@ where :embedding is not null or embedding is null or modified <> :mark
 """
 
 
+class KnownImage(NamedTuple):
+    """What a folder's file says of an image."""
+
+    modified: int
+    model_version: str
+    permanent: int | None  # of a failure; null where there is a vector
+
+
 class FolderStore:
     """The images below a folder, with their embeddings in one SQLite file there.
 
     Ids are the paths below it, clients its subfolders, vectors little-endian float32 blobs.
-    Errors: RunError where the folder or that file is of no use.
+    Raises RunError where the folder or that file is of no use.
     """
 
     FILE = "product_embeddings.sqlite3"
     longest = threading.TIMEOUT_MAX  # a disk has no deadline
 
-    def __init__(self, settings: Settings, _: Stop) -> None:
-        self._settings, self._folder = settings, settings.local or Path()
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._folder = settings.local or Path()
         self.place = str(self._folder / self.FILE)
-        self._below = "" if settings.client is None else f"{settings.client.strip('/')}/"
+        self._below = ""
+        if settings.client is not None:
+            self._below = composed(settings.client.strip("/")) + "/"
+        self._new: list[Asset] = []
+        self._failed: list[Asset] = []
 
     @contextlib.contextmanager
     def _database(self) -> Iterator[sqlite3.Connection]:
         """The file's database; what is changed is one transaction."""
+        place = self.place
+        if self._settings.dry_run and not Path(place).exists():
+            place = ":memory:"
         try:
-            nowhere = self._settings.dry_run and not Path(self.place).exists()
-            place = ":memory:" if nowhere else self.place
             with contextlib.closing(sqlite3.connect(place, 60)) as database, database:
                 database.execute(FOLDER_TABLE)
                 yield database
@@ -576,76 +1280,109 @@ class FolderStore:
             ) from None
 
     def status(self) -> Status:
-        """Compares the folder's images with what the file says of them."""
-        s, files = self._settings, dict(self._files())
-        mine = [path for path in sorted(files) if path.startswith(self._below)]
+        """As Store says. Compares the folder's images with what the file knows of them."""
+        files = dict(self._files())
+        mine = [path for path in sorted(files) if self._is_mine(path)]
         if not mine:
-            hint = "--client is a subfolder" if self._below else "by the endings of the files there"
-            raise RunError(f"no image below {self._folder / self._below}: {hint}")
+            self._explain_nothing(files)
         with self._database() as database:
             query = "select asset_id, modified, model_version, permanent from images"
-            known = {path: row for path, *row in database.execute(query)}
-            gone = [] if s.dry_run else [(path,) for path in known.keys() - files.keys()]
-            database.executemany("delete from images where asset_id = ?", gone)
-        mine = [path for path in mine if crc32(path.encode()) % s.shard[1] == s.shard[0] - 1]
-        states: dict[str, list[Asset]] = {"new": [], "done": [], "failed": [], "for good": []}
+            known = {path: KnownImage(*row) for path, *row in database.execute(query)}
+            if not self._settings.dry_run:
+                gone = [(path,) for path in known.keys() - files.keys()]
+                database.executemany("delete from images where asset_id = ?", gone)
+        version = self._settings.model_version
+        done = 0
+        failed_for_good = []
         for path in mine:
-            modified, version, permanent = known.get(path, (0, "", None))
-            mark = files[path] or modified
-            state = {None: "done", 0: "failed", 1: "for good"}[permanent]
-            state = state if (mark, version) == (modified, s.model_version) else "new"
-            states[state].append(Asset(path, path, mark))
-        self._todo = [states["new"], states["failed"] + states["for good"] * s.retry_failed]
-        return Status(len(mine), len(states["done"]), len(states["for good"]))
+            row = known.get(path)
+            modified = files[path]
+            if row and modified is None:
+                modified = row.modified  # it can't be looked at now: what is known stays
+            asset = Asset(path, path, mark=modified or 0)
+            if not row or row.modified != modified or row.model_version != version:
+                self._new.append(asset)
+            elif row.permanent is None:
+                done += 1
+            elif row.permanent:
+                failed_for_good.append(asset)
+            else:
+                self._failed.append(asset)
+        if self._settings.retry_failed:
+            self._failed += failed_for_good
+        return Status(len(mine), done, len(failed_for_good))
 
-    def _files(self) -> Iterator[tuple[str, int]]:
-        """Path and time (0: can't be read) of each image file, without hidden files and folders."""
-        others: Counter[str] = Counter()
-        for folder, folders, names in os.walk(self._folder, onerror=unreadable):
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            for path in (Path(folder, name) for name in names):
-                kind = path.suffix.lower()
-                if path.name.startswith((".", self.FILE)):
+    def _is_mine(self, path: str) -> bool:
+        return composed(path).startswith(self._below)
+
+    def _explain_nothing(self, files: Mapping[str, Any]) -> None:
+        if not self._below:
+            raise RunError(f"no image below {self._folder}: by the endings of the files there")
+        folders = {composed(path).rpartition("/")[0] for path in files}
+        near = difflib.get_close_matches(self._below.strip("/"), folders, n=1)
+        hint = f"did you mean {near[0]}?" if near else "--client is a subfolder"
+        raise RunError(f"no image below {self._folder / self._below}: {hint}")
+
+    def _files(self) -> Iterator[tuple[str, int | None]]:
+        """Path and time of modification (None: can't be read) of each image file. Logs what is
+        left out, but for hidden files and folders."""
+        left_out: Counter[str] = Counter()
+        for folder, subfolders, names in os.walk(self._folder, onerror=unreadable):
+            here = Path(folder)
+            for name in list(subfolders):
+                if name.startswith("."):
+                    subfolders.remove(name)
+                elif name.lower() in SYSTEM_FOLDERS:
+                    subfolders.remove(name)
+                    left_out[f"folder {name}"] += 1
+                elif (here / name).is_symlink():
+                    left_out["linked folder"] += 1  # os.walk does not follow it
+            for name in names:
+                if name.startswith((".", self.FILE)):
                     continue
-                if kind not in IMAGE_SUFFIXES:
-                    others[kind or "without one"] += 1
+                ending = image_ending(name)
+                if ending not in IMAGE_SUFFIXES:
+                    left_out[ending or "without an ending"] += 1
                     continue
                 try:
-                    image = path.relative_to(self._folder).as_posix()
-                    image.encode()
-                    yield image, path.stat().st_mtime_ns
+                    path = (here / name).relative_to(self._folder).as_posix()
+                    path.encode()
+                    yield path, (here / name).stat().st_mtime_ns
                 except (FileNotFoundError, UnicodeEncodeError) as error:
-                    log.warning("left out: %s: %s", ascii(str(path)), error)
+                    log.warning("left out: %s: %s", ascii(str(here / name)), error)
                 except OSError:  # of a folder that keeps its files from us, say
-                    yield image, 0
-        if others:
-            kinds = ", ".join(f"{count:,} {kind}" for kind, count in others.most_common(5))
-            log.info("left out, as no images by their ending: %s", kinds)
+                    yield path, None
+        if left_out:
+            kinds = (f"{count:,} {kind}" for kind, count in left_out.most_common(8))
+            log.info("left out, as no images of yours: %s", ", ".join(kinds))
 
     def pages(self) -> Iterator[list[Asset]]:
-        """Pending assets in the order of their paths, a page at a time and each once; those that
-        failed in an earlier run come last."""
-        for assets in self._todo:
-            yield from (assets[n : n + PAGE_ROWS] for n in range(0, len(assets), PAGE_ROWS))
+        """As Store says, in the order of the paths."""
+        for assets in (self._new, self._failed):
+            for start in range(0, len(assets), PAGE_ROWS):
+                yield assets[start : start + PAGE_ROWS]
 
-    def locate(self, asset: Asset) -> tuple[Path, dict[str, str]]:
-        """The path of an image; a file needs no headers."""
-        return self._folder / asset.image, {}
+    def locate(self, asset: Asset) -> Place:
+        """As Store says; a file needs no headers."""
+        return Place(self._folder / asset.image, {})
 
-    def save(self, results: list[Result]) -> list[tuple[str, str]]:
-        """As SupabaseStore's."""
+    def save(self, results: list[Result]) -> list[Outcome]:
+        """As Store says."""
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-        empty = dict.fromkeys(("embedding", "stage", "reason", "permanent"))
-        empty |= {"version": self._settings.model_version, "now": now}
+        outcomes = []
         with self._database() as database:
             for result in results:
-                row = empty | {"id": result.asset.id, "mark": result.asset.mark}
+                row: dict[str, Any] = {"id": result.asset.id, "mark": result.asset.mark}
+                row |= {"version": self._settings.model_version, "now": now}
+                row |= {"embedding": None, "stage": None, "reason": None, "permanent": None}
                 if isinstance(result, Failed):
-                    row |= columns(result)
+                    row |= failure_columns(result)
+                    outcomes.append(Outcome("noted"))
                 else:
                     row["embedding"] = result.vector.astype("<f4").tobytes()
+                    outcomes.append(Outcome("stored"))
                 database.execute(FOLDER_SAVE, row)
-        return [("noted" if isinstance(r, Failed) else "stored", "") for r in results]
+        return outcomes
 
     def gallery(self) -> Any:
         """As SupabaseStore's, of 100,000 vectors at most."""
@@ -678,19 +1415,31 @@ class FolderStore:
         }
 
 
+def composed(path: str) -> str:
+    """A path as one spelling: macOS takes accents apart (NFD), what people type is whole (NFC)."""
+    return unicodedata.normalize("NFC", path)
+
+
+def image_ending(name: str) -> str:
+    """The ending of a file's name, also of one as wget leaves it: mug.jpg?v=1712."""
+    found = re.search(r"(\.[a-z0-9]+)([?@].*)?$", name.lower())
+    return found[1] if found else ""
+
+
 def unreadable(error: OSError) -> None:
     """Ends the run: what a folder does not show must not count as deleted. Raises RunError."""
     raise RunError(f"{error.filename} can't be read ({error.strerror}): nothing was changed")
 
 
-Store = SupabaseStore | FolderStore
+# ============================================================================= Fetching
 
-# ------------------------------------------------------------------ images
+MAX_BYTES = 50 * 2**20  # of one image file
+HEAVY_BYTES = 4 * 2**20  # of files above this at most HEAVY_FILES are downloaded at once
+HEAVY_FILES = 4
+FETCH_ATTEMPTS = 4
+MAX_REDIRECTS = 5
+READ_SECONDS = 10.0  # between two packets; the deadline for the whole is FETCH_SECONDS
 
-BROKEN = "broken or truncated image file"
-TOO_MUCH = f"needs over {DECODE_MB} MB to decode"
-KILLED = "its decoder was killed, for want of memory perhaps"
-TOO_SLOW = f"takes over {DECODE_SECONDS} s to decode"
 TOO_LARGE = f"larger than {MAX_BYTES // 2**20} MB"
 AGENT = {"User-Agent": f"generate-embeddings/{VERSION} (python-requests; {MODEL_ID})"}
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
@@ -750,7 +1499,7 @@ class Fetcher:
 
     def __init__(self, settings: Settings) -> None:
         self._seconds = settings.fetch_seconds
-        self._late = f"not complete within {self._seconds:g} s"
+        self._late = not_in_time(self._seconds)
         self._trusted = None if settings.private_hosts else host_and_port(settings.url)
         self._verify = os.environ.get("REQUESTS_CA_BUNDLE") or True
         self._heavy = threading.Semaphore(HEAVY_FILES)
@@ -763,30 +1512,32 @@ class Fetcher:
             pools[pool.scheme or ""] = type("Pool", (pool,), guarded)
         self._adapter.poolmanager.pool_classes_by_scheme = pools  # connections to a proxy: as usual
 
-    def fetch(self, place: str | Path, headers: dict[str, str]) -> bytes:
+    def fetch(self, place: Place) -> bytes:
         """The bytes of an image, at most MAX_BYTES, within the deadline, retries included."""
-        if isinstance(place, Path):
-            return read_file(place)
-        if place[:5].lower() == "data:":
+        if isinstance(place.where, Path):
+            return read_file(place.where)
+        if place.where[:5].lower() == "data:":
             try:
-                return DataHandler().data_open(Request(place)).read()
+                return DataHandler().data_open(Request(place.where)).read()
             except ValueError:
                 raise Rejected("broken data: URL") from None
-        deadline, attempt = time.monotonic() + self._seconds, 1
+        deadline = time.monotonic() + self._seconds
+        attempt = 1
         while True:
             try:
-                return self._follow(place, headers, deadline)
-            except Rejected as error:
-                left, pause = deadline - time.monotonic(), 2**attempt * random.uniform(0.125, 0.25)
-                wanted = error.retry_after
-                if wanted is None or wanted > max(left, 0) or attempt == FETCH_ATTEMPTS:
+                return self._follow(place.where, place.headers, deadline)
+            except TryAgain as error:
+                left = deadline - time.monotonic()
+                pause = 2**attempt * random.uniform(0.125, 0.25)
+                if error.after > max(left, 0) or attempt == FETCH_ATTEMPTS:
                     raise
                 if pause > left:
-                    raise Rejected(f"{self._late} ({error})", permanent=False) from None
-            time.sleep(max(pause, wanted))
+                    raise NotNow(f"{self._late} ({error})") from None
+                pause = max(pause, error.after)
+            time.sleep(pause)
             attempt += 1
 
-    def _follow(self, url: str, headers: dict[str, str], deadline: float) -> bytes:
+    def _follow(self, url: str, headers: Mapping[str, str], deadline: float) -> bytes:
         request = prepare("", url, headers)
         for _ in range(MAX_REDIRECTS + 1):
             try:
@@ -797,7 +1548,7 @@ class Fetcher:
             except UnicodeDecodeError:
                 raise Rejected("not a valid URL") from None  # a redirect's
             except (OSError, ValueError, urllib3.exceptions.HTTPError) as error:
-                raise Rejected(network_reason(error), False, retry_after=0) from None
+                raise TryAgain(network_reason(error), after=0) from None
             request = prepare(request.url or "", target, {})  # the headers were for the first alone
         raise Rejected(f"more than {MAX_REDIRECTS} redirects")
 
@@ -828,7 +1579,7 @@ class Fetcher:
     def _left(self, deadline: float) -> float:
         left = deadline - time.monotonic()
         if left <= 0:
-            raise Rejected(self._late, permanent=False)
+            raise NotNow(self._late)
         return left
 
     def _body(self, response: requests.Response, deadline: float) -> bytes:
@@ -846,27 +1597,34 @@ class Fetcher:
         return bytes(data)
 
 
-def prepare(base: str, url: str, headers: dict[str, str]) -> requests.PreparedRequest:
+def not_in_time(seconds: float) -> str:
+    """Why an image was given up; schema.sql knows these words, see embedding_back_off."""
+    return f"not complete within {seconds:g} s"
+
+
+def prepare(base: str, url: str, headers: Mapping[str, str]) -> requests.PreparedRequest:
     """A request for a URL, relative to another; raises Rejected."""
     try:
         url = urljoin(base, url)
         if urlsplit(url).scheme not in ("http", "https"):
             raise Rejected("only http, https and data URLs are fetched")
-        request = requests.Request("GET", url, headers=AGENT | headers).prepare()
+        request = requests.Request("GET", url, headers={**AGENT, **headers}).prepare()
         host_and_port(request.url or "")[0].encode("idna")  # fails as looking it up would
         return request
     except ValueError:
         raise Rejected("not a valid URL") from None
 
 
-def refusal(response: requests.Response) -> Rejected:
+def refusal(response: requests.Response) -> Rejected | NotNow:
     """What an answer other than 200 means."""
     code, seconds = response.status_code, response.headers.get("Retry-After", "")
     reason = f"HTTP {code} {http.client.responses.get(code, '')}".strip()
+    if code in (401, 402, 403, 407):
+        return NotNow(reason)  # a block may be lifted
     if 200 <= code < 500 and code not in (408, 425, 429):
-        return Rejected(reason, code not in (401, 402, 403, 407))  # a block may be lifted
-    wanted = float(seconds) if re.fullmatch(r"\d+", seconds, re.ASCII) else 0.0
-    return Rejected(reason, False, retry_after=wanted)
+        return Rejected(reason)
+    after = float(seconds) if re.fullmatch(r"\d+", seconds, re.ASCII) else 0.0
+    return TryAgain(reason, after)
 
 
 def read_file(path: Path) -> bytes:
@@ -878,7 +1636,24 @@ def read_file(path: Path) -> bytes:
             raise Rejected(TOO_LARGE)
         return path.read_bytes()
     except OSError as error:
-        raise Rejected(f"can't be read ({error.strerror})", permanent=False) from None
+        raise NotNow(f"can't be read ({error.strerror})") from None
+
+
+# ============================================================================= Pictures
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, by channel
+STD = (0.26862954, 0.26130258, 0.27577711)
+MIN_SIDE = 16  # pixels; below it: tracking pixels and spacers
+MAX_ASPECT = 100  # above it: rules and borders, of which CLIP would see a sliver
+KEEP_SCALE = 3  # large images are first reduced to at least this many times SIDE
+DECODE_SECONDS = 5  # of a core for one image; the largest honest ones take 2
+DECODE_MB = 400  # of memory for one image, on each core: 45 megapixels in four channels, twice
+DECODE_PATIENCE = 60.0  # seconds, on however busy a machine, until a decoder counts as hung
+
+BROKEN = "broken or truncated image file"
+TOO_MUCH = f"needs over {DECODE_MB} MB to decode"
+KILLED = "its decoder was killed, for want of memory perhaps"
+TOO_SLOW = f"takes over {DECODE_SECONDS} s to decode"
 
 
 def decode(data: bytes) -> Image.Image:
@@ -938,7 +1713,7 @@ def opened(data: bytes) -> Image.Image:
         try:
             import pillow_heif
         except ImportError:
-            raise Rejected("HEIC: pip install pillow-heif, then run again", False) from None
+            raise NotNow("HEIC: pip install pillow-heif, then run again") from None
         pillow_heif.register_heif_opener()
         return Image.open(io.BytesIO(data), formats=["AVIF", "HEIF"])
     try:
@@ -1018,18 +1793,20 @@ class Decoder:
                 self._start()
             self._pipe.send_bytes(data)
             if self._pipe.poll(DECODE_PATIENCE):
-                answer: np.ndarray | Rejected = self._pipe.recv()
-                if isinstance(answer, Rejected):
+                answer: np.ndarray | Rejected | NotNow = self._pipe.recv()
+                if isinstance(answer, Rejected | NotNow):
                     raise answer
                 return answer
         except (EOFError, OSError):  # it dies of some files
             if not self._process:
-                raise Rejected("no process could be started to decode it", False) from None
+                raise NotNow("no process could be started to decode it") from None
             self._process.join(READ_SECONDS)
             reason = DEATHS.get(self._process.exitcode, KILLED)
         self._process.kill()
         self._process = None
-        raise Rejected(reason, permanent=reason != KILLED)
+        if reason == KILLED:
+            raise NotNow(reason)
+        raise Rejected(reason)
 
     def _start(self) -> None:
         self._pipe, theirs = self._context.Pipe()
@@ -1066,12 +1843,18 @@ def limit_one_image() -> None:
         limit(resource.RLIMIT_DATA, pages * resource.getpagesize() + DECODE_MB * 2**20)
 
 
-def levels_or_reason(data: bytes) -> np.ndarray | Rejected:
+def levels_of(data: bytes) -> np.ndarray:
+    """The levels (224, 224, 3) of an image file. Raises Rejected, NotNow, and whatever Pillow's
+    decoders raise for a broken file."""
+    return crop(decode(data))
+
+
+def levels_or_reason(data: bytes) -> np.ndarray | Rejected | NotNow:
     """The levels of an image file, or why it has none."""
     try:
-        return crop(decode(data))
-    except Rejected as rejected:
-        return rejected
+        return levels_of(data)
+    except (Rejected, NotNow) as reason:
+        return reason
     except Image.DecompressionBombError:
         return Rejected(TOO_MUCH)
     except MemoryError:
@@ -1081,16 +1864,20 @@ def levels_or_reason(data: bytes) -> np.ndarray | Rejected:
 
 
 class Loader:
-    """The way from an asset to its levels, for any number of threads; raises Rejected."""
+    """The way from an asset to its pixels, for any number of threads; raises Rejected, NotNow."""
 
     def __init__(self, store: Store, settings: Settings) -> None:
-        self._store, self._fetcher = store, Fetcher(settings)
+        self._store = store
+        self._fetcher = Fetcher(settings)
         self._decoders: queue.LifoQueue[Decoder] = queue.LifoQueue()
         for _ in range(cores()):
             self._decoders.put(Decoder())
 
     def fetch(self, asset: Asset) -> bytes:
-        return self._fetcher.fetch(*self._store.locate(asset))
+        return self._fetcher.fetch(self._store.locate(asset))
+
+    def load(self, asset: Asset, data: bytes) -> Loaded:
+        return Loaded(asset, normalise(self.decode(data)))
 
     def decode(self, data: bytes) -> np.ndarray:
         decoder = self._decoders.get()
@@ -1100,8 +1887,11 @@ class Loader:
             self._decoders.put(decoder)
 
 
-# ------------------------------------------------------------------ model
+# ================================================================================ Model
 
+MODEL_CACHE = HERE / ".cache" / "transformers"
+VIT_B_32: dict[str, Any] = {"num_hidden_layers": 12, "hidden_size": 768, "patch_size": 32}
+VIT_B_32 |= {"num_attention_heads": 12, "intermediate_size": 3072, "hidden_act": "quick_gelu"}
 WEIGHTS = "pytorch_model.bin"
 NOT_FINITE = "the model gave numbers that are not finite"
 
@@ -1279,7 +2069,7 @@ class ClipEncoder:
         return [
             Embedded(loaded.asset, vector)
             if np.isfinite(vector).all()
-            else Failed(loaded.asset, "embed", NOT_FINITE)
+            else Failed(loaded.asset, "embed", NOT_FINITE, permanent=False)
             for loaded, vector in zip(batch, vectors, strict=True)
         ]
 
@@ -1319,210 +2109,7 @@ def download() -> Path:
         ) from None
 
 
-# ------------------------------------------------------------------ the run
-
-
-@dataclass
-class Task:
-    """A step's work on a subject, under way in the background."""
-
-    step: str  # model, find, fetch and then decode, embed, store
-    subject: Any = None
-    since: float = field(default_factory=time.monotonic)
-
-    @property
-    def age(self) -> float:
-        return time.monotonic() - self.since
-
-
-class Run:
-    """Find, load, embed and store: steps in the background, and one loop in this thread that
-    takes what they give and starts what is next. The loop alone owns the report.
-
-    What is in memory is bounded by the settings; what is done first goes on first, so that a slow
-    host delays its own images alone. On CPUs each core embeds a batch of its own in one thread:
-    threads that share an image wait for each other at every layer.
-    """
-
-    def __init__(self, store: Store, settings: Settings, report: Report, stop: Stop) -> None:
-        self.store, self.settings, self.report, self.stop = store, settings, report, stop
-        self.lanes = cores() if settings.device == "cpu" else 1
-        self.limit = settings.limit or sys.maxsize
-        self.loader, self.pages = Loader(store, settings), store.pages()
-        self.encoder: ClipEncoder | None = None
-        self.trouble: Exception | None = None  # what ends the run
-        self.found: deque[Asset] = deque()
-        self.ready: list[Loaded] = []
-        self.results: list[Result] = []  # to be stored,
-        self.store_by = 0.0  # before this moment; the first of all at once
-        self.failures: Counter[str] = Counter()  # in a row, by host
-        self.hosts_down = 0  # one after the other
-        self.skipped = 0  # assets of hosts that are down
-        self.slow_line = False  # what makes room for others would only crowd it
-        self.storing = True  # until the store gives up
-        self.tasks: dict[Future[Any], Task] = {}
-        self.done: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
-        self.embedders, self.others = ThreadPoolExecutor(self.lanes), ThreadPoolExecutor(9999)
-        self.bar = progress_bar(min(report.pending, self.limit))
-        self.failed = 0  # as the bar shows it, stored or not
-
-    def loop(self) -> None:
-        """Returns when there is no more to do; raises what ended the run before that."""
-        self.start(Task("model"), ClipEncoder, self.settings)
-        with self.bar, logging_redirect_tqdm():
-            while self.start_what_can():
-                with contextlib.suppress(queue.Empty):
-                    future = self.done.get(timeout=POLL_SECONDS)
-                    if task := self.tasks.pop(future, None):  # else it was given up
-                        self.take(task, future.exception() or future.result())
-                self.give_up_what_hangs()
-        if self.trouble:
-            raise self.trouble
-        if self.hosts_down and self.skipped:
-            host = max(self.failures, key=self.failures.__getitem__)
-            raise RunError(
-                f"no image came since {host} failed {HOST_FAILURES} times in a row: check this "
-                "machine's network and that host, then run again"
-            )
-
-    def start(self, task: Task, work: Callable[..., Any], *arguments: Any) -> None:
-        pool = self.embedders if task.step == "embed" else self.others
-        future = pool.submit(work, *arguments)
-        self.tasks[future] = task
-        future.add_done_callback(self.done.put)
-
-    def under_way(self, *steps: str) -> list[Task]:
-        return [task for task in self.tasks.values() if task.step in steps]
-
-    def start_what_can(self) -> bool:
-        """False if nothing is left to wait for."""
-        ending = bool(self.trouble or self.stop.code or self.hosts_down >= HOSTS_DOWN)
-        if not ending:
-            self.start_loads()  # first: it may leave all that was found
-            more = not self.report.found_all and self.report.found < self.limit
-            if more and len(self.found) < PAGE_ROWS and not self.under_way("find"):
-                self.start(Task("find"), next, self.pages, None)
-            self.start_embeds()
-        awaited = ("embed",) if ending else ("model", "find", "fetch", "decode", "embed")
-        last = not self.under_way(*awaited)
-        due = last or len(self.results) >= WRITE_ROWS or time.monotonic() > self.store_by
-        if self.storing and self.results and due and not self.under_way("store"):
-            batch, self.results = self.results[:WRITE_ROWS], self.results[WRITE_ROWS:]
-            self.store_by = time.monotonic() + WRITE_SECONDS
-            self.start(Task("store", batch), self.store.save, batch)
-        return bool(self.under_way("store", *awaited))
-
-    def start_loads(self) -> None:
-        loads, size = self.under_way("fetch", "decode"), self.settings.batch_size
-        slow = 0 if self.slow_line else sum(task.age > SLOW_SECONDS for task in loads)
-        waiting = len(self.ready) + sum(len(task.subject) for task in self.under_way("embed"))
-        workers = self.settings.workers
-        room = min(workers, 2 * (workers + self.lanes * size) - waiting) - len(loads)
-        room += min(slow, MOST_SLOW)
-        while self.found and room > 0:
-            asset = self.found.popleft()
-            if self.failures[asset.host] >= HOST_FAILURES:
-                why = f"of {asset.host}, which failed {HOST_FAILURES} times in a row"
-                self.report.aside[why] += 1
-                self.skipped += 1
-                continue
-            room -= 1
-            task = Task("fetch", asset)
-            self.start(task, self.load, task)
-
-    def load(self, task: Task) -> Loaded:
-        data = self.loader.fetch(task.subject)
-        task.step = "decode"
-        return Loaded(task.subject, normalise(self.loader.decode(data)))
-
-    def start_embeds(self) -> None:
-        size = self.settings.batch_size
-        while self.encoder and self.ready:
-            lanes = len(self.under_way("embed"))
-            if lanes == 2 * self.lanes or (lanes and len(self.ready) < size):
-                return
-            batch, self.ready = self.ready[:size], self.ready[size:]
-            self.start(Task("embed", batch), self.encoder.embed, batch)
-
-    def take(self, task: Task, given: Any) -> None:
-        """Takes what a step gave, or the error that it ended with."""
-        if task.step in ("fetch", "decode"):
-            self.take_load(task, given)
-        elif isinstance(given, Exception):
-            self.trouble = self.trouble or given
-            if task.step == "store":
-                self.storing = False  # what was not stored is counted as left
-        elif task.step == "model":
-            self.encoder = given
-            # the rate is that without the loading
-            self.bar.initial, self.bar.start_t = self.bar.n, time.time()
-        elif task.step == "find":
-            page = (given or [])[: self.limit - self.report.found]
-            self.found += page
-            self.report.found += len(page)
-            self.report.found_all = given is None
-        elif task.step == "embed":
-            self.take_results(given)
-        else:
-            for result, outcome in zip(task.subject, given, strict=True):
-                self.report.count(result, *outcome)
-
-    def take_load(self, task: Task, given: Loaded | Exception) -> None:
-        host, passing = task.subject.host, False
-        if isinstance(given, Loaded):
-            self.slow_line = task.age > SLOW_SECONDS
-            self.ready.append(given)
-        else:
-            reason = str(given)
-            if not isinstance(given, Rejected):
-                log.debug("%s", task.subject, exc_info=given)
-                reason = f"unexpected {type(given).__name__}"
-            failed = Failed(task.subject, task.step, reason, getattr(given, "permanent", False))
-            self.take_results([failed])
-            passing = task.step == "fetch" and not failed.permanent
-        if not (host and passing):
-            self.failures[host] = self.hosts_down = 0
-            return
-        self.failures[host] += 1
-        if self.failures[host] == HOST_FAILURES:
-            self.hosts_down += 1
-            log.warning("%s: %s; its other images are left for the next run", host, failed)
-
-    def take_results(self, results: list[Result]) -> None:
-        self.results += results
-        for result in results:
-            if isinstance(result, Failed):
-                log.debug("%s: %s", result.asset, result)
-                self.failed += 1
-            self.bar.set_postfix(failed=self.failed, refresh=False)
-            self.bar.update()
-            if self.bar.delay and self.bar.n % LOG_EVERY == 0:
-                log.info("%s", self.bar)
-
-    def give_up_what_hangs(self) -> None:
-        """For what no deadline further down covers: headers that drip, a dead file system."""
-        seconds = self.settings.fetch_seconds
-        for future, task in list(self.tasks.items()):
-            if task.step == "fetch" and task.age > seconds + 1:
-                error: Exception = Rejected(f"not complete within {seconds:g} s", permanent=False)
-            elif task.step in ("find", "store") and task.age > self.store.longest:
-                error = RunError(f"{SILENCE} for {task.age:.0f} s: {CHECK_URL}")
-            else:
-                continue
-            del self.tasks[future]
-            self.take(task, error)
-
-
-def progress_bar(goal: int) -> tqdm[Any]:
-    """A bar on a terminal, else one that is never drawn: str() makes lines for the log of it."""
-    drawn: dict[str, Any] = {"ncols": shutil.get_terminal_size().columns - 1}
-    if not sys.stderr.isatty():
-        line = "{n_fmt}/{total_fmt} done{postfix}, {rate_noinv_fmt}, {remaining} left"
-        drawn = {"file": io.StringIO(), "delay": math.inf, "bar_format": line}
-    return tqdm(total=goal, unit=" images", leave=False, smoothing=0, **drawn)
-
-
-# ------------------------------------------------------------------ the gallery
+# ============================================================================= The page
 
 STYLE = """
 html { color-scheme: light dark; font: 15px system-ui; overflow-wrap: anywhere }
@@ -1585,37 +2172,77 @@ def thumbnail(asset: Asset, loader: Loader) -> str:
     return f'<img src="data:image/jpeg;base64,{data}" alt="{html.escape(str(asset.id))}">'
 
 
-# ------------------------------------------------------------------ command line
+# ============================================================================ Command line
+
+EXAMPLES = """\
+examples:
+  %(prog)s --local photos --gallery gallery.html
+  %(prog)s --client "BigClient" --limit 10
+
+settings, from the environment or .env (README.md explains them):
+  SUPABASE_URL, SUPABASE_SECRET_KEY, STORAGE_BUCKETS, CLIP_MODEL, MODEL_VERSION,
+  FETCH_SECONDS, DB_RETRY_SECONDS, ALLOW_PRIVATE_IMAGE_HOSTS
+
+exit codes:
+  0 all done, 1 some images failed, 2 could not run, 130 interrupted, 143 terminated
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, which also says which flag is near a mistyped one."""
+
+    def error(self, message: str) -> Any:
+        mistyped = re.search(r"unrecognized arguments: (--[\w-]+)", message)
+        if mistyped:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            near = difflib.get_close_matches(mistyped[1], flags, n=1)
+            if near:
+                message = f"{message}: did you mean {near[0]}?"
+        super().error(message)
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line's flags; those not given, but --workers, have the defaults of Settings."""
-    usage = argparse.ArgumentParser(
+    usage = Parser(
         usage="%(prog)s [--limit N] [--client NAME] [--local DIR] [...]   -h: all flags",
         description="Give every product image in a Supabase database, or in a folder, "
         "a CLIP embedding. Run again to resume.",
-        epilog="Settings come from the environment and from .env: see README.md. Exit codes: "
-        "0 all done, 1 some assets failed, 2 could not run, 130 interrupted, 143 terminated.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    add = usage.add_argument
-    add("--limit", type=positive_number, metavar="N", help="attempt at most N assets")
-    add("--client", metavar="NAME", help="only this client's (with --local: subfolder's) images")
-    add("--local", type=full_path, metavar="DIR", help="embed a folder's images; needs no account")
     most = min(MOST_WORKERS, WORKERS_PER_CORE * cores())
     workers = f"downloads at once ({WORKERS_PER_CORE} a core; not over {MOST_WORKERS})"
-    add("--workers", type=positive_number, default=most, metavar="N", help=workers)
-    add("--batch-size", type=positive_number, metavar="N", help="images to a batch (1)")
-    add("--dtype", choices=["float32", "bfloat16"], help="number format (float32)")
-    add("--device", choices=["cpu", "cuda", "mps"], help="where the model runs (cpu)")
-    add("--shard", type=shard, metavar="I/N", help="only part I of N parts")
-    add("--retry-failed", action="store_true", help="also try images that failed for good before")
-    add("--gallery", type=page, metavar="FILE", help="write a page to look at (.html), at the end")
-    add("--dry-run", action="store_true", help="say what would be done; load and write nothing")
-    add("-v", "--verbose", action="store_true", help="say more, such as each failure as it happens")
-    add("--version", action="store_true", help="say what a bug report needs, and exit")
+
+    what = usage.add_argument_group("what to embed").add_argument
+    what("--limit", type=positive_number, metavar="N", help="attempt at most N assets")
+    what("--client", metavar="NAME", help="only this client's (with --local: subfolder's) images")
+    what("--local", type=full_path, metavar="DIR", help="embed a folder's images; needs no account")
+    what("--shard", type=shard, metavar="I/N", help="only part I of N parts of a database")
+    what("--retry-failed", action="store_true", help="also try images that failed for good before")
+
+    speed = usage.add_argument_group("how fast").add_argument
+    speed("--workers", type=positive_number, default=most, metavar="N", help=workers)
+    speed("--batch-size", type=positive_number, metavar="N", help="images to a batch (1)")
+    speed("--dtype", choices=["float32", "bfloat16"], help="number format (float32)")
+    speed("--device", choices=["cpu", "cuda", "mps"], help="where the model runs (cpu)")
+
+    show = usage.add_argument_group("what to show").add_argument
+    show("--gallery", type=page, metavar="FILE", help="write a page to look at (.html), at the end")
+    show("--dry-run", action="store_true", help="say what would be done; load and write nothing")
+    show("-v", "--verbose", action="store_true", help="say each failure as it happens, and more")
+    show("--version", action="store_true", help="say what a bug report needs, and exit")
     return usage
+
+
+def read_flags(argv: list[str] | None) -> dict[str, Any]:
+    """The flags that were given; exits with 2 where they are of no use."""
+    usage = parser()
+    flags = vars(usage.parse_args(argv))
+    if "shard" in flags and "local" in flags:
+        usage.error("--shard is for a database; for a part of a folder there is --client SUBFOLDER")
+    return flags
 
 
 def positive_number(text: str) -> int:
@@ -1625,12 +2252,12 @@ def positive_number(text: str) -> int:
     return int(text)
 
 
-def shard(text: str) -> tuple[int, int]:
-    """ "I/N" as two numbers; raises ArgumentTypeError for what is no part."""
+def shard(text: str) -> Shard:
+    """ "I/N" as a part; raises ArgumentTypeError for what is none."""
     found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text, re.ASCII)
     if not found or not 1 <= int(found[1]) <= int(found[2]):
         raise argparse.ArgumentTypeError(f"{text!r} is not a part like 1/4, 2/4, 3/4 or 4/4")
-    return int(found[1]), int(found[2])
+    return Shard(int(found[1]), int(found[2]))
 
 
 def full_path(text: str) -> Path:
@@ -1647,97 +2274,156 @@ def page(text: str) -> Path:
     return path
 
 
-def say_version() -> None:
-    """The versions, and the arithmetic that would be used."""
-    import torch
+class Setting(NamedTuple):
+    """A field of Settings that comes from the environment or .env."""
 
-    python = sys.version.split()[0]
-    print(f"generate_embeddings.py {VERSION}, schema.sql {CONTRACT}, Python {python}")
-    print(f"{MODEL_VERSION}: {MODEL_ID} at {MODEL_REVISION}")
-    kind = torch.backends.cpu.get_cpu_capability()
-    print(f"torch {torch.__version__}, {kind}, bfloat16: {'yes' if has_bfloat16() else 'no'}")
+    field: str
+    names: tuple[str, ...]  # the first that has a value counts
+    pattern: str  # its group is the value
+    advice: str  # what is said of a value that does not look so
+    read: Callable[[str], Any] = str
+
+
+A_URL = r"(https?://(?!YOUR-PROJECT|supabase\.com/)[\w-]+(?:\.[\w-]+)*(?::\d{1,5})?(?:/[\w.-]+)*?)"
+A_KEY = r"(sb_secret_[\w-]+|[\w-]+\.[\w-]+\.[\w-]+)"
+A_TEXT = r"([^\x00-\x1f\x7f-\x9f\ud800-\udfff]+)"
+A_NUMBER = r"(\d+(?:\.\d+)?)"
+NOT_A_TEXT = "has a control character in it"
+NOT_A_NUMBER = "is not a number of seconds"
+
+SETTINGS = (
+    Setting(
+        "url",
+        ("SUPABASE_URL", "NEXT_PUBLIC_SUPABASE_URL"),
+        A_URL + "(?:/rest/v1)?/?",
+        "is not like https://abcdefghijkl.supabase.co: copy the project's URL from the "
+        "dashboard (Connect), not the dashboard's own address, nor the key",
+    ),
+    Setting(
+        "key",
+        ("SUPABASE_SECRET_KEY", "SUPABASE_SERVICE_ROLE_KEY"),
+        A_KEY,
+        f"is no secret key, nor a legacy service_role key: {NEW_KEY}",
+    ),
+    Setting("model_version", ("MODEL_VERSION",), A_TEXT, NOT_A_TEXT),
+    Setting("clip_model", ("CLIP_MODEL",), A_TEXT, NOT_A_TEXT),
+    Setting("fetch_seconds", ("FETCH_SECONDS",), A_NUMBER, NOT_A_NUMBER, float),
+    Setting("db_retry_seconds", ("DB_RETRY_SECONDS",), A_NUMBER, NOT_A_NUMBER, float),
+    Setting(
+        "private_hosts",
+        ("ALLOW_PRIVATE_IMAGE_HOSTS",),
+        "([01])",
+        "is not 0 or 1",
+        lambda text: text == "1",
+    ),
+    Setting("storage_buckets", ("STORAGE_BUCKETS",), A_TEXT, NOT_A_TEXT),
+)
+NEEDED_FOR_A_DATABASE = ("url", "key")
 
 
 def read_settings(flags: dict[str, Any]) -> Settings:
     """Flags, environment and the nearest .env as Settings; raises RunError that names the setting
     at fault. Nothing of .env enters the environment, which libraries read as well."""
-    file = full_path(".env")
+    file = nearest_env_file()
     try:
-        here = file.is_file() or file.with_name(".env.local").is_file()
-        file = file if here else HERE / ".env"
+        # Nothing in a key is filled in: a ${...} there is part of it.
         in_file = dotenv.dotenv_values(file, encoding="utf-8-sig", interpolate=False)
     except (UnicodeDecodeError, OSError):
         raise RunError(
             f"{file} can't be read: it must be text in UTF-8, and yours to read"
         ) from None
     values = dict(flags)
-    for spec in fields(Settings):
-        names, needed = spec.metadata.get("names", ()), spec.name in ("url", "key")
+    sources: dict[str, str] = {}
+    for setting in SETTINGS:
+        needed = setting.field in NEEDED_FOR_A_DATABASE
         if needed and "local" in flags:
             continue
-        for name in names:
-            given, kept = os.environ.get(name, "").strip(), (in_file.get(name) or "").strip()
-            if given or kept:
-                hides = f", which hides the one in {file}" if kept not in ("", given) else ""
-                source = f"{name} (from {f'the environment{hides}' if given else file})"
-                values[spec.name] = setting_value(spec, source, given or kept)
-                if spec.name == "key":
-                    values["key_source"] = source
-                break
-        else:
-            if needed:
-                other = file.with_name(".env.local").is_file()
-                local = ", not .env.local, which is not read" if other else ""
-                raise RunError(
-                    f"{names[0]} is not set: put it into {file}{local} (.env.example shows how), "
-                    "or use --local DIR, which needs no account"
-                )
+        found = find_setting(setting, file, in_file)
+        if found:
+            values[setting.field] = found.value
+            sources[setting.field] = found.source
+        elif needed:
+            raise RunError(how_to_set(setting.names[0], file))
+    values["key_source"] = sources.get("key", "")
     return Settings(**values)
 
 
-def setting_value(spec: Any, source: str, text: str) -> Any:
-    """A setting's value, once it looks like one; raises RunError."""
-    found = re.fullmatch(spec.metadata["pattern"], text, re.ASCII)
-    if not found:
-        raise RunError(f"{source} {spec.metadata['advice']}")
-    kind = type(spec.default)
-    return found[1] == "1" if kind is bool else kind(found[1])
+class FoundSetting(NamedTuple):
+    """A setting's value, and in words its name and where that was read."""
+
+    value: Any
+    source: str
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit code."""
-    if sys.stderr is None:  # 2>&-: and the next file that is opened must not get its number
-        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
-    stop = Stop()
-    try:
-        flags = vars(parser().parse_args(argv))
-        set_up_output("verbose" in flags)
-        if flags.pop("version", False):
-            say_version()
-            return 0
-        code = embed_all(read_settings(flags), stop)
-        return stop.code or code
-    except RunError as error:
-        trouble = str(error)
-    except ImportError as error:
-        trouble = f"{error}: {INSTALL}"
-    except Exception as error:  # a defect; exit code 1 would say that some images failed
-        log.debug("", exc_info=True)
-        trouble = f"unexpected {type(error).__name__}: {error}; -v says more"
+def nearest_env_file() -> Path:
+    """The .env of the current folder, else the one beside this script."""
+    file = full_path(".env")
+    if file.is_file() or file.with_name(".env.local").is_file():
+        return file
+    return HERE / ".env"
+
+
+def find_setting(
+    setting: Setting, file: Path, in_file: Mapping[str, str | None]
+) -> FoundSetting | None:
+    """A setting's value, from the environment, else from .env; raises RunError where it does not
+    look like one."""
+    for name in setting.names:
+        given = os.environ.get(name, "").strip()
+        kept = (in_file.get(name) or "").strip()
+        if not given and not kept:
+            continue
+        source = f"{name} (from {file})"
+        if given:
+            source = f"{name} (from the environment)"
+            if kept not in ("", given):
+                source = f"{name} (from the environment, which hides the one in {file})"
+        text = given or kept
+        found = re.fullmatch(setting.pattern, text, re.ASCII)
+        if not found:
+            raise RunError(f"{source} {setting.advice}")
+        return FoundSetting(setting.read(found[1]), source)
+    return None
+
+
+def how_to_set(name: str, file: Path) -> str:
+    """What to say where a setting is lacking."""
+    where = str(file)
+    if file.with_name(".env.local").is_file():
+        where = f"{file}, not .env.local, which is not read"
+    return (
+        f"{name} is not set: put it into {where} (.env.example shows how), "
+        "or use --local DIR, which needs no account"
+    )
+
+
+def say_version() -> None:
+    """Prints the versions, and the arithmetic that would be used."""
+    import torch
+
+    python = sys.version.split()[0]
+    print(f"generate_embeddings.py {VERSION}, schema.sql {CONTRACT}, Python {python}")
+    print(f"{MODEL_VERSION}: {MODEL_ID} at {MODEL_REVISION}")
+    kind = torch.backends.cpu.get_cpu_capability()
+    bfloat16 = "yes" if has_bfloat16() else "no"
+    print(f"torch {torch.__version__}, {kind}, bfloat16: {bfloat16}")
+
+
+def say_error(trouble: str) -> None:
+    """Says on stderr why the run ended, on a terminal in lines of its width."""
     line = printable(f"error: {trouble}")
     if sys.stderr.isatty():
         width = shutil.get_terminal_size().columns - 1
         line = textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
     with contextlib.suppress(OSError):  # there may be nobody to read it
         print(line, file=sys.stderr)
-    return stop.code or 2
 
 
 class Log(logging.StreamHandler[Any]):
     """Logs to stderr while somebody reads it."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
-        # What is left in a broken pipe's buffer would fail each start of a process
+        # What is left in a broken pipe's buffer would fail each start of a process.
         if isinstance(sys.exception(), OSError):
             sys.stderr = self.stream = Path(os.devnull).open("w")  # noqa: SIM115
 
@@ -1746,60 +2432,28 @@ class Lines(logging.Formatter):
     """Log lines without the control characters that ids, URLs and messages may hold."""
 
     def format(self, record: logging.LogRecord) -> str:
-        record.msg, record.args = printable(record.getMessage()), ()
-        return "\n".join(map(printable, super().format(record).split("\n")))  # a traceback's
+        record.msg = printable(record.getMessage())
+        record.args = ()
+        lines = super().format(record).split("\n")  # a traceback has several
+        return "\n".join(printable(line) for line in lines)
 
 
 def set_up_output(verbose: bool) -> None:
     """Logs to stderr, with the time where nobody watches."""
     handler = Log()
-    handler.setFormatter(Lines("%(message)s" if sys.stderr.isatty() else "%(asctime)s %(message)s"))
+    look = "%(message)s" if sys.stderr.isatty() else "%(asctime)s %(message)s"
+    handler.setFormatter(Lines(look))
     logging.basicConfig(handlers=[handler])
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # its warnings have tracebacks in them
     log.setLevel(logging.DEBUG if verbose else logging.INFO)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # not each encoding has all that names may hold
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Not each encoding has all that names may hold.
         sys.stdout.reconfigure(errors="backslashreplace")
-
-
-def embed_all(settings: Settings, stop: Stop) -> int:
-    """The run, from the first question to the printed report. Returns the exit code."""
-    store: Store = (FolderStore if settings.local else SupabaseStore)(settings, stop)
-    try:  # a database may drip its answer
-        status = ThreadPoolExecutor(1).submit(store.status).result(store.longest)
-    except TimeoutError:
-        raise RunError(f"{SILENCE} for {store.longest:.0f} s: {CHECK_URL}") from None
-    skipped = 0 if settings.retry_failed else status.failed + status.waiting
-    report = Report(status.assets - status.done - skipped, skipped)
-    log.info("%s%s to do", status, f"{report.pending:,}")
-    if settings.dry_run:
-        goal = min(report.pending, settings.limit or report.pending)
-        print(f"Would embed {goal} asset{'s' * (goal != 1)} as {settings.model_version}")
-        for asset in next(store.pages(), [])[: min(5, goal)]:
-            print(printable(f"  {asset}"))
-        return 0
-    try:
-        if report.pending:
-            log.info("vectors go to %s", store.place)
-            log.info("loading the model")
-            stop.listen()
-            Run(store, settings, report, stop).loop()
-        else:
-            log.info("nothing to do%s", "" if status.assets else ": there are no assets yet")
-    finally:
-        with contextlib.suppress(OSError):  # as in: ... | head -1
-            print("\n".join(map(printable, report.lines())), flush=True)
-    if settings.gallery and not stop.code:
-        done, failed = status.done + report.embedded, report.failed + report.skipped
-        counts = f"{status.assets:,} assets: {done:,} embedded, {failed:,} failed"
-        write_gallery(store, settings, f"{counts}, {report.left:,} left")
-    elif settings.local and report.embedded and sys.stderr.isatty():
-        log.info("next: --gallery FILE.html shows what looks alike; README.md: with Supabase")
-    return 1 if report.failed else 0
 
 
 if __name__ == "__main__":
     code = main()
     with contextlib.suppress(OSError, AttributeError):  # as in: ... | head, or >&-
         sys.stdout.flush()
-    # A download may hang in a thread, and Python would wait for it
+    # A download may hang in a thread, and Python would wait for it.
     os._exit(code)
