@@ -312,6 +312,9 @@ class Report:
         yield f"Left     {self.left:>9,}"
         for why, count in self.set_aside.most_common(self.MOST_REASONS):
             yield f"  {count:>6,}  {why}"
+        if len(self.reasons) == 1 and self.failed == self.attempted > 1:
+            (reason,) = self.reasons
+            yield f"All {self.failed:,} that were tried failed for the same reason: {reason}"
         yield f"Elapsed  {seconds:>8.1f}s"
         yield (
             f"embedded={self.embedded} failed={self.failed} left={self.left} "
@@ -2318,7 +2321,6 @@ SETTINGS = (
     ),
     Setting("storage_buckets", ("STORAGE_BUCKETS",), A_TEXT, NOT_A_TEXT),
 )
-NEEDED_FOR_A_DATABASE = ("url", "key")
 
 
 def read_settings(flags: dict[str, Any]) -> Settings:
@@ -2332,27 +2334,35 @@ def read_settings(flags: dict[str, Any]) -> Settings:
         raise RunError(
             f"{file} can't be read: it must be text in UTF-8, and yours to read"
         ) from None
-    values = dict(flags)
-    sources: dict[str, str] = {}
+    needs_database = "local" not in flags
+    found: dict[str, FoundSetting] = {}
     for setting in SETTINGS:
-        needed = setting.field in NEEDED_FOR_A_DATABASE
-        if needed and "local" in flags:
+        of_database = setting.field in ("url", "key")
+        if of_database and not needs_database:
             continue
-        found = find_setting(setting, file, in_file)
-        if found:
-            values[setting.field] = found.value
-            sources[setting.field] = found.source
-        elif needed:
+        value = find_setting(setting, file, in_file)
+        if value:
+            found[setting.field] = value
+        elif of_database:
             raise RunError(how_to_set(setting.names[0], file))
-    values["key_source"] = sources.get("key", "")
+    values = flags | {name: setting.value for name, setting in found.items()}
+    if needs_database:
+        values["key_source"] = str(found["key"])
+        if found["url"].origin != found["key"].origin:
+            # A folder's .env must not get the environment's key in silence.
+            log.info("%s, %s", found["url"], found["key"])
     return Settings(**values)
 
 
 class FoundSetting(NamedTuple):
-    """A setting's value, and in words its name and where that was read."""
+    """A setting's value, its name, and in words where that was read."""
 
     value: Any
-    source: str
+    name: str
+    origin: str
+
+    def __str__(self) -> str:
+        return f"{self.name} (from {self.origin})"
 
 
 def nearest_env_file() -> Path:
@@ -2373,16 +2383,15 @@ def find_setting(
         kept = (in_file.get(name) or "").strip()
         if not given and not kept:
             continue
-        source = f"{name} (from {file})"
+        origin = str(file)
         if given:
-            source = f"{name} (from the environment)"
+            origin = "the environment"
             if kept not in ("", given):
-                source = f"{name} (from the environment, which hides the one in {file})"
-        text = given or kept
-        found = re.fullmatch(setting.pattern, text, re.ASCII)
-        if not found:
-            raise RunError(f"{source} {setting.advice}")
-        return FoundSetting(setting.read(found[1]), source)
+                origin = f"the environment, which hides the one in {file}"
+        looks_right = re.fullmatch(setting.pattern, given or kept, re.ASCII)
+        if not looks_right:
+            raise RunError(f"{FoundSetting(None, name, origin)} {setting.advice}")
+        return FoundSetting(setting.read(looks_right[1]), name, origin)
     return None
 
 
