@@ -9,6 +9,16 @@
 #     "python-dotenv==1.2.4",
 #     "tqdm==4.70.1",
 # ]
+#
+# # On Linux uv takes torch's build without CUDA, gigabytes smaller.
+# # With a GPU: uv run --no-sources generate_embeddings.py
+# [tool.uv.sources]
+# torch = { index = "pytorch-cpu", marker = "sys_platform == 'linux'" }
+#
+# [[tool.uv.index]]
+# name = "pytorch-cpu"
+# url = "https://download.pytorch.org/whl/cpu"
+# explicit = true
 # ///
 """Give every product image in a Supabase database (or a folder) a CLIP embedding.
 

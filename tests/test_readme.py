@@ -44,9 +44,17 @@ def test_it_is_read_in_one_sitting():
 def test_pip_and_uv_install_the_same():
     block = re.search(r"^# /// script\n(.*?)^# ///$", SCRIPT.read_text(), re.DOTALL | re.MULTILINE)
     metadata = tomllib.loads(re.sub(r"^# ?", "", block[1], flags=re.MULTILINE))
+    for_uv = metadata.pop("tool")["uv"]
     requirements = (REPO / "requirements.txt").read_text().split()
     assert metadata == {"requires-python": ">=3.11", "dependencies": requirements}
     assert set(re.findall(r"torch==[\d.]+\d", README)) <= set(requirements)
+    # On Linux both know the place of the build without CUDA; uv takes nothing else from there.
+    (index,) = for_uv["index"]
+    assert for_uv["sources"] == {
+        "torch": {"index": index["name"], "marker": "sys_platform == 'linux'"}
+    }
+    assert index["explicit"] is True
+    assert f"pip install {requirements[0]} --index-url {index['url']}\n" in README
 
 
 def test_the_shards_of_every_machine_are_all_there():
