@@ -304,8 +304,7 @@ class Report:
         """Prints the report to stdout."""
         with contextlib.suppress(OSError):  # as in: ... | head -1
             for line in self.lines():
-                print(printable(line))
-            sys.stdout.flush()
+                print(printable(line), flush=True)
 
     def lines(self) -> Iterator[str]:
         """What is printed at the end; the last line is for programs."""
@@ -1110,7 +1109,8 @@ class SupabaseStore:
         if ".." in unquote(object_path).split("/"):
             raise Rejected("a storage path with '..' in it")
         bucket = unquote(object_path.partition("/")[0])
-        if bucket in self._settings.storage_buckets.replace(",", " ").split():
+        readable = [name.strip() for name in self._settings.storage_buckets.split(",")]
+        if bucket in readable:
             key = self._settings.key
             headers = {"apikey": key, "Authorization": f"Bearer {key}"}
             return Place(f"{self._settings.url}{STORAGE}authenticated/{object_path}", headers)
@@ -1348,7 +1348,7 @@ class FolderStore:
                 elif name.lower() in SYSTEM_FOLDERS:
                     subfolders.remove(name)
                     left_out[f"folder {name}"] += 1
-                elif (here / name).is_symlink():
+                elif is_link(here / name):
                     left_out["linked folder"] += 1  # os.walk does not follow it
             for name in names:
                 if name.startswith((".", self.FILE)):
@@ -1426,6 +1426,13 @@ class FolderStore:
             "failed": [[(name,) for name in (why, *failed[why][:20])] for why in failed],
             "typical": float(np.median(unlike)) if len(unlike) else None,
         }
+
+
+def is_link(path: Path) -> bool:
+    """Whether a path is a symbolic link; one that can't be looked at is none."""
+    with contextlib.suppress(OSError):
+        return path.is_symlink()
+    return False
 
 
 def composed(path: str) -> str:
@@ -2336,8 +2343,9 @@ SETTINGS = (
 def read_settings(flags: dict[str, Any]) -> Settings:
     """Flags, environment and the nearest .env as Settings; raises RunError that names the setting
     at fault. Nothing of .env enters the environment, which libraries read as well."""
-    file = nearest_env_file()
+    file = full_path(".env")
     try:
+        file = nearest_env_file()
         # Nothing in a key is filled in: a ${...} there is part of it.
         in_file = dotenv.dotenv_values(file, encoding="utf-8-sig", interpolate=False)
     except (UnicodeDecodeError, OSError):

@@ -1,15 +1,26 @@
-"""Fixtures: the real parts of stack.py, the models of models.py, and the command line itself."""
+"""Fixtures: the real parts of stack.py, the models of models.py, and the command line itself.
 
+Beside it: answers.py, what image hosts may answer; samples.py, image files made on the spot.
+"""
+
+import contextlib
+import fcntl
+import io
+import json
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from PIL import Image
 from stack import ImageHost, Stack, photographs
 
 # A shell starts background jobs with Ctrl-C ignored, nohup its own with SIGHUP, and every process
@@ -23,6 +34,9 @@ TIMEOUT = 120  # seconds; for a busy machine: no run here takes a quarter of it
 TINY_VERSION = "tiny"  # what rows carry whose vector the tiny model made
 CLOSED = "http://127.0.0.1:9"  # nothing listens there
 
+FOLDER_FILE = "product_embeddings.sqlite3"  # what --local writes
+SMALL = ("flower.jpg", "china.jpg", "rocket.jpg")  # photographs that are quickly decoded
+
 # Runs the script with other constants: NAME=value ... -- arguments
 TUNED = f"""
 import os, sys
@@ -34,6 +48,18 @@ if __name__ == "__main__":  # the decoders' processes import this file, too
         assert hasattr(script, name), name
         setattr(script, name, type(getattr(script, name))(value))
     code = script.main(sys.argv[end + 1:])
+    sys.stdout.flush()
+    os._exit(code)  # as the script itself
+"""
+# Runs the script after some statements of a test
+PATCHED = f"""
+import os, signal, sys, time
+sys.path.insert(0, {str(REPO)!r})
+if __name__ == "__main__":  # the decoders' processes import this file, too
+    BEFORE
+    import generate_embeddings as script
+    AFTER
+    code = script.main()
     sys.stdout.flush()
     os._exit(code)  # as the script itself
 """
@@ -174,6 +200,89 @@ def renew(stack, **options):
     gateway.public_buckets.clear()
 
 
+def open_store(stack, **settings):
+    """The script's store of this stack, in this process."""
+    import generate_embeddings as script
+
+    given = {"url": stack.url, "key": stack.service_key, "model_version": TINY_VERSION}
+    return script.SupabaseStore(script.Settings(**given | settings), script.Stop())
+
+
+def open_folder(folder, **settings):
+    """The script's store of a folder, in this process."""
+    import generate_embeddings as script
+
+    given = {"local": folder, "model_version": TINY_VERSION} | settings
+    return script.FolderStore(script.Settings(**given))
+
+
+def survey(store):
+    """What a store says there is, and the pending assets of all its pages; once, as in a run."""
+    status = store.status()
+    return status, [asset for page in store.pages() for asset in page]
+
+
+def pending(store):
+    """The assets that a store says are pending; once, as in a run."""
+    return survey(store)[1]
+
+
+def vector(*numbers):
+    """A vector of unit length that begins like these numbers."""
+    made = np.zeros(512, np.float32)
+    made[: len(numbers)] = numbers
+    return made / np.linalg.norm(made)
+
+
+FOLDER_COLUMNS = [
+    *("asset_id", "modified", "model_version", "embedding", "stage", "reason", "permanent"),
+    *("created_at", "updated_at"),
+]
+
+
+def folder_query(folder, sql):
+    """What the file of a folder answers."""
+    with contextlib.closing(sqlite3.connect(folder / FOLDER_FILE, isolation_level=None)) as db:
+        return db.execute(sql).fetchall()
+
+
+def folder_rows(folder):
+    """path -> its row in the file of a folder, column by column; its embedding as `vector`, too."""
+    made = {}
+    for row in folder_query(folder, f"select {', '.join(FOLDER_COLUMNS)} from images"):
+        made[row[0]] = SimpleNamespace(**dict(zip(FOLDER_COLUMNS, row, strict=True)))
+        if made[row[0]].embedding:
+            made[row[0]].vector = np.frombuffer(made[row[0]].embedding, "<f4")
+    return made
+
+
+def folder_vectors(folder):
+    """The same, of those with an embedding."""
+    return {path: row for path, row in folder_rows(folder).items() if row.embedding}
+
+
+def alone(program, *arguments, timeout=120):
+    """Runs a program in a process of its own; what it prints is JSON.
+
+    It has peak(): the most memory it ever held, in MB.
+    """
+    before = f"""
+import io, json, resource, sys, time
+sys.path.insert(0, {str(REPO)!r})
+
+def peak():
+    try:  # ru_maxrss begins with the parent's own on Linux
+        with open("/proc/self/status") as status:
+            return int(status.read().split("VmHWM:")[1].split()[0]) / 1024
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS: bytes
+"""
+    command = [sys.executable, "-W", "ignore", "-c", before + program, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
 def wait_until(condition, seconds=60):
     """Returns once condition() is true; fails after `seconds`."""
     end = time.monotonic() + seconds
@@ -222,6 +331,39 @@ def full():
     import models
 
     return models.full_model()
+
+
+@pytest.fixture(scope="session")
+def of_transformers(full, photos, tmp_path_factory):
+    """What transformers itself makes of the photographs with the full model, name -> vector;
+    made once, also where the session has several processes."""
+    import models
+
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # the same for all workers
+    file = folder / "of_transformers.npy"
+    with file.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not file.exists():
+            images = [Image.open(io.BytesIO(data)).convert("RGB") for data in photos.values()]
+            np.save(file, models.reference(full, images))
+    return dict(zip(photos, np.load(file), strict=True))
+
+
+@pytest.fixture
+def patched(tmp_path):
+    """Makes a script, for `script=`, that does some statements after its import, or before it."""
+
+    def patched(after="pass", before="pass"):
+        path = tmp_path / "patched.py"
+        code = PATCHED
+        for name, statements in (("BEFORE", before), ("AFTER", after)):
+            code = code.replace(name, "\n    ".join(statements.strip().splitlines()))
+        path.write_text(code)
+        return path
+
+    return patched
 
 
 @pytest.fixture

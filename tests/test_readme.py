@@ -36,11 +36,6 @@ def node(*arguments, **options):
     return run.stdout
 
 
-def test_it_is_read_in_one_sitting():
-    assert len(README.split()) <= 3000
-    assert len(README.splitlines()) <= 400
-
-
 def test_pip_and_uv_install_the_same():
     block = re.search(r"^# /// script\n(.*?)^# ///$", SCRIPT.read_text(), re.DOTALL | re.MULTILINE)
     metadata = tomllib.loads(re.sub(r"^# ?", "", block[1], flags=re.MULTILINE))

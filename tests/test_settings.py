@@ -1,7 +1,6 @@
 """Settings: from the environment and .env, and what is said of wrong ones."""
 
 import ast
-import dataclasses
 import re
 import shutil
 import uuid
@@ -80,6 +79,23 @@ def test_a_dotenv_file_beside_the_script_is_read_where_the_current_folder_has_no
     assert run.code == 2
     assert "SUPABASE_SECRET_KEY is not set" in run.error
     assert str(here / ".env") in run.error
+
+
+def test_where_url_and_key_came_from_is_said_where_that_is_two_places(cli, stack):
+    # A folder's .env must not get the environment's key in silence
+    (cli.folder / ".env").write_text(f"SUPABASE_URL={stack.url}\n")
+    run = cli("--dry-run", env={"SUPABASE_SECRET_KEY": stack.secret_key})
+    file = cli.folder / ".env"
+    assert f"SUPABASE_URL (from {file}), SUPABASE_SECRET_KEY (from the environment)" in run.err
+    assert "SUPABASE_URL" not in cli("--dry-run", SUPABASE_URL=stack.url).err
+
+
+@pytest.mark.parametrize("value", ["v-${HOME}", "v-$HOME", "v-${NOT_SET:-x}"])
+def test_nothing_is_filled_in_where_a_value_has_a_dollar_sign(cli, tmp_path, value):
+    (tmp_path / "a.png").touch()
+    (cli.folder / ".env").write_text(f"MODEL_VERSION={value}\n")
+    run = cli("--local", tmp_path, "--dry-run", MODEL_VERSION=None)
+    assert run.out.startswith(f"Would embed 1 asset as {value}\n")
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
@@ -183,7 +199,7 @@ def test_settings_of_the_database_are_not_looked_at_for_a_folder(cli, tmp_path, 
 # What is written about them
 
 
-NAMES = [n for spec in dataclasses.fields(script.Settings) for n in spec.metadata.get("names", ())]
+NAMES = [name for setting in script.SETTINGS for name in setting.names]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -5,10 +5,12 @@ costs one line in the report and is remembered for what it is.
 import base64
 import io
 import json
+import re
 import socket
 import threading
 import uuid
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -16,12 +18,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import REPO, TINY_VERSION, renew, stack_cli
+from answers import NO_LENGTH, cut, hang_up, in_turn, length, raw, redirect, status
+from conftest import REPO, TINY_VERSION, open_store, renew, stack_cli
 from PIL import Image
-from stack import ImageHost
-from test_fetch import NO_LENGTH, cut, good, hang_up, in_turn, length, raw, redirect, status
-from test_images import NO_IMAGES, exif, png, saved
+from samples import exif, png, saved
+from stack import HTML, JSON, ImageHost
 
+import generate_embeddings as script
+
+SVG = b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"><path d="M0 0"/></svg>'
 LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
 EARLIER = (
     "insert into product_embeddings select id, array_fill(0.1, array[512])::vector, %s, %s, %s "
@@ -36,27 +41,6 @@ sys.exit(code)
 """
 
 
-def stored(stack):
-    """asset_id -> vector (512,), model_version, created_at, updated_at."""
-    columns = "asset_id, embedding::text, model_version, created_at, updated_at"
-    return {
-        row[0]: SimpleNamespace(
-            vector=np.array(json.loads(row[1]), np.float32),
-            version=row[2],
-            created=row[3],
-            updated=row[4],
-        )
-        for row in stack.sql(f"select {columns} from product_embeddings")
-    }
-
-
-def failures(stack):
-    """asset_id -> (stage, reason, permanent, attempts)."""
-    columns = "asset_id, stage, reason, permanent, attempts"
-    rows = stack.sql(f"select {columns} from product_embedding_failures")
-    return {row[0]: row[1:] for row in rows}
-
-
 def add(stack, host, paths, client=lambda n: "x"):
     """Adds an asset per path, or other URL, in the order of ids; returns id -> path."""
     made = {uuid.UUID(int=n + 1): path for n, path in enumerate(paths)}
@@ -66,11 +50,6 @@ def add(stack, host, paths, client=lambda n: "x"):
     return made
 
 
-def paths_of(host):
-    """How often each path was asked for."""
-    return Counter(path for path, _ in host.requests)
-
-
 class Sent:
     """A fault for the gateway that does no harm: notes the ids of the vectors that are sent."""
 
@@ -78,7 +57,7 @@ class Sent:
         self.calls = []
 
     def __call__(self, request):
-        if request.path.endswith("/rpc/store_embeddings"):
+        if request.function == "store_embeddings":
             vectors = json.loads(request.body)["vectors"]
             self.calls.append((request, [row["asset_id"] for row in vectors]))
 
@@ -104,15 +83,15 @@ def whole(_stack, full, photos, tmp_path_factory):
         before = datetime.now(UTC)
         first = cli(REPO / "generate_embeddings.py", script=measured)
         after = datetime.now(UTC)
-        rows, downloads, headers = stored(_stack), paths_of(host), [h for _, h in host.requests]
+        rows, downloads, headers = _stack.vectors(), host.asked(), [h for _, h in host.requests]
         _stack.gateway.requests.clear()
         second = cli("-v")
         yield SimpleNamespace(
             **{"ids": ids, "first": first, "second": second, "rows": rows, "headers": headers},
             **{"before": before, "after": after, "downloads": downloads},
-            downloads_after=paths_of(host),
+            downloads_after=host.asked(),
             requests=[r.path for r in _stack.gateway.requests],
-            rows_after=stored(_stack),
+            rows_after=_stack.vectors(),
             peak=int(first.err.splitlines()[-1]) * 1024,
             key=_stack.service_key,
         )
@@ -128,15 +107,12 @@ def test_every_photograph_gets_a_vector(whole):
 REDUCED_FROM = 2 * 3 * 224  # pixels of the shorter side; README, "Which images"
 
 
-def test_vectors_are_those_of_transformers(whole, full, photos):
-    import models
-
-    images = {n: Image.open(io.BytesIO(data)).convert("RGB") for n, data in photos.items()}
-    wanted = dict(zip(images, models.reference(full, images.values()), strict=True))
+def test_vectors_are_those_of_transformers(whole, of_transformers, photos):
+    wanted = of_transformers
     apart = np.linalg.norm(np.subtract(*map(wanted.get, ("coffee.png", "china.jpg"))))
     for asset_id, path in whole.ids.items():
         vector, of_transformers = whole.rows[asset_id].vector, wanted[path[1:]]
-        if min(images[path[1:]].size) < REDUCED_FROM:
+        if min(Image.open(io.BytesIO(photos[path[1:]])).size) < REDUCED_FROM:
             assert np.abs(vector - of_transformers).max() < 1e-5, path
         else:  # as README says: against the distance between different images
             assert np.linalg.norm(vector - of_transformers) < 0.03 * apart, path
@@ -189,16 +165,16 @@ def test_only_rows_of_our_model_version_count_as_done(cli, stack, host):
     run = cli()
     assert run.code == 0, run.err
     assert run.counts["embedded"] == 2
-    rows = {ids[i]: row for i, row in stored(stack).items()}
+    rows = {ids[i]: row for i, row in stack.vectors().items()}
     assert {row.version for row in rows.values()} == {TINY_VERSION}
     assert rows["/flower.jpg"].updated == LONG_AGO
     assert rows["/china.jpg"].created == LONG_AGO
     assert rows["/china.jpg"].updated > LONG_AGO
     assert abs(np.linalg.norm(rows["/china.jpg"].vector) - 1) < 1e-6
-    assert "/flower.jpg" not in paths_of(host)
+    assert "/flower.jpg" not in host.asked()
     again = cli(MODEL_VERSION="shoes-2027")
     assert (again.code, again.counts["embedded"]) == (0, 3)
-    assert {row.version for row in stored(stack).values()} == {"shoes-2027"}
+    assert {row.version for row in stack.vectors().values()} == {"shoes-2027"}
 
 
 def test_limit_and_client_combine_and_resume(cli, stack, host):
@@ -207,15 +183,15 @@ def test_limit_and_client_combine_and_resume(cli, stack, host):
     of_1 = {i for n, i in enumerate(ids) if n % 2}
     first = cli("--limit", 3, "--client", "client-1")
     assert first.counts == first.counts | {"embedded": 3, "left": 2}, first.out
-    early = stored(stack)
+    early = stack.vectors()
     assert early.keys() < of_1
     assert len(early) == 3
     second = cli("--limit", 3)
     assert second.counts == second.counts | {"embedded": 3, "left": 4}, second.out
-    assert len(stored(stack)) == 6
+    assert len(stack.embedded()) == 6
     third = cli("--client", "client-1")
     assert (third.code, third.counts["left"]) == (0, 0)
-    late = stored(stack)
+    late = stack.vectors()
     assert of_1 <= late.keys()
     assert {i: late[i].updated for i in early} == {i: row.updated for i, row in early.items()}
     assert len(host.requests) == len(late)
@@ -258,12 +234,12 @@ def test_ids_of_any_kind_and_pages_smaller_than_the_catalog(cli, stack, host, tu
         "from assets where id in (select id from assets order by id limit 3 offset 2)",
         [TINY_VERSION],
     )
-    done = stored(stack).keys()
+    done = stack.embedded()
     stack.gateway.fault = sent = Sent()
     run = cli("PAGE_ROWS=2", "--", script=tuned)
     assert run.code == 0, run.err + run.out
     assert run.counts == run.counts | {"embedded": len(ids) - 3, "left": 0}
-    assert stored(stack).keys() == set(ids)
+    assert stack.embedded() == set(ids)
     assert sent.stored() == Counter(set(ids) - done)
 
 
@@ -279,9 +255,9 @@ def test_1000_assets_are_embedded_once_each_in_few_requests_whatever_the_cap(cli
         run = cli("--workers", 4)
         assert run.code == 0, run.err
         assert run.counts == run.counts | {"embedded": 990, "left": 0}
-        assert stored(stack).keys() == ids.keys()
+        assert stack.embedded() == ids.keys()
         assert sent.stored() == Counter(map(str, ids))
-        assert paths_of(host) == Counter(ids.values())
+        assert host.asked() == Counter(ids.values())
 
 
 def test_rows_that_are_added_meanwhile_are_done_now_or_by_the_next_run(cli, stack, photos):
@@ -306,8 +282,8 @@ def test_rows_that_are_added_meanwhile_are_done_now_or_by_the_next_run(cli, stac
         assert again.code == 0
         assert run.counts["embedded"] + again.counts["embedded"] == len(numbers) + 4
         assert again.counts["left"] == 0
-        assert stored(stack).keys() == {*numbers, 5, 35, 205, 305}
-        assert set(paths_of(host).values()) == {1}
+        assert stack.embedded() == {*numbers, 5, 35, 205, 305}
+        assert set(host.asked().values()) == {1}
 
 
 def test_data_urls_of_several_megabytes(cli, stack, host):
@@ -319,7 +295,7 @@ def test_data_urls_of_several_megabytes(cli, stack, host):
     run = cli()
     assert run.code == 1
     assert run.counts == run.counts | {"embedded": 5, "failed": 1, "left": 0}
-    assert failures(stack).keys() == {list(ids)[2]}
+    assert stack.failures().keys() == {list(ids)[2]}
     assert "which belongs into a file" in run.out
     assert len(run.out + run.err) < 10_000
 
@@ -343,8 +319,8 @@ class Bad:
     image: str | None = "host"
 
 
-refused = partial(Bad, stage="fetch")
-passing = partial(Bad, stage="fetch", permanent=False)
+never = partial(Bad, stage="fetch")
+not_now = partial(Bad, stage="fetch", permanent=False)
 
 
 def closed_port():
@@ -364,29 +340,29 @@ def some_ways_to_be_bad():
         "strip": Bad("strip", answer=saved(Image.new("L", (20, 2001)), "PNG")),
         "huge": Bad("needs over", answer=png((20000, 20000), 8, 0, [bytes(20000)])),
         "depth": Bad("not supported", answer=saved(Image.new("F", (32, 32)), "TIFF")),
-        "svg": Bad("SVG", answer=NO_IMAGES["svg with a prolog"][0]),
-        "html": Bad("HTML", answer=good(("Content-Type", "image/png"), body=b"<!doctype html>")),
+        "svg": Bad("SVG", answer=SVG),
+        "html": Bad("HTML", answer=status(200, body=b"<!doctype html>")),
         "json": Bad("JSON", answer=b'{"error": 1}'),
         "pdf": Bad("PDF", answer=b"%PDF-1.7"),
         "text": Bad("not an image", answer=b"please log in"),
-        "400": refused("HTTP 400", answer=status(400)),
-        "404": refused("HTTP 404"),
-        "410": refused("HTTP 410", answer=status(410)),
-        "loop": refused("redirects", answer=redirect("?again")),
-        "to a file": refused("only http", answer=redirect("file:///etc/passwd")),
-        "endless": refused("larger than", answer=raw(NO_LENGTH, b"x" * 2**18)),
-        "no URL": refused("no image URL", image=None),
-        "scheme": refused("only http", image="ftp://shop.example/a.jpg"),
-        "invalid": refused("not a valid URL", image="http://[::1"),
-        "data": refused("data: URL", image="data:image/png;base64"),
-        "401": passing("HTTP 401", answer=status(401)),
-        "403": passing("HTTP 403", answer=status(403)),
-        "503": passing("HTTP 503", answer=status(503)),
-        "429": passing("HTTP 429", answer=status(429, ("Retry-After", "3600"))),
-        "reset": passing("connection lost", answer=raw(length(999), b"x", end=cut)),
-        "short": passing("connection lost", answer=raw(length(999), b"x", end=hang_up)),
-        "slow": passing("not complete within", answer=raw(length(999), b"x", pause=0.2)),
-        "closed": passing("connection refused", image=f"http://127.0.0.1:{closed_port()}/a.jpg"),
+        "400": never("HTTP 400", answer=status(400)),
+        "404": never("HTTP 404"),
+        "410": never("HTTP 410", answer=status(410)),
+        "loop": never("redirects", answer=redirect("?again")),
+        "to a file": never("only http", answer=redirect("file:///etc/passwd")),
+        "endless": never("larger than", answer=raw(NO_LENGTH, b"x" * 2**18)),
+        "no URL": never("no image URL", image=None),
+        "scheme": never("only http", image="ftp://shop.example/a.jpg"),
+        "invalid": never("not a valid URL", image="http://[::1"),
+        "data": never("data: URL", image="data:image/png;base64"),
+        "401": not_now("HTTP 401", answer=status(401)),
+        "403": not_now("HTTP 403", answer=status(403)),
+        "503": not_now("HTTP 503", answer=status(503)),
+        "429": not_now("HTTP 429", answer=status(429, ("Retry-After", "3600"))),
+        "reset": not_now("connection lost", answer=raw(length(999), b"x", end=cut)),
+        "short": not_now("connection lost", answer=raw(length(999), b"x", end=hang_up)),
+        "slow": not_now("not complete within", answer=raw(length(999), b"x", pause=0.2)),
+        "closed": not_now("connection refused", image=f"http://127.0.0.1:{closed_port()}/a.jpg"),
     }
 
 
@@ -415,8 +391,8 @@ def story(_stack, photos, tiny, tmp_path_factory):
         def seen(*args):
             host.requests.clear()
             result = cli(*args, FETCH_SECONDS=FETCH_SECONDS)
-            asked = {path.split("?")[0] for path in paths_of(host)}
-            return SimpleNamespace(result=result, asked=asked, failures=failures(_stack))
+            asked = {path.split("?")[0] for path in host.asked()}
+            return SimpleNamespace(result=result, asked=asked, failures=_stack.failures())
 
         first, second, third, retried = seen(), seen(), seen(), seen("--retry-failed")
         yield SimpleNamespace(
@@ -424,7 +400,7 @@ def story(_stack, photos, tiny, tmp_path_factory):
             **{"first": first, "second": second, "third": third, "retried": retried},
             # What used up its whole time is not tried at once again, but an hour later
             again={a for a, name in bad.items() if not BAD[name].permanent and name != "slow"},
-            embedded=len(stored(_stack)),
+            embedded=len(_stack.embedded()),
         )
 
 
@@ -502,7 +478,7 @@ def broken(stack, host, cli, photos):
     host.files["/a.jpg"] = photos["flower.jpg"][:5000]
     (asset,) = add(stack, host, ["/a.jpg"])
     assert cli().code == 1
-    assert failures(stack)[asset][2] is True
+    assert stack.failures()[asset][2] is True
     host.requests.clear()
     return asset
 
@@ -515,15 +491,15 @@ def test_an_image_repaired_at_the_same_url_is_embedded_by_retry_failed(
     assert (run.code, run.counts["skipped"], host.requests) == (0, 1, [])
     run = cli("--retry-failed")
     assert (run.code, run.counts["embedded"], run.counts["skipped"]) == (0, 1, 0)
-    assert failures(stack) == {}
-    assert broken in stored(stack)
+    assert stack.failures() == {}
+    assert broken in stack.embedded()
 
 
 def test_a_changed_image_url_clears_the_failure(broken, stack, host, cli):
     stack.sql("update assets set image_url = %s", [host.url_of("/flower.jpg")])
-    assert failures(stack) == {}
+    assert stack.failures() == {}
     assert cli().counts["embedded"] == 1
-    assert broken in stored(stack)
+    assert broken in stack.embedded()
 
 
 def test_a_failure_of_another_model_version_does_not_count(broken, cli):
@@ -533,13 +509,71 @@ def test_a_failure_of_another_model_version_does_not_count(broken, cli):
 
 def test_a_transient_failure_is_gone_after_a_success(stack, host, cli, photos):
     host.files["/a.jpg"] = in_turn(
-        status(429, ("Retry-After", "3600")), good(body=photos["flower.jpg"])
+        status(429, ("Retry-After", "3600")), status(200, body=photos["flower.jpg"])
     )
     add(stack, host, ["/a.jpg"])
     assert cli().code == 1
-    assert len(failures(stack)) == 1
+    assert len(stack.failures()) == 1
     assert cli().code == 0
-    assert failures(stack) == {}
+    assert stack.failures() == {}
+
+
+# What the database's answers mean
+
+
+PASSING = (
+    "08006 40001 40P01 53300 53400 55P03 57014 57P01 XX000 PGRST000 PGRST001 PGRST002 PGRST003"
+)
+CODES = {
+    **dict.fromkeys(PASSING.split(), "passing"),
+    **dict.fromkeys(["408", "425", "429", "500", "502", "503", "504", "520"], "passing"),
+    **dict.fromkeys(["PGRST202", "42883", "42P01", "42703"], "run this version's schema.sql"),
+    **dict.fromkeys(["401", "403", "PGRST301", "PGRST302", "PGRST303"], "was refused"),
+    "42501": "the database lacks a grant",
+    "PGRST106": "the schema public is not exposed",
+    **{code: f"answers with HTTP {code}" for code in ("301", "404", "410")},
+    **dict.fromkeys(["22P02", "42601", "P0001"], "the database says"),
+}
+
+
+@pytest.fixture(scope="module")
+def meant(_stack):
+    """What each code led to that came once: "passing", or the error that ended the run."""
+    renew(_stack)
+    asked = Counter()
+
+    def once(request):
+        code = json.loads(request.body)["model_version"]
+        asked[code] += 1
+        if asked[code] > 1:
+            return None
+        if len(code) == 3:
+            return int(code), HTML, b"<html>no</html>"
+        answer = {"code": code, "message": f"no, {_stack.service_key}"}
+        return 400, JSON, json.dumps(answer).encode()
+
+    def meaning(code):
+        try:
+            open_store(_stack, model_version=code).status()
+        except script.RunError as error:
+            return str(error)
+        return "passing" if asked[code] == 2 else "never met"
+
+    _stack.gateway.fault = once
+    with ThreadPoolExecutor(len(CODES)) as pool:
+        found = dict(zip(CODES, pool.map(meaning, CODES), strict=True))
+    _stack.gateway.fault = None
+    return found
+
+
+@pytest.mark.parametrize(("code", "means"), CODES.items())
+def test_a_code_of_the_database_is_taken_for_what_it_is(meant, code, means):
+    assert means in meant[code]
+
+
+def test_a_key_that_a_database_echoes_is_struck_out(meant):
+    assert "no, (the key)" in meant["42601"]
+    assert not any("eyJ" in said for said in meant.values())  # as every legacy key begins
 
 
 # Private storage
@@ -556,10 +590,10 @@ def bucket(stack, photos):
     return f"{stack.url}/storage/v1/object/{{}}product%20images/"
 
 
-def test_storage_urls_of_the_own_project_are_read_with_the_key(stack, bucket, host, cli):
+def test_storage_urls_of_a_bucket_that_is_named_are_read_with_the_key(stack, bucket, host, cli):
     ways = ("public/", "authenticated/", "")
     add(stack, host, [bucket.format(way) + path for way in ways for path in STORED])
-    run = cli()
+    run = cli(STORAGE_BUCKETS="thumbnails, product images")
     assert (run.code, run.counts["embedded"]) == (0, 9)
 
 
@@ -570,13 +604,14 @@ def test_the_key_is_sent_to_supabase_only(stack, bucket, host, cli):
         "/storage/v1/object/authenticated/product images/products/a b.jpg",
         f"{stack.url}@127.0.0.1:{host.port}/storage/v1/object/public/b/a.jpg",
         f"{stack.url}.127.0.0.1.invalid/storage/v1/object/public/b/a.jpg",
-        f"{stack.url}/storage/v1/object/public/away",
+        f"{stack.url}/storage/v1/object/public/b/away",
     ]
     stack.gateway.fault = lambda request: (
         (302, [("Location", host.url_of("/flower.jpg"))], b"") if "away" in request.path else None
     )
-    add(stack, host, images)
-    run = cli()
+    add(stack, host, [image for image in images if not image.startswith("/storage")])
+    stack.add_assets([(uuid.UUID(int=99), host.url + images[2], "x")])
+    run = cli(STORAGE_BUCKETS="product images,b")
     assert run.counts["embedded"] == 3  # the first two, and the one that is redirected
     assert len(host.requests) >= 3
     for _, headers in host.requests:
@@ -586,30 +621,67 @@ def test_the_key_is_sent_to_supabase_only(stack, bucket, host, cli):
 
 
 PROJECT = "https://abc.supabase.co"
+OBJECTS = f"{PROJECT}/storage/v1/object"
+MUG = "shop/products/a%20mug.jpg"
+PRIVATE = "in a private bucket: STORAGE_BUCKETS={} lets this script read it"
 
 
 @pytest.mark.parametrize(
-    ("image", "place"),
+    ("image", "where", "with_key"),
     [
-        ("//cdn.example.com/a.jpg", "https://cdn.example.com/a.jpg"),
-        *[(url, url) for url in ("https://x.example.com/a.jpg", "data:image/png;base64,AAAA")],
-        *[(url, url) for url in [f"{PROJECT}/storage/v1/object/sign/shop/a.jpg?token=t"]],
+        ("https://x.example.com/a.jpg", "https://x.example.com/a.jpg", False),
+        (" https://x.example.com/a.jpg\n", "https://x.example.com/a.jpg", False),
+        ("//cdn.example.com/a.jpg", "https://cdn.example.com/a.jpg", False),
+        ("data:image/png;base64,AAAA", "data:image/png;base64,AAAA", False),
+        (f"{OBJECTS}/sign/shop/a.jpg?token=t", f"{OBJECTS}/sign/shop/a.jpg?token=t", False),
+        *(
+            (f"{OBJECTS}/{way}{MUG}", f"{OBJECTS}/authenticated/{MUG}", True)
+            for way in ("public/", "authenticated/", "")
+        ),
+        (f"/storage/v1/object/public/{MUG}", f"{OBJECTS}/authenticated/{MUG}", True),
+        (f"{OBJECTS}/public/other/a.jpg", f"{OBJECTS}/public/other/a.jpg", False),
+        (f"{PROJECT}.evil.example/storage/v1/object/{MUG}", None, False),
+        (f"{PROJECT}@evil.example/storage/v1/object/{MUG}", None, False),
+        (f"{PROJECT}/functions/v1/shop/a.jpg", None, False),
     ],
 )
-def test_the_key_goes_to_none_of_these(image, place):
-    import generate_embeddings as script
+def test_the_key_goes_to_a_named_bucket_of_the_own_storage_alone(image, where, with_key):
+    place = project_store("shop, my pictures").locate(script.Asset(1, image))
+    assert place.where == (where or image)
+    assert place.headers == ({"apikey": KEY, "Authorization": f"Bearer {KEY}"} if with_key else {})
 
-    settings = script.Settings(url=PROJECT, key="sb_secret_x")
-    store = script.SupabaseStore(settings, script.Stop())
-    assert store.locate(script.Asset(1, image)) == (place, {})
+
+@pytest.mark.parametrize(
+    ("image", "size", "reason", "permanent"),
+    [
+        (f"{OBJECTS}/other/a.jpg", 0, PRIVATE.format("other"), False),
+        (f"{OBJECTS}/authenticated/other/a.jpg", 0, PRIVATE.format("other"), False),
+        (f"{OBJECTS}/public/shop/../other/a.jpg", 0, "a storage path with '..' in it", True),
+        (f"{OBJECTS}/shop/%2e%2e/other/a.jpg", 0, "a storage path with '..' in it", True),
+        ("", 0, "no image URL", True),
+        (" \n", 0, "no image URL", True),
+        ("data:image/png;base64,AA", 9 * 2**20, "a data: URL of 9 MB", True),
+    ],
+)
+def test_an_image_that_is_not_to_be_had_is_said_to_be(image, size, reason, permanent):
+    with pytest.raises(script.Rejected if permanent else script.NotNow, match=re.escape(reason)):
+        project_store("shop, my pictures").locate(script.Asset(1, image, size=size))
+
+
+KEY = "sb_secret_x"
+
+
+def project_store(buckets):
+    settings = script.Settings(url=PROJECT, key=KEY, storage_buckets=buckets)
+    return script.SupabaseStore(settings, script.Stop())
 
 
 def test_an_object_that_is_not_there_or_out_of_its_bucket_is_a_failure(stack, bucket, host, cli):
     paths = ["gone.jpg", "../../../rest/v1/assets", "a/../../b/c.jpg", "%2e%2e/b.jpg", "..%2fb.jpg"]
     add(stack, host, [bucket.format("public/") + path for path in paths])
-    run = cli()
+    run = cli(STORAGE_BUCKETS="product images")
     assert run.counts == run.counts | {"embedded": 0, "failed": 5}
-    assert {failure[0] for failure in failures(stack).values()} == {"fetch"}
+    assert {failure[0] for failure in stack.failures().values()} == {"fetch"}
     asked = {r.path for r in stack.gateway.requests if "/rpc/" not in r.path}
     assert asked == {"/storage/v1/object/authenticated/product%20images/gone.jpg"}
 
@@ -632,7 +704,7 @@ def test_turned_and_transparent_images_have_the_vectors_of_their_plain_twins(
     host.files["/4"] = saved(lying, "PNG", exif=exif(6))
     add(stack, host, [f"/{n}" for n in range(5)])
     assert cli().code == 0
-    plain, flat, blank, seen, turned = (row.vector for _, row in sorted(stored(stack).items()))
+    plain, flat, blank, seen, turned = (row.vector for _, row in sorted(stack.vectors().items()))
     assert np.array_equal(turned, plain)
     assert np.array_equal(seen, blank)
     assert min(np.linalg.norm(flat - plain), np.linalg.norm(blank - plain)) > 0.01

@@ -1,4 +1,4 @@
-"""What a large catalog costs: `python tests/scale.py` (a million assets; needs 8 GB of disk).
+"""What a large catalog costs: `python tests/tools/scale.py` (a million assets; needs 8 GB of disk).
 
 Fills the real stack with assets that are all embedded. Then, for the whole catalog and for clients
 of 50 and of a fifth of the assets: takes ten embeddings away and times the functions that the
@@ -17,6 +17,10 @@ import tempfile
 import time
 import uuid
 from datetime import UTC, datetime
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the script
 
 import numpy as np
 import psycopg
@@ -26,7 +30,6 @@ from conftest import TINY_VERSION, model_settings
 from models import tiny_model
 from stack import REPO, ImageHost, Stack, photographs
 
-sys.path.insert(0, str(REPO))
 import generate_embeddings as script
 
 PENDING = 10

@@ -1,6 +1,6 @@
 """Lets faults rain on generate_embeddings.py for a while, then audits the database.
 
-    python tests/soak.py [--assets N] [--seconds S] [--seed K]
+    python tests/tools/soak.py [--assets N] [--seconds S] [--seed K]
 
 The real stack, a real image host, the tiny model. Workers run again and again, alone, in pairs and
 as shards, while a shuffled deck of faults is played: the seed decides on the order, the clock on
@@ -21,6 +21,9 @@ import uuid
 from collections import Counter, defaultdict
 from pathlib import Path
 from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the script
 
 import models
 import numpy as np

@@ -1,4 +1,4 @@
-"""How long an image takes, and where the time goes: `python tests/benchmark.py`.
+"""How long an image takes, and where the time goes: `python tests/tools/benchmark.py`.
 
 Starts the real stack and an image host that answers after 100 ms, and prints from one run
     1. the model alone: transformers' own classes as they come (1.00) against ours
@@ -30,15 +30,17 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the script
+
 import numpy as np
 import psutil
 import torch
 from conftest import TUNED
 from models import full_model
 from PIL import Image
-from stack import REPO, ImageHost, Stack, photographs
+from stack import ImageHost, Stack, photographs
 
-sys.path.insert(0, str(REPO))
 import generate_embeddings as script
 
 EAGER = "transformers, float32"

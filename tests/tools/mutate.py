@@ -1,0 +1,466 @@
+"""Breaks the code on purpose, one small change at a time, and says whether the tests notice.
+
+    python tests/tools/mutate.py [WORD ...]      only mutations whose name holds one of the words
+
+Each mutation is an exact replacement and the tests that should fail by it. They run in a copy of
+the repository: the working tree is never touched. Exit code 1: something was not noticed, or a
+replacement fits no more, as the code has moved on.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+REPO = Path(__file__).resolve().parents[2]
+PATIENCE = 300  # seconds; tests that hang have noticed, too
+
+
+class Mutation(NamedTuple):
+    """`old` must be in the file once; `tests` are arguments of pytest."""
+
+    name: str
+    old: str
+    new: str
+    tests: str
+    file: str = "generate_embeddings.py"
+
+
+# Names begin with the section that they are in.
+MUTATIONS = [
+    # The story
+    Mutation(
+        "story: a defect ends with the exit code of failed images",
+        "return stop.code or 2",
+        "return stop.code or 1",
+        "tests/test_command_line.py -k a_defect",
+    ),
+    Mutation(
+        "story: known failures count as pending",
+        "self.pending = status.assets - status.done - self.known_failures",
+        "self.pending = status.assets - status.done",
+        "tests/test_folder.py -k a_rerun_remembers",
+    ),
+    Mutation(
+        "story: a deleted asset counts as left",
+        "if outcome.name in GONE:",
+        'if outcome.name == "superseded":',
+        "tests/test_scheduling.py -k sets_aside",
+    ),
+    Mutation(
+        "story: what was not found yet does not count as left",
+        "known = max(self.pending, self.found)",
+        "known = self.found",
+        "tests/test_scheduling.py -k can_not_go_on",
+    ),
+    Mutation(
+        "story: failed images do not show in the exit code",
+        "return 1 if self.failed else 0",
+        "return 0",
+        "tests/test_scheduling.py -k protocol",
+    ),
+    Mutation(
+        "story: a dry run forgets the limit",
+        "goal = min(goal, settings.limit)",
+        "pass",
+        "tests/test_command_line.py -k dry_run_on_the_database",
+    ),
+    Mutation(
+        "story: the first question may take for ever",
+        ".result(store.longest)",
+        ".result()",
+        "tests/test_run.py -k drips_its_answer_ends_the_run_in_time",
+    ),
+    # Words
+    Mutation(
+        "words: the host of an image is its password's",
+        '.netloc.rpartition("@")[2]',
+        ".netloc",
+        "tests/test_scheduling.py -k host_of_an_image",
+    ),
+    Mutation(
+        "words: control characters reach the screen",
+        'c if c.isprintable() else "?"',
+        "c",
+        "tests/test_command_line.py -k names_from_outside",
+    ),
+    # The run
+    Mutation(
+        "run: a host is down after 21 failures",
+        "HOST_FAILURES = 20",
+        "HOST_FAILURES = 21",
+        "tests/test_scheduling.py -k down_after_20",
+    ),
+    Mutation(
+        "run: four hosts in a row, not three",
+        "HOSTS_DOWN = 3",
+        "HOSTS_DOWN = 4",
+        "tests/test_scheduling.py -k three_hosts",
+    ),
+    Mutation(
+        "run: refusals never end a run",
+        "REFUSALS = 20",
+        "REFUSALS = 2000",
+        "tests/test_scheduling.py -k refuses_every_row",
+    ),
+    Mutation(
+        "run: refusals end a run that stored something",
+        "if len(refused) == 1 and not self.report.embedded:",
+        "if len(refused) == 1:",
+        "tests/test_scheduling.py -k one_row_that_was_stored",
+    ),
+    Mutation(
+        "run: a 404 counts against the host",
+        "        if failed.permanent:\n            self.hosts.answered",
+        "        if False:\n            self.hosts.answered",
+        "tests/test_scheduling.py -k no_sign_of_trouble",
+    ),
+    Mutation(
+        "run: what fails in a decoder counts against the host",
+        '        if stage != "fetch":\n            return',
+        "        if False:\n            return",
+        "tests/test_scheduling.py -k after_the_download",
+    ),
+    Mutation(
+        "run: an image is no answer of its host",
+        "fetch.age > SLOW_SECONDS\n        self.hosts.answered(asset.host)",
+        "fetch.age > SLOW_SECONDS",
+        "tests/test_scheduling.py -k one_dead_host",
+    ),
+    Mutation(
+        "run: a host that is down is asked on",
+        "if self.hosts.is_down(asset.host):",
+        "if False:",
+        "tests/test_scheduling.py -k one_dead_host",
+    ),
+    Mutation(
+        "run: nothing came at all, and that is no trouble",
+        "return bool(self._last_down) and not self._any_answered",
+        "return False",
+        "tests/test_scheduling.py -k nothing_came",
+    ),
+    Mutation(
+        "run: slow downloads make no room",
+        "slow = [task for task in loads if task.age > SLOW_SECONDS]",
+        "slow = []",
+        "tests/test_scheduling.py -k slow_download",
+    ),
+    Mutation(
+        "run: a slow line is crowded",
+        "if not self.line_is_slow:",
+        "if True:",
+        "tests/test_scheduling.py -k line_itself",
+    ),
+    Mutation(
+        "run: what waits for the model has no bound",
+        "room = min(self.settings.workers, most_waiting - waiting)",
+        "room = self.settings.workers",
+        "tests/test_scheduling.py -k is_bounded",
+    ),
+    Mutation(
+        "run: what is being embedded does not count as waiting",
+        'waiting = len(self.ready) + sum(task.images for task in self.under_way("embed"))',
+        "waiting = len(self.ready)",
+        "tests/test_scheduling.py -k is_bounded",
+    ),
+    Mutation(
+        "run: an unexpected error is for good",
+        "permanent=isinstance(error, Rejected)",
+        "permanent=not isinstance(error, NotNow)",
+        "tests/test_scheduling.py -k unexpected_error",
+    ),
+    Mutation(
+        "run: a machine's trouble is an image's failure",
+        "if isinstance(error, RunError):\n            self.end(error)",
+        "if False:\n            self.end(error)",
+        "tests/test_scheduling.py -k machines_trouble",
+    ),
+    Mutation(
+        "run: the limit is no limit",
+        "wanted = page[: self.limit - self.report.found]",
+        "wanted = page",
+        "tests/test_scheduling.py -k limit_bounds",
+    ),
+    Mutation(
+        "run: batches of one",
+        "size = self.settings.batch_size\n        while self.encoder",
+        "size = 1\n        while self.encoder",
+        "tests/test_scheduling.py -k batch_is_full",
+    ),
+    Mutation(
+        "run: a download that hangs is waited for",
+        "task.patience = seconds + 1",
+        "task.patience = seconds + 1000",
+        "tests/test_scheduling.py -k hangs_below",
+    ),
+    Mutation(
+        "run: a store that hangs is waited for",
+        "task.late = self.silence()\n        self.start(task, self.store.save, batch)",
+        "self.start(task, self.store.save, batch)",
+        "tests/test_scheduling.py -k store_that_hangs",
+    ),
+    Mutation(
+        "run: a search that hangs is waited for",
+        "task.late = self.silence()\n        self.start(task, next, self.pages, None)",
+        "self.start(task, next, self.pages, None)",
+        "tests/test_scheduling.py -k store_that_hangs",
+    ),
+    Mutation(
+        "run: a batch to store has no bound",
+        "batch = self.results[:WRITE_ROWS]",
+        "batch = self.results[:]",
+        "tests/test_scheduling.py -k protocol",
+    ),
+    Mutation(
+        "run: the first vector waits for others",
+        "self.store_by = 0.0",
+        "self.store_by = math.inf",
+        "tests/test_run.py -k first_vector",
+    ),
+    Mutation(
+        "run: a stop loses what is being embedded",
+        'return ("embed", "store")',
+        'return ("store",)',
+        "tests/test_scheduling.py -k waits_for_what_is_being_embedded",
+    ),
+    Mutation(
+        "run: a store that gave up is asked again",
+        "        self.storing = False\n        self.end(error)",
+        "        self.end(error)",
+        "tests/test_scheduling.py -k can_not_go_on",
+    ),
+    Mutation(
+        "run: a long run's log has ten lines",
+        "if first_ones or now >= self._line_due:",
+        "if first_ones:",
+        "tests/test_scheduling.py -k log_has_a_line",
+    ),
+    Mutation(
+        "run: a signal that is ignored is listened to",
+        "if number and signal.getsignal(number) != signal.SIG_IGN:",
+        "if number:",
+        "tests/test_run.py -k ignored_from_the_start",
+    ),
+    Mutation(
+        "run: the echo of a signal ends the process",
+        "elif now - self._since > ECHO_SECONDS:",
+        "else:",
+        "tests/test_run.py -k two_signals",
+    ),
+    Mutation(
+        "run: no second stop",
+        "elif now - self._since > ECHO_SECONDS:",
+        "elif False:",
+        "tests/test_run.py -k second_stop",
+    ),
+    # Stores
+    Mutation(
+        "stores: patience in a run is that before it",
+        "        self._patience = self._settings.db_retry_seconds\n",
+        "",
+        "tests/test_run.py -k comes_back",
+    ),
+    Mutation(
+        "stores: a stop waits for the database like any other time",
+        "STOP_SECONDS = 10.0",
+        "STOP_SECONDS = 1000.0",
+        "tests/test_run.py -k waits_ten_seconds",
+    ),
+    Mutation("stores: 55P03 is not passing", "|55P03|", "|", "tests/test_supabase.py -k code_of"),
+    Mutation(
+        "stores: PGRST303 is not about the key",
+        ', "PGRST303")',
+        ")",
+        "tests/test_supabase.py -k code_of",
+    ),
+    Mutation(
+        "stores: the key goes to every bucket",
+        "if bucket in readable:",
+        "if True:",
+        "tests/test_supabase.py -k named_bucket",
+    ),
+    Mutation(
+        "stores: '..' may be written as %2e%2e",
+        'if ".." in unquote(object_path).split("/"):',
+        'if ".." in object_path.split("/"):',
+        "tests/test_supabase.py -k not_to_be_had",
+    ),
+    Mutation(
+        "stores: a key that is echoed is shown",
+        'message.replace(self._settings.key, "(the key)")',
+        "message",
+        "tests/test_supabase.py -k echoes",
+    ),
+    Mutation(
+        "stores: what failed before is never found",
+        "        yield from self._walk(failed_before)\n",
+        "",
+        "tests/test_supabase.py -k known_failures",
+    ),
+    Mutation(
+        "stores: a redirect takes the key along",
+        "follow_redirects=False",
+        "follow_redirects=True",
+        "tests/test_checks.py -k answers_otherwise",
+    ),
+    Mutation(
+        "stores: functions of any version will do",
+        'if answer["contract"] != CONTRACT:',
+        "if False:",
+        "tests/test_checks.py -k another_version",
+    ),
+    Mutation(
+        "stores: a dry run deletes rows",
+        "if not self._settings.dry_run:",
+        "if True:",
+        "tests/test_folder.py -k dry_run_forgets",
+    ),
+    Mutation(
+        "stores: a subfolder that can't be read counts as empty",
+        "onerror=unreadable",
+        "onerror=None",
+        "tests/test_folder.py -k can_not_be_read",
+    ),
+    Mutation(
+        "stores: other/sub counts as below sub",
+        "return composed(path).startswith(self._below)",
+        "return self._below in composed(path)",
+        "tests/test_folder.py -k client_is_a_subfolder",
+    ),
+    Mutation(
+        "stores: a broken image keeps the vector of the one before",
+        "embedding is null or modified <> :mark\n    or model_version <> :version",
+        "embedding is null or model_version <> :version",
+        "tests/test_folder.py -k gives_way",
+    ),
+    Mutation(
+        "stores: a failure of a new version keeps the old one's vector",
+        "embedding is null or modified <> :mark\n    or model_version <> :version",
+        "embedding is null or modified <> :mark",
+        "tests/test_folder.py -k gives_way",
+    ),
+    Mutation(
+        "stores: a locked file is an error after Python's five seconds",
+        "sqlite3.connect(place, 60)",
+        "sqlite3.connect(place)",
+        "tests/test_folder.py -k locked_file",
+    ),
+    Mutation(
+        "stores: thumbnails of a NAS are images",
+        "elif name.lower() in SYSTEM_FOLDERS:",
+        "elif False:",
+        "tests/test_folder.py -k systems_keep",
+    ),
+    # The command line
+    Mutation(
+        "command line: ${...} in .env is filled in",
+        "interpolate=False",
+        "interpolate=True",
+        "tests/test_settings.py -k dollar_sign",
+    ),
+    Mutation(
+        "command line: .env wins over the environment",
+        "re.fullmatch(setting.pattern, given or kept, re.ASCII)",
+        "re.fullmatch(setting.pattern, kept or given, re.ASCII)",
+        "tests/test_settings.py -k environment_wins",
+    ),
+    Mutation(
+        "command line: --shard with --local goes unsaid",
+        'if "shard" in flags and "local" in flags:',
+        "if False:",
+        "tests/test_command_line.py -k usage_error_names",
+    ),
+    Mutation(
+        "command line: flags may be cut short",
+        "allow_abbrev=False",
+        "allow_abbrev=True",
+        "tests/test_command_line.py -k usage_error_names",
+    ),
+    Mutation(
+        "command line: other alphabets' digits are numbers",
+        "if not (text.isascii() and text.isdecimal()) or int(text) < 1:",
+        "if not text.isdecimal() or int(text) < 1:",
+        "tests/test_command_line.py -k usage_error_names",
+    ),
+    Mutation(
+        "command line: the environment's key goes to a folder's URL in silence",
+        'if found["url"].origin != found["key"].origin:',
+        "if False:",
+        "tests/test_settings.py -k two_places",
+    ),
+]
+
+
+def copy_of_the_repository(folder):
+    """The files that git knows or would add, and the downloads of the tests."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    for name in subprocess.check_output(command, cwd=REPO, text=True).splitlines():
+        if (REPO / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(REPO / name, folder / name)
+    (REPO / ".cache").mkdir(exist_ok=True)
+    (folder / ".cache").symlink_to(REPO / ".cache")
+
+
+def failed(folder, tests):
+    """Whether one of the tests fails or hangs, and what pytest said."""
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-x", "-p", "no:cacheprovider"]
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    run = subprocess.Popen(
+        [*command, *tests.split()],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        said, _ = run.communicate(timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        run.kill()
+        return True, f"nothing for {PATIENCE} s"
+    if run.returncode not in (0, 1):  # no test was found, or the file can't be imported
+        raise SystemExit(f"pytest {tests}: exit {run.returncode}\n{said[-2000:]}")
+    return run.returncode == 1, said
+
+
+def try_out(mutation, folder):
+    """What became of a mutation: "noticed", "NOT NOTICED", "fits no more"."""
+    file = folder / mutation.file
+    whole = file.read_text()
+    if whole.count(mutation.old) != 1:
+        return "FITS NO MORE"
+    file.write_text(whole.replace(mutation.old, mutation.new))
+    try:
+        noticed, _ = failed(folder, mutation.tests)
+    finally:
+        file.write_text(whole)
+    return "noticed" if noticed else "NOT NOTICED"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("words", nargs="*", help="of the names of mutations (all)")
+    words = parser.parse_args().words
+    chosen = [m for m in MUTATIONS if not words or any(word in m.name for word in words)]
+    others = 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        copy_of_the_repository(folder)
+        for number, mutation in enumerate(chosen, 1):
+            began = time.monotonic()
+            became = try_out(mutation, folder)
+            others += became != "noticed"
+            seconds = time.monotonic() - began
+            print(f"{number:3} {became:12} {seconds:4.0f} s  {mutation.name}", flush=True)
+    print(f"{len(chosen) - others} of {len(chosen)} were noticed")
+    return 1 if others else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
