@@ -53,7 +53,9 @@ What must be called before what
     Store.status before Store.pages, and pages once. Stop.listen before Run.loop.
 
 What an upgrade of a package may break, as no documentation promises it
-    urllib3     connection._new_conn, connection._dns_host (Guard)
+    urllib3     connection._new_conn, pools.pool_classes_by_scheme (Connection, Fetcher)
+    http.client _MAXHEADERS (Fetching)
+    requests    brings urllib3, certifi and idna, all of which are used here (Fetching)
     torch       torch.ops.mkldnn._linear_pointwise, _reorder_linear_weight (ImageTower)
     tqdm        bar.initial, bar.start_t (Progress)
 
@@ -95,6 +97,8 @@ import re
 import shutil
 import socket
 import sqlite3
+import ssl
+import string
 import textwrap
 import threading
 import time
@@ -105,25 +109,33 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from enum import Enum
 from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
-from urllib.parse import unquote, urljoin, urlsplit
-from urllib.request import DataHandler, Request
+from urllib.parse import quote, unquote, urljoin, urlsplit
+from urllib.request import DataHandler, Request, getproxies
 
 INSTALL = (
     "run pip install -r requirements.txt in an active virtual environment "
     "(python3 -m venv .venv makes it, . .venv/bin/activate activates it)"
 )
 try:
+    import certifi
     import dotenv
+    import idna
     import numpy as np
     import requests
     import urllib3
     from PIL import Image, ImageChops, ImageCms, ImageOps, UnidentifiedImageError
-    from requests.adapters import HTTPAdapter
     from tqdm import tqdm
     from tqdm.contrib.logging import logging_redirect_tqdm
+    from urllib3.exceptions import HTTPError
+    from urllib3.response import BaseHTTPResponse
+    from urllib3.util.connection import create_connection
 except ImportError as error:
     print(f"error: {error}: {INSTALL}", file=sys.stderr)
     sys.exit(2)
@@ -207,6 +219,7 @@ def open_store(settings: Settings, stop: Stop) -> Store:
     """Where this run's assets and embeddings are."""
     if settings.local:
         return FolderStore(settings)
+    check_proxies()
     return SupabaseStore(settings, stop)
 
 
@@ -1019,6 +1032,7 @@ class SupabaseStore:
         self._here = threading.local()  # an APIError of a gateway's JSON lacks the HTTP status
         http = httpx.Client(
             timeout=httpx.Timeout(answer_seconds, connect=CONNECT_SECONDS),
+            verify=tls_context(),
             follow_redirects=False,  # one would carry the key to another origin
             event_hooks={"response": [self._keep_status]},
         )
@@ -1106,8 +1120,9 @@ class SupabaseStore:
         if access not in ("public", "authenticated"):
             access = ""
             object_path = path
-        if ".." in unquote(object_path).split("/"):
-            raise Rejected("a storage path with '..' in it")
+        # What becomes a slash, or vanishes, on its way to the host (parse_url) must not hide one.
+        if ".." in unquote(object_path).split("/") or re.search(r"[\\\t\r\n]", path):
+            raise Rejected("a storage path with '..' or '\\' in it")
         bucket = unquote(object_path.partition("/")[0])
         readable = [name.strip() for name in self._settings.storage_buckets.split(",")]
         if bucket in readable:
@@ -1454,167 +1469,271 @@ def unreadable(error: OSError) -> None:
 # ============================================================================= Fetching
 
 MAX_BYTES = 50 * 2**20  # of one image file
-HEAVY_BYTES = 4 * 2**20  # of files above this at most HEAVY_FILES are downloaded at once
-HEAVY_FILES = 4
-FETCH_ATTEMPTS = 4
-MAX_REDIRECTS = 5
-READ_SECONDS = 10.0  # between two packets; the deadline for the whole is FETCH_SECONDS
-
 TOO_LARGE = f"larger than {MAX_BYTES // 2**20} MB"
-AGENT = {"User-Agent": f"generate-embeddings/{VERSION} (python-requests; {MODEL_ID})"}
-NAT64 = ipaddress.ip_network("64:ff9b::/96")
-# What older Pythons' is_global takes for public: metadata, site-local, NAT64, IPv4 in IPv6
-NOT_PUBLIC = ("192.0.0.0/24", "fec0::/10", "64:ff9b:1::/48", "::/96")
+HEAVY_BYTES = 4 * 2**20  # files above this are heavy,
+HEAVY_FILES = 4  # and no more of them are downloaded at once, which bounds memory
+PAGE_BYTES = 2**16  # of a page in the place of an image; checks for robots are shorter,
+SCRIPT_BYTES = 2**13  # and those that are no more than a script much shorter
+FETCH_ATTEMPTS = 4  # at one image, in a run
+MAX_REDIRECTS = 5
+READ_SECONDS = 10.0  # between two packets; FETCH_SECONDS is for the whole
+http.client._MAXHEADERS = 400  # type: ignore[attr-defined]  # not 100: some shops send 120
+
+# A host's admin finds this name in the log, and can let it in. Words that many hosts refuse are
+# not in it: python-requests, bot, openai.
+AGENT = "generate-embeddings"
+# Firewalls refuse requests without Accept. WebP and AVIF are not named in it: hosts that make them
+# on demand then send the JPEG that they have, which is decoded in a third of the time.
+HEADERS = {
+    "User-Agent": f"{AGENT}/{VERSION} (product images for visual search; CLIP ViT-B/32)",
+    "Accept": "image/jpeg,image/png,image/*;q=0.9,*/*;q=0.8",
+}
 
 
-def is_public(address: str) -> bool:
-    """Whether an IP address is one of the open internet, also inside its IPv6 wrappings."""
-    ip = ipaddress.ip_address(address.split("%")[0])
-    if isinstance(ip, ipaddress.IPv6Address):
-        inside = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if ip in NAT64 else None
-        ip = inside or ip.ipv4_mapped or ip.sixtofour or ip
-    return (
-        ip.is_global
-        and not ip.is_multicast
-        and not any(ip in ipaddress.ip_network(net) for net in NOT_PUBLIC)
-    )
+class Meaning(Enum):
+    """What a host's answer means for the image that was asked for."""
+
+    PICTURE = "here it is"
+    ELSEWHERE = "it is where Location says"
+    NEVER = "it can't be had, for good"
+    LATER = "it can't be had in this run"
+    AGAIN = "another attempt in this run may get it, after Retry-After"
+    ROBOTS = "it can't be had in this run, as the host takes us for a bad robot"
 
 
-def addresses(host: str, port: int, private_too: bool, flags: int = 0) -> list[str]:
-    """A host's addresses that may be connected to; raises Rejected where there are none."""
-    entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
-    found = [str(entry[4][0]) for entry in entries]
-    allowed = [address for address in found if private_too or is_public(address)]
-    if not allowed:
-        allow = "ALLOW_PRIVATE_IMAGE_HOSTS=1 with --retry-failed allows it"
-        raise Rejected(f"private address {found[0]} ({allow})")
-    return allowed
+# What an answer means, by its status. NEVER is only what is about the URL itself. All that is not
+# listed means LATER.
+ANSWERS = {
+    200: Meaning.PICTURE,
+    203: Meaning.PICTURE,  # RFC 9110: a proxy on the way has changed something
+    206: Meaning.PICTURE,  # if it is the whole; a part means LATER
+    301: Meaning.ELSEWHERE,
+    302: Meaning.ELSEWHERE,
+    303: Meaning.ELSEWHERE,
+    307: Meaning.ELSEWHERE,
+    308: Meaning.ELSEWHERE,
+    400: Meaning.NEVER,
+    404: Meaning.NEVER,
+    410: Meaning.NEVER,
+    414: Meaning.NEVER,
+    451: Meaning.NEVER,  # RFC 7725: for legal reasons
+    202: Meaning.AGAIN,  # still being made; with a page: ROBOTS (SiteGround, AWS WAF)
+    408: Meaning.AGAIN,
+    420: Meaning.AGAIN,  # Cloudinary: too many requests
+    421: Meaning.AGAIN,  # RFC 9110: over another connection
+    423: Meaning.AGAIN,  # Cloudinary: still being made
+    425: Meaning.AGAIN,  # RFC 8470: too early
+    429: Meaning.AGAIN,  # RFC 6585: too many requests
+    430: Meaning.AGAIN,  # Shopify: too many requests, or suspicious ones
+    **dict.fromkeys(range(100, 200), Meaning.AGAIN),  # 103 comes before the answer proper
+    **dict.fromkeys(range(500, 600), Meaning.AGAIN),
+    # Nothing but a firewall answers these to the question for a file.
+    405: Meaning.ROBOTS,  # AWS WAF's and Alibaba's captcha
+    406: Meaning.ROBOTS,  # mod_security
+    418: Meaning.ROBOTS,
+    999: Meaning.ROBOTS,  # LinkedIn
+}
 
+# What firewalls put into a check for robots, whatever its status.
+ROBOT_HEADERS = {
+    "cf-mitigated",  # Cloudflare
+    "sg-captcha",  # SiteGround
+    "x-amzn-waf-action",  # AWS WAF, whose page stays away from who does not accept HTML
+    "x-dd-b",  # DataDome
+    "x-vercel-mitigated",
+    "x-sucuri-block",
+}
+ROBOT_WORDS = re.compile(
+    # what such pages say to people,
+    rb"captcha|just a moment|one moment, please|checking your browser|attention required"
+    rb"|robot or human|(not|are you) a (ro)?bot|(verify|confirm)[^<]{0,20} human"
+    rb"|(human|bot|security|browser) (check|verification|challenge)|client challenge"
+    rb"|unusual traffic|pardon our interruption|ddos.(guard|protection)"
+    # and the scripts of Cloudflare, Imperva, AWS, Akamai, HUMAN, Kasada, Sucuri, Alibaba, F5
+    rb"|_cf_chl|incapsula|awswaf|bm-verify|sec-if-cpt|_pxappid|kpsdk|sucuri|acw_sc__|bobcmn",
+    re.IGNORECASE,
+)
+ROBOT_ADVICE = f"ask the host to let {AGENT} in, or slow down with --workers"
 
-def host_and_port(url: str) -> tuple[str, int]:
-    """Whom a URL leads to; raises ValueError."""
-    parts = urlsplit(url)
-    return parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
-
-
-NETWORK_REASONS = {  # by what the library's message holds
+# What a library's message holds, and what we say.
+NETWORK_REASONS = {
     "CERTIFICATE": "the host's certificate is not valid",
     "SSL": "TLS failed",
     "gaierror": "host not found",
     "timed out": "the host did not answer in time",
     "refused": "connection refused",
     "unreachable": "host not reachable",
+    "got more than": "an answer with headers without end",
     "to decode": "broken compression",
 }
+# Encodings that a host should not send unless asked; urllib3 has some where packages for them are.
+UNASKED = {"br", "zstd", "compress", "x-compress", "dcb", "dcz"}
 
-
-def network_reason(error: Exception) -> str:
-    """What went wrong on the way to a host, in words that group well."""
-    text = str(error)
-    return next((why for sign, why in NETWORK_REASONS.items() if sign in text), "connection lost")
+NO_URL = 'no full URL: see "Your tables" in schema.sql'
+MANY_URLS = 'a list or JSON, not one URL: see "Your tables" in schema.sql'
+BLANKS = "".join(map(chr, range(33)))  # what browsers strip from a URL's ends
+PATH_CHARACTERS = "%!$&'()*+,-./:;=@[]_|~"  # those that browsers leave as they are
+QUERY_CHARACTERS = PATH_CHARACTERS.replace("'", "") + "?^`{}\\"
+TARGET = ":path"  # a header of our own, as in HTTP/2, that is never sent: see Connection
 
 
 class Fetcher:
-    """Gets the bytes of images, over connections that stay open; raises Rejected."""
+    """Gets the bytes of images over connections that stay open, for any number of threads."""
 
     def __init__(self, settings: Settings) -> None:
-        self._seconds = settings.fetch_seconds
-        self._late = not_in_time(self._seconds)
-        self._trusted = None if settings.private_hosts else host_and_port(settings.url)
-        self._verify = os.environ.get("REQUESTS_CA_BUNDLE") or True
+        self._settings = settings
+        self._guard = Guard(settings)
         self._heavy = threading.Semaphore(HEAVY_FILES)
-        # no Session: that would send cookies and what is in ~/.netrc
-        self._adapter = HTTPAdapter(pool_connections=64, pool_maxsize=settings.workers)
-        pools: dict[str, Any] = {}
-        for pool in (urllib3.HTTPConnectionPool, urllib3.HTTPSConnectionPool):
-            connect = {"_new_conn": lambda connection: self._connect(connection)}
-            guarded = {"ConnectionCls": type("Guarded", (pool.ConnectionCls,), connect)}
-            pools[pool.scheme or ""] = type("Pool", (pool,), guarded)
-        self._adapter.poolmanager.pool_classes_by_scheme = pools  # connections to a proxy: as usual
+        self._pools: dict[str, urllib3.PoolManager] = {}  # by proxy, "" for none
+        self._pools_lock = threading.Lock()
 
     def fetch(self, place: Place) -> bytes:
-        """The bytes of an image, at most MAX_BYTES, within the deadline, retries included."""
+        """The bytes of an image, at most MAX_BYTES, within FETCH_SECONDS, all attempts together.
+
+        Raises Rejected, NotNow.
+        """
         if isinstance(place.where, Path):
             return read_file(place.where)
         if place.where[:5].lower() == "data:":
-            try:
-                return DataHandler().data_open(Request(place.where)).read()
-            except ValueError:
-                raise Rejected("broken data: URL") from None
-        deadline = time.monotonic() + self._seconds
+            return read_data_url(place.where)
+        url = read_url(place.where)
+        deadline = Deadline(self._settings.fetch_seconds)
         attempt = 1
         while True:
             try:
-                return self._follow(place.where, place.headers, deadline)
+                return self._follow(url, place.headers, deadline)
             except TryAgain as error:
-                left = deadline - time.monotonic()
-                pause = 2**attempt * random.uniform(0.125, 0.25)
-                if error.after > max(left, 0) or attempt == FETCH_ATTEMPTS:
+                left = deadline.seconds
+                if attempt == FETCH_ATTEMPTS or error.after > max(left, 0):
                     raise
+                pause = max(error.after, 2**attempt * random.uniform(0.125, 0.25))
                 if pause > left:
-                    raise NotNow(f"{self._late} ({error})") from None
-                pause = max(pause, error.after)
+                    raise NotNow(f"{deadline.missed} ({error})") from None
             time.sleep(pause)
             attempt += 1
 
-    def _follow(self, url: str, headers: Mapping[str, str], deadline: float) -> bytes:
-        request = prepare("", url, headers)
+    def _follow(self, url: Url, headers: Mapping[str, str], deadline: Deadline) -> bytes:
+        """One attempt, along its redirects. Cookies live that long, and go to no other origin."""
+        cookies: dict[str, dict[str, str]] = {}
         for _ in range(MAX_REDIRECTS + 1):
+            own = cookies.setdefault(url.origin, {})
             try:
-                with self._send(request, deadline) as response:
-                    target = requests.Session().get_redirect_target(response)
-                    if target is None:
-                        return self._body(response, deadline)
-            except UnicodeDecodeError:
-                raise Rejected("not a valid URL") from None  # a redirect's
-            except (OSError, ValueError, urllib3.exceptions.HTTPError) as error:
+                with contextlib.closing(self._ask(url, headers, own, deadline)) as answer:
+                    target = answer.headers.get("Location")
+                    if meaning_of(answer) is not Meaning.ELSEWHERE or not target:
+                        return self._picture(answer, deadline)
+                    own.update(cookies_of(answer))
+            except (OSError, ValueError, http.client.HTTPException, HTTPError) as error:
                 raise TryAgain(network_reason(error), after=0) from None
-            request = prepare(request.url or "", target, {})  # the headers were for the first alone
-        raise Rejected(f"more than {MAX_REDIRECTS} redirects")
+            url = next_url(url, target)
+            headers = {}  # they were for the first place alone
+        raise NotNow(f"more than {MAX_REDIRECTS} redirects")
 
-    def _send(self, request: requests.PreparedRequest, deadline: float) -> requests.Response:
-        url = request.url or ""
-        host, port = host_and_port(url)
-        proxies = requests.utils.get_environ_proxies(url)
-        if proxies and self._trusted not in (None, (host, port)):
-            # where names lead the proxy alone knows: refused is what is literally private
-            host = "127.0.0.1" if re.fullmatch(r"(.+\.)?localhost\.?", host) else host.rstrip(".")
-            with contextlib.suppress(OSError):  # a name
-                addresses(host, port, False, socket.AI_NUMERICHOST)
-        left = self._left(deadline)
-        timeout = (left, min(READ_SECONDS, left))
-        return self._adapter.send(request, True, timeout, self._verify, proxies=proxies)
+    def _ask(
+        self, url: Url, headers: Mapping[str, str], cookies: dict[str, str], deadline: Deadline
+    ) -> BaseHTTPResponse:
+        sent = {**HEADERS, **headers, TARGET: url.target}
+        if cookies:
+            sent["Cookie"] = "; ".join(f"{name}={value}" for name, value in cookies.items())
+        if url.login and "Authorization" not in sent:
+            sent |= urllib3.make_headers(basic_auth=url.login, basic_auth_encoding="utf-8")
+        left = deadline.left()
+        return self._pools_for(url).urlopen(
+            "GET",
+            f"{url.origin}/",
+            headers=sent,
+            timeout=urllib3.Timeout(connect=left, read=min(READ_SECONDS, left)),
+            retries=False,
+            redirect=False,
+            preload_content=False,
+        )
 
-    def _connect(self, connection: Any) -> socket.socket:
-        # to the addresses that were looked at: no DNS can change them in between
-        port, options = connection.port, connection.socket_options
-        private_too = self._trusted in (None, (connection.host, port))
-        found = addresses(connection._dns_host, port, private_too)
-        share, connect = connection.timeout / len(found), urllib3.util.connection.create_connection
-        for address in found[:-1]:
-            with contextlib.suppress(OSError):
-                return connect((address, port), share, None, options)
-        return connect((found[-1], port), share, None, options)
+    def _pools_for(self, url: Url) -> urllib3.PoolManager:
+        """The open connections that may serve a URL: the direct ones, or a proxy's."""
+        proxies = requests.utils.get_environ_proxies(url.origin)
+        proxy = requests.utils.select_proxy(url.origin, proxies) or ""
+        if proxy:
+            self._guard.check_name(url)
+        with self._pools_lock:
+            if proxy not in self._pools:
+                self._pools[proxy] = self._open_pools(proxy)
+            return self._pools[proxy]
 
-    def _left(self, deadline: float) -> float:
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise NotNow(self._late)
-        return left
+    def _open_pools(self, proxy: str) -> urllib3.PoolManager:
+        options: dict[str, Any] = {
+            "num_pools": 64,  # hosts whose connections are kept
+            "maxsize": self._settings.workers,
+            "ssl_context": tls_context(),
+        }
+        connect: Connect | None = None
+        if not proxy:
+            connect = self._guard.connect
+            pools = urllib3.PoolManager(**options)
+        elif proxy.startswith("socks"):
+            connect = SocksProxy(proxy).connect
+            pools = urllib3.PoolManager(**options)
+        else:
+            if "://" not in proxy:
+                proxy = f"http://{proxy}"
+            user, password = requests.utils.get_auth_from_url(proxy)
+            if user:
+                login = urllib3.make_headers(proxy_basic_auth=f"{user}:{password}")
+                options["proxy_headers"] = login
+            pools = urllib3.ProxyManager(proxy, **options)
+        kinds: Any = {
+            "http": partial(Pool, connect=connect),
+            "https": partial(TlsPool, connect=connect),
+        }
+        pools.pool_classes_by_scheme = kinds
+        return pools
 
-    def _body(self, response: requests.Response, deadline: float) -> bytes:
-        if response.status_code != 200:
-            raise refusal(response)
+    def _picture(self, answer: BaseHTTPResponse, deadline: Deadline) -> bytes:
+        """The bytes of an answer that holds the image. Raises what any other answer means."""
+        if meaning_of(answer) is not Meaning.PICTURE:
+            raise refusal(answer, first_bytes(answer, deadline))
+        encodings = set(re.split(r"[\s,]+", answer.headers.get("Content-Encoding", "").lower()))
+        for encoding in encodings & UNASKED - set(urllib3.HTTPResponse.CONTENT_DECODERS):
+            raise NotNow(f"compressed as {encoding}, which it was not asked for")
+        data = self._body(answer, deadline)
+        if is_page(data) and is_robots_check(answer, data):
+            raise NotNow(f"HTTP {answer.status}, a check for robots: {ROBOT_ADVICE}")
+        return data
+
+    def _body(self, answer: BaseHTTPResponse, deadline: Deadline) -> bytes:
         data = bytearray()
-        with contextlib.ExitStack() as held:
-            while chunk := response.raw.read1(2**16, decode_content=True):
-                if len(data) <= HEAVY_BYTES < len(data) + len(chunk):
-                    held.enter_context(self._heavy)
+        heavy = False
+        try:
+            while chunk := answer.read1(2**16, decode_content=True):
                 data += chunk
                 if len(data) > MAX_BYTES:
                     raise Rejected(TOO_LARGE)
-                self._left(deadline)
+                left = deadline.left()
+                if len(data) > HEAVY_BYTES and not heavy:
+                    heavy = self._heavy.acquire(timeout=left)
+        finally:
+            if heavy:
+                self._heavy.release()
         return bytes(data)
+
+
+class Deadline:
+    """The end of the time that one image has."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+        self.missed = not_in_time(seconds)
+
+    @property
+    def seconds(self) -> float:
+        """How long it is until then; below 0 where it is over."""
+        return self._end - time.monotonic()
+
+    def left(self) -> float:
+        """The same, above 0. Raises NotNow where it is over."""
+        seconds = self.seconds
+        if seconds <= 0:
+            raise NotNow(self.missed)
+        return seconds
 
 
 def not_in_time(seconds: float) -> str:
@@ -1622,33 +1741,215 @@ def not_in_time(seconds: float) -> str:
     return f"not complete within {seconds:g} s"
 
 
-def prepare(base: str, url: str, headers: Mapping[str, str]) -> requests.PreparedRequest:
-    """A request for a URL, relative to another; raises Rejected."""
+# What an answer means
+
+
+def meaning_of(answer: BaseHTTPResponse) -> Meaning:
+    """What an answer's status says."""
+    if answer.status == 206:
+        whole = re.fullmatch(r"bytes 0-(\d+)/(\d+)", answer.headers.get("Content-Range", ""))
+        if not whole or int(whole[1]) + 1 != int(whole[2]):
+            return Meaning.LATER
+    return ANSWERS.get(answer.status, Meaning.LATER)
+
+
+def refusal(answer: BaseHTTPResponse, page: bytes) -> Rejected | NotNow:
+    """What an answer means that is no picture; `page` is how its body begins."""
+    meaning = meaning_of(answer)
+    reason = f"HTTP {answer.status} {http.client.responses.get(answer.status, '')}".strip()
+    if meaning is Meaning.NEVER:
+        return Rejected(reason)
+    checks = meaning is Meaning.ROBOTS or is_robots_check(answer, page)
+    if checks or (answer.status == 202 and is_page(page)):
+        reason = f"{reason}, a check for robots: {ROBOT_ADVICE}"
+    after = retry_after(answer)
+    if meaning is Meaning.AGAIN or after > 0:
+        return TryAgain(reason, after)
+    return NotNow(reason)
+
+
+def retry_after(answer: BaseHTTPResponse) -> float:
+    """The seconds that Retry-After asks for, as a number or a date; 0 where it makes no sense."""
+    text = answer.headers.get("Retry-After", "")
+    if re.fullmatch(r"\d+(\.\d+)?", text, re.ASCII):
+        return float(text)
     try:
-        url = urljoin(base, url)
-        if urlsplit(url).scheme not in ("http", "https"):
-            raise Rejected("only http, https and data URLs are fetched")
-        request = requests.Request("GET", url, headers={**AGENT, **headers}).prepare()
-        host_and_port(request.url or "")[0].encode("idna")  # fails as looking it up would
-        return request
+        return parsedate_to_datetime(text).timestamp() - time.time()
+    except (ValueError, OverflowError):
+        return 0.0
+
+
+def is_page(data: bytes) -> bool:
+    """Whether these are markup or JSON."""
+    return data[:100].lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"<", b"{")
+
+
+def is_robots_check(answer: BaseHTTPResponse, page: bytes) -> bool:
+    """Whether an answer asks for a proof that a person is asking. Long pages are not searched:
+    a shop's own may have a captcha in a form."""
+    if any(name.lower() in ROBOT_HEADERS for name in answer.headers):
+        return True
+    if len(page) < SCRIPT_BYTES and b"document.cookie" in page:  # which then asks again
+        return True
+    return len(page) < PAGE_BYTES and ROBOT_WORDS.search(page) is not None
+
+
+def first_bytes(answer: BaseHTTPResponse, deadline: Deadline) -> bytes:
+    """How a body begins; what there is of it, where it breaks off or comes too slowly."""
+    data = b""
+    if answer.status < 200:  # the answer proper follows, on a connection that is not used again
+        return data
+    with contextlib.suppress(OSError, http.client.HTTPException, HTTPError, NotNow):
+        while len(data) < PAGE_BYTES and deadline.left():
+            chunk = answer.read1(PAGE_BYTES - len(data), decode_content=True)
+            if not chunk:
+                break
+            data += chunk
+    return data
+
+
+def cookies_of(answer: BaseHTTPResponse) -> dict[str, str]:
+    """The cookies that an answer sets, without their conditions."""
+    cookies = {}
+    for line in answer.headers.getlist("Set-Cookie"):
+        name, _, value = line.partition(";")[0].partition("=")
+        cookies[name.strip()] = value.strip()
+    return cookies
+
+
+def network_reason(error: BaseException) -> str:
+    """What went wrong on the way to a host, in words that group well."""
+    said = ""
+    cause: BaseException | None = error
+    while cause:
+        said = f"{said} {cause!r}"
+        cause = cause.__cause__ or cause.__context__
+    for sign, reason in NETWORK_REASONS.items():
+        if sign in said:
+            return reason
+    return "connection lost"
+
+
+# URLs
+
+
+class Url(NamedTuple):
+    """A URL as a browser would ask for it: nothing is rewritten that need not be, as signed URLs
+    and object stores compare byte for byte."""
+
+    scheme: str  # http or https
+    host: str  # in ASCII, small letters, without brackets
+    port: int
+    target: str  # path and query
+    login: str  # user:password, or empty
+
+    @property
+    def origin(self) -> str:
+        """The URL's beginning, up to the path."""
+        host = self.host
+        if ":" in host:
+            host = f"[{host}]"
+        if self.port == PORTS[self.scheme]:
+            return f"{self.scheme}://{host}"
+        return f"{self.scheme}://{host}:{self.port}"
+
+
+PORTS = {"http": 80, "https": 443}
+
+
+def read_url(text: str) -> Url:
+    """The URL that a text of the catalog is. Raises Rejected with what the text is instead."""
+    text = text.strip(BLANKS)
+    if re.match(r"[\[{]|.*[\s,;|]https?://", text, re.IGNORECASE | re.DOTALL):
+        raise Rejected(MANY_URLS)
+    if not re.match(r"[\w!+.-]{2,}:(?!\d+/)", text):  # host:80 and C:\ are no schemes
+        if re.search(r"\.\w{3,4}\s*[,;|\n]", text):
+            raise Rejected(MANY_URLS)
+        raise Rejected(NO_URL)
+    try:
+        return parse_url(text)
     except ValueError:
         raise Rejected("not a valid URL") from None
 
 
-def refusal(response: requests.Response) -> Rejected | NotNow:
-    """What an answer other than 200 means."""
-    code, seconds = response.status_code, response.headers.get("Retry-After", "")
-    reason = f"HTTP {code} {http.client.responses.get(code, '')}".strip()
-    if code in (401, 402, 403, 407):
-        return NotNow(reason)  # a block may be lifted
-    if 200 <= code < 500 and code not in (408, 425, 429):
-        return Rejected(reason)
-    after = float(seconds) if re.fullmatch(r"\d+", seconds, re.ASCII) else 0.0
-    return TryAgain(reason, after)
+def next_url(url: Url, location: str) -> Url:
+    """Where a redirect leads. Raises NotNow where that is nowhere: a host may have a bad hour."""
+    try:
+        # Headers come as latin-1, hosts mean UTF-8
+        location = quote(location.strip(BLANKS).encode("latin-1"), safe=string.punctuation)
+        if not re.match(r"[\w+.-]+:", location):
+            location = urljoin(url.origin + url.target, location)
+        return parse_url(location)
+    except ValueError:
+        raise NotNow("a redirect to no valid URL") from None
+    except Rejected as error:
+        raise NotNow(f"a redirect elsewhere: {error}") from None
+
+
+def parse_url(text: str) -> Url:
+    """The parts of a URL. Raises ValueError, and Rejected for schemes that are not fetched."""
+    text, _, _ = re.sub(r"[\t\r\n]", "", text).partition("#")
+    start, question, query = text.partition("?")
+    scheme, _, rest = start.replace("\\", "/").partition(":")
+    scheme = scheme.lower()
+    if scheme not in PORTS:
+        raise Rejected("only http, https and data URLs are fetched")
+    if not rest.startswith("//"):
+        raise ValueError
+    authority, slash, path = rest[2:].partition("/")
+    parts = urlsplit(f"//{authority}")
+    path = quote(without_dots(slash + path), safe=PATH_CHARACTERS)
+    query = quote(query, safe=QUERY_CHARACTERS)
+    login = ""
+    if parts.username is not None:
+        login = unquote(f"{parts.username}:{parts.password or ''}")
+    host = host_in_ascii(parts.hostname or "")
+    port = parts.port or PORTS[scheme]
+    return Url(scheme, host, port, f"{path}{question}{query}", login)
+
+
+def without_dots(path: str) -> str:
+    """A path without its segments `.` and `..`, which browsers resolve before they ask."""
+    kept: list[str] = []
+    name = ""
+    for segment in path.split("/")[1:]:
+        name = segment.lower().replace("%2e", ".")
+        if name == "..":
+            del kept[-1:]
+        elif name != ".":
+            kept.append(segment)
+    if name in (".", ".."):
+        kept.append("")
+    return "/" + "/".join(kept)
+
+
+def host_in_ascii(host: str) -> str:
+    """A host's name or address as it is looked up. Raises ValueError where it can't be one."""
+    if ":" in host:
+        ipaddress.IPv6Address(host)
+        return host
+    host = unquote(host)
+    try:
+        if not host.isascii():
+            host = idna.encode(host, uts46=True).decode()
+    except idna.IDNAError:
+        pass  # browsers take names of emoji, which Python's older rules have
+    host = host.encode("idna").decode().rstrip(".").lower()
+    if not host or re.search(r'[\x00-\x20"#%/<>?@\[\\\]^`{|}\x7f]', host):
+        raise ValueError
+    return host
+
+
+def read_data_url(text: str) -> bytes:
+    """The bytes that a data: URL holds. Raises Rejected."""
+    try:
+        return DataHandler().data_open(Request(text)).read()
+    except ValueError:
+        raise Rejected("broken data: URL") from None
 
 
 def read_file(path: Path) -> bytes:
-    """A file's bytes; raises Rejected."""
+    """A file's bytes. Raises Rejected, NotNow."""
     try:
         if not path.is_file():  # a named pipe, say, would never end
             raise OSError(0, "no regular file")
@@ -1657,6 +1958,156 @@ def read_file(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise NotNow(f"can't be read ({error.strerror})") from None
+
+
+# Connections
+
+# Opens a socket: host, port, seconds, options
+Connect = Callable[[str, int, Any, Any], socket.socket]
+
+
+class Guard:
+    """Which addresses a connection may go to: those of the open internet, so that no URL of the
+    catalog reaches into this machine's own network. The project's own origin may be anywhere, and
+    so may all with ALLOW_PRIVATE_IMAGE_HOSTS=1.
+
+    A name is looked up once, and the connection goes to the address that was looked at: no DNS
+    can change it in between. Behind a proxy, which alone knows where names lead, only what is
+    literally private is refused.
+    """
+
+    NAT64 = "64:ff9b::/96"
+    # What older Pythons' is_global takes for public: metadata, site-local, NAT64, IPv4 in IPv6
+    NOT_PUBLIC = ("192.0.0.0/24", "fec0::/10", "64:ff9b:1::/48", "::/96")
+
+    def __init__(self, settings: Settings) -> None:
+        self._all = settings.private_hosts
+        self._own: tuple[str, int] | None = None
+        if settings.url:
+            own = parse_url(settings.url)
+            self._own = (own.host, own.port)
+
+    def connect(self, host: str, port: int, seconds: float, options: Any) -> socket.socket:
+        """Connects to the first of a host's addresses that answers. Raises OSError, Rejected."""
+        addresses = self._allowed(host, port)
+        share = seconds / len(addresses)
+        for address in addresses[:-1]:
+            with contextlib.suppress(OSError):
+                return create_connection((address, port), share, None, options)
+        return create_connection((addresses[-1], port), share, None, options)
+
+    def check_name(self, url: Url) -> None:
+        """Raises Rejected where the host is a private address itself, no name of one."""
+        host = url.host
+        if re.fullmatch(r"(.+\.)?localhost", host):
+            host = "127.0.0.1"
+        with contextlib.suppress(socket.gaierror):  # a name
+            self._allowed(host, url.port, socket.AI_NUMERICHOST)
+
+    def _allowed(self, host: str, port: int, flags: int = 0) -> list[str]:
+        """The addresses of a host that may be connected to; at least one, or it raises."""
+        entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
+        addresses = [str(entry[4][0]) for entry in entries]
+        if self._all or (host, port) == self._own:
+            return addresses
+        public = [address for address in addresses if self.is_public(address)]
+        if not public:
+            allow = "ALLOW_PRIVATE_IMAGE_HOSTS=1 with --retry-failed allows it"
+            raise Rejected(f"private address {addresses[0]} ({allow})")
+        return public
+
+    @classmethod
+    def is_public(cls, address: str) -> bool:
+        """Whether an IP address is one of the open internet, also inside its IPv6 wrappings."""
+        ip = ipaddress.ip_address(address.partition("%")[0])
+        if isinstance(ip, ipaddress.IPv6Address):
+            if ip in ipaddress.ip_network(cls.NAT64):
+                ip = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+            else:
+                ip = ip.ipv4_mapped or ip.sixtofour or ip
+        if any(ip in ipaddress.ip_network(network) for network in cls.NOT_PUBLIC):
+            return False
+        return ip.is_global and not ip.is_multicast
+
+
+class SocksProxy:
+    """The way through a SOCKS proxy."""
+
+    def __init__(self, proxy: str) -> None:
+        socks = import_module("socks")
+        parts = urlsplit(proxy)
+        self._proxy = {
+            "proxy_type": socks.SOCKS5 if parts.scheme.startswith("socks5") else socks.SOCKS4,
+            "proxy_addr": parts.hostname,
+            "proxy_port": parts.port or 1080,
+            "proxy_rdns": parts.scheme in ("socks5h", "socks4a"),  # who looks up names
+            "proxy_username": unquote(parts.username or "") or None,
+            "proxy_password": unquote(parts.password or "") or None,
+        }
+        self._open: Callable[..., socket.socket] = socks.create_connection
+
+    def connect(self, host: str, port: int, seconds: float, options: Any) -> socket.socket:
+        """A connection to a host. Raises OSError."""
+        return self._open((host, port), seconds, socket_options=options, **self._proxy)
+
+
+class Connection(urllib3.connection.HTTPConnection):
+    """A connection that `connect` opened, and that sends URLs as they are written: urllib3 writes
+    `%2F` for `%2f`, and `%25` for a percent sign that stands alone."""
+
+    def __init__(self, *where: Any, connect: Connect | None, **options: Any) -> None:
+        super().__init__(*where, **options)
+        self._connect = connect
+
+    def _new_conn(self) -> socket.socket:
+        if self._connect is None:  # to a proxy
+            return super()._new_conn()
+        return self._connect(self.host, self.port, self.timeout, self.socket_options)
+
+    def request(
+        self, method: str, url: str, body: Any = None, headers: Any = None, **options: Any
+    ) -> None:
+        headers = dict(headers)
+        # The URL that urllib3 gives is the origin, for a proxy, and a slash.
+        target = url.removesuffix("/") + headers.pop(TARGET)
+        super().request(method, target, body, headers, **options)
+
+
+class TlsConnection(Connection, urllib3.connection.HTTPSConnection):
+    """The same with TLS."""
+
+
+class Pool(urllib3.HTTPConnectionPool):
+    """Such connections to one host, kept open."""
+
+    ConnectionCls = Connection
+
+
+class TlsPool(urllib3.HTTPSConnectionPool):
+    """The same with TLS."""
+
+    ConnectionCls = TlsConnection
+
+
+def tls_context() -> ssl.SSLContext:
+    """Whose certificates are trusted, for images, the database and the hub alike: those of the
+    file that REQUESTS_CA_BUNDLE or SSL_CERT_FILE names, else certifi's. Raises RunError."""
+    for name in ("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE"):
+        path = os.environ.get(name)
+        if path:
+            try:
+                return ssl.create_default_context(cafile=path)
+            except OSError as error:
+                raise RunError(f"{name}={path} is no file of certificates: {error}") from None
+    return ssl.create_default_context(cafile=certifi.where())
+
+
+def check_proxies() -> None:
+    """Raises RunError where the environment names a SOCKS proxy that can't be used."""
+    for kind, proxy in getproxies().items():
+        if proxy.startswith("socks") and not (find_spec("socks") and find_spec("socksio")):
+            name = f"{kind}_proxy".upper()
+            raise RunError(f"{name} is a SOCKS proxy: run pip install PySocks socksio, or unset it")
 
 
 # ============================================================================= Pictures
