@@ -38,7 +38,8 @@ Sections, in the order in which a run meets them
     The run          Run (one loop), Task, Hosts, Progress, Stop
     Stores           SupabaseStore, FolderStore
     Fetching         Guard, Fetcher, and what a host's answer means
-    Pictures         from a file's bytes to levels; the decoders' processes
+    Pictures         from a file's bytes to levels
+    Decoders         the processes that do this, what they may take, what they can reach
     Model            the image tower, its weights and their download
     The page         --gallery
     Command line     flags, settings, what is said on the terminal
@@ -68,29 +69,35 @@ import os
 import signal
 import sys
 
+AS_DECODER = "--decode"  # the one argument of a Decoder's process
 if __name__ == "__main__":
     # A stop while the imports go on ends at once, without a traceback.
     for _number in (signal.SIGINT, signal.SIGTERM):
-        # A background job's are ignored, and stay so.
-        if signal.getsignal(_number) != signal.SIG_IGN:
+        # A background job's are ignored, and stay so. A decoder's are the run's to heed.
+        if sys.argv[1:] == [AS_DECODER]:
+            signal.signal(_number, signal.SIG_IGN)
+        elif signal.getsignal(_number) != signal.SIG_IGN:
             signal.signal(_number, lambda number, _: os._exit(128 + number))
 if sys.version_info < (3, 11):
     print("error: Python 3.11 or later is needed, not " + sys.version.split()[0], file=sys.stderr)
     sys.exit(2)
+# Python processes of libraries (tqdm starts one on macOS) import nothing from the current folder.
+os.environ["PYTHONSAFEPATH"] = "1"
 
 import argparse
 import base64
 import contextlib
+import ctypes
 import difflib
 import html
 import http.client
+import importlib
 import io
 import ipaddress
 import itertools
 import json
 import logging
 import math
-import multiprocessing
 import queue
 import random
 import re
@@ -99,9 +106,11 @@ import socket
 import sqlite3
 import ssl
 import string
+import subprocess
 import textwrap
 import threading
 import time
+import traceback
 import unicodedata
 import warnings
 from collections import Counter, deque
@@ -115,7 +124,7 @@ from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 from urllib.parse import quote, unquote, urljoin, urlsplit
 from urllib.request import DataHandler, Request, getproxies
 
@@ -130,7 +139,7 @@ try:
     import numpy as np
     import requests
     import urllib3
-    from PIL import Image, ImageChops, ImageCms, ImageOps, UnidentifiedImageError
+    from PIL import AvifImagePlugin, Image, ImageChops, ImageCms, ImageOps, UnidentifiedImageError
     from tqdm import tqdm
     from tqdm.contrib.logging import logging_redirect_tqdm
     from urllib3.exceptions import HTTPError
@@ -2119,11 +2128,9 @@ MAX_ASPECT = 100  # above it: rules and borders, of which CLIP would see a slive
 KEEP_SCALE = 3  # large images are first reduced to at least this many times SIDE
 DECODE_SECONDS = 5  # of a core for one image; the largest honest ones take 2
 DECODE_MB = 400  # of memory for one image, on each core: 45 megapixels in four channels, twice
-DECODE_PATIENCE = 60.0  # seconds, on however busy a machine, until a decoder counts as hung
 
 BROKEN = "broken or truncated image file"
 TOO_MUCH = f"needs over {DECODE_MB} MB to decode"
-KILLED = "its decoder was killed, for want of memory perhaps"
 TOO_SLOW = f"takes over {DECODE_SECONDS} s to decode"
 
 
@@ -2238,86 +2245,16 @@ def normalise(levels: np.ndarray) -> np.ndarray:
     return np.stack([_PIXELS[channel][levels[:, :, channel]] for channel in range(3)])
 
 
-OUT_OF_MEMORY = 77  # a decoder's exit code
-# By exit code: of SIGXCPU, and of the signals of a crash
-DEATHS = {OUT_OF_MEMORY: TOO_MUCH, -24: TOO_SLOW} | dict.fromkeys((-4, -6, -7, -8, -11), BROKEN)
-MALLOC_THRESHOLDS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
-
-
-class Decoder:
-    """A process that decodes an image at a time, within limits: what a file claims is not what
-    it holds. Linux holds it to both limits, macOS to the seconds."""
-
-    def __init__(self) -> None:
-        kind = "spawn" if os.name == "nt" else "forkserver"
-        self._context: Any = multiprocessing.get_context(kind)
-        self._context.set_forkserver_preload(["numpy", "requests", "PIL.ImageCms"])  # once for all
-        # glibc would else give memory back after each image and fetch it anew: 2 ms
-        os.environ |= dict.fromkeys(MALLOC_THRESHOLDS, str(64 * 2**20))
-        self._process: Any = None
-
-    def decode(self, data: bytes) -> np.ndarray:
-        """The levels (224, 224, 3) of an image file; raises Rejected."""
-        reason = TOO_SLOW
-        try:
-            if not self._process:
-                self._start()
-            self._pipe.send_bytes(data)
-            if self._pipe.poll(DECODE_PATIENCE):
-                answer: np.ndarray | Rejected | NotNow = self._pipe.recv()
-                if isinstance(answer, Rejected | NotNow):
-                    raise answer
-                return answer
-        except (EOFError, OSError):  # it dies of some files
-            if not self._process:
-                raise NotNow("no process could be started to decode it") from None
-            self._process.join(READ_SECONDS)
-            reason = DEATHS.get(self._process.exitcode, KILLED)
-        self._process.kill()
-        self._process = None
-        if reason == KILLED:
-            raise NotNow(reason)
-        raise Rejected(reason)
-
-    def _start(self) -> None:
-        self._pipe, theirs = self._context.Pipe()
-        process = self._context.Process(target=work, args=(theirs,), daemon=True)
-        process.start()
-        theirs.close()
-        self._process = process
-
-
-def work(pipe: Any) -> None:
-    """What a decoder's process does until the run closes the pipe."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the run,
-    if hasattr(os, "setsid"):
-        os.setsid()  # and so is what timeout(1) or a closed terminal sends to its whole group
-    warnings.simplefilter("ignore")  # Pillow's, about oddities that do no harm
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # where libtiff writes
-    with contextlib.suppress(EOFError, OSError):  # the run is over
-        while True:
-            data = pipe.recv_bytes()
-            limit_one_image()
-            pipe.send(levels_or_reason(data))
-
-
-def limit_one_image() -> None:
-    """Limits what this process may take from now on, where the system can."""
-    with contextlib.suppress(ImportError, OSError, ValueError):
-        import resource  # Windows has none
-
-        def limit(kind: int, most: int) -> None:
-            resource.setrlimit(kind, (most, resource.getrlimit(kind)[1]))
-
-        limit(resource.RLIMIT_CPU, math.ceil(time.process_time()) + DECODE_SECONDS)
-        pages = int(Path("/proc/self/statm").read_text().split()[5])
-        limit(resource.RLIMIT_DATA, pages * resource.getpagesize() + DECODE_MB * 2**20)
-
-
 def levels_of(data: bytes) -> np.ndarray:
-    """The levels (224, 224, 3) of an image file. Raises Rejected, NotNow, and whatever Pillow's
-    decoders raise for a broken file."""
-    return crop(decode(data))
+    """The levels (224, 224, 3) of an image file; raises Rejected, NotNow, MemoryError."""
+    try:
+        return crop(decode(data))
+    except (Rejected, NotNow, MemoryError):
+        raise
+    except Image.DecompressionBombError:
+        raise Rejected(TOO_MUCH) from None
+    except Exception:  # Pillow's decoders raise nearly every type there is
+        raise Rejected(BROKEN) from None
 
 
 def levels_or_reason(data: bytes) -> np.ndarray | Rejected | NotNow:
@@ -2326,16 +2263,53 @@ def levels_or_reason(data: bytes) -> np.ndarray | Rejected | NotNow:
         return levels_of(data)
     except (Rejected, NotNow) as reason:
         return reason
-    except Image.DecompressionBombError:
-        return Rejected(TOO_MUCH)
-    except MemoryError:
-        os._exit(OUT_OF_MEMORY)  # there may be too little left to say more, or to go on with
-    except Exception:  # Pillow's decoders raise nearly every type there is
-        return Rejected(BROKEN)
+
+
+# ============================================================================= Decoders
+
+DECODE_PATIENCE = 60.0  # seconds, on however busy a machine; then a decoder counts as hung
+LEVELS_BYTES = SIDE * SIDE * 3
+MOST_REASON = 200  # characters of a reason that are kept
+MOST_CALLS = 20  # of a traceback that are sent
+
+# The first byte of an answer that is no levels; a text follows.
+REJECTED = b"R"
+NOT_NOW = b"N"
+UNEXPECTED = b"U"  # with a traceback: the defect is ours, or a library's
+
+OUT_OF_MEMORY = 77  # a decoder's exit code
+LOST = f"its decoder was killed (is memory short?), or hung for {DECODE_PATIENCE:g} s"
+# What an exit code says of the image; all other deaths are the machine's trouble.
+DEATHS = {
+    OUT_OF_MEMORY: TOO_MUCH,
+    -24: TOO_SLOW,  # SIGXCPU, for which Windows has no name
+    -signal.SIGSEGV: BROKEN,
+    -signal.SIGABRT: BROKEN,
+    -signal.SIGFPE: BROKEN,
+}
+CANT_START = "no process to decode images can be started; is memory short, ulimit -a low?"
+
+# What Python may need to start. The rest of the environment may hold secrets.
+DECODER_NEEDS = re.compile("PYTHON|LD_|DYLD_|(PATH|HOME|APPDATA|SYSTEMROOT)$")
+DECODER_SETTINGS = {
+    # glibc would else give memory back after each image and fetch it anew: 2 ms.
+    "MALLOC_TRIM_THRESHOLD_": str(64 * 2**20),
+    "MALLOC_MMAP_THRESHOLD_": str(64 * 2**20),
+    "OMP_NUM_THREADS": "1",  # numpy would else start a thread for each core
+}
+
+# Numbers of Linux, the same on every processor.
+LANDLOCK_CREATE_RULESET = 444
+LANDLOCK_RESTRICT_SELF = 446
+LANDLOCK_ASK_VERSION = 1
+PR_SET_NO_NEW_PRIVS = 38
 
 
 class Loader:
-    """The way from an asset to its pixels, for any number of threads; raises Rejected, NotNow."""
+    """The way from an asset to its pixels, for any number of threads.
+
+    Raises Rejected and NotNow, and RunError where no decoder can be started.
+    """
 
     def __init__(self, store: Store, settings: Settings) -> None:
         self._store = store
@@ -2356,6 +2330,205 @@ class Loader:
             return decoder.decode(data)
         finally:
             self._decoders.put(decoder)
+
+
+class Decoder:
+    """A process that decodes an image at a time, within limits: what a file claims is not
+    what it holds, and codecs have holes. It is this script again, started as AS_DECODER.
+
+    Bytes go in and bytes come out: levels, or a reason. A process that sends anything else
+    is killed. So is one that hangs; where one died, its exit code says whose fault it was.
+    """
+
+    def __init__(self) -> None:
+        self._process: Any = None
+
+    def decode(self, data: bytes) -> np.ndarray:
+        """The levels (224, 224, 3) of an image file. Raises Rejected and NotNow, and
+        RunError where no process can be started."""
+        process = self._process or started_decoder()
+        self._process = None
+        try:
+            result = decoded_answer(answer_to(data, process))
+        except (OSError, EOFError, ValueError):
+            process.kill()
+            reason = DEATHS.get(process.wait())
+            if reason:
+                raise Rejected(reason) from None
+            raise NotNow(LOST) from None
+        self._process = process
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+
+def started_decoder() -> Any:
+    """A decoder's process that has had its first file, an empty one; raises RunError."""
+    needs = {name: text for name, text in os.environ.items() if DECODER_NEEDS.match(name)}
+    try:
+        process: Any = subprocess.Popen(  # noqa: S603 - runs this very script
+            [sys.executable, __file__, AS_DECODER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=needs | DECODER_SETTINGS,
+            # What timeout(1) or a closed terminal sends to its group is for the run.
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise RunError(f"{CANT_START} ({error.strerror})") from None
+    try:
+        decoded_answer(answer_to(b"", process))
+    except (OSError, EOFError, ValueError):
+        process.kill()
+        said = process.stderr.read().decode(errors="replace").splitlines()
+        code = process.wait()
+        why = said[-1] if said else f"exit code {code}"
+        raise RunError(f"{CANT_START} ({shorten(why, MOST_REASON)})") from None
+    return process
+
+
+def answer_to(data: bytes, process: Any) -> bytes:
+    """What a decoder sends back. One that takes longer than DECODE_PATIENCE is killed."""
+    patience = threading.Timer(DECODE_PATIENCE, process.kill)
+    try:
+        patience.start()
+    except RuntimeError as error:  # no more threads on this machine
+        raise RunError(f"{CANT_START} ({error})") from None
+    try:
+        send(process.stdin, data)
+        return receive(process.stdout, most=LEVELS_BYTES)
+    finally:
+        patience.cancel()
+
+
+def decoded_answer(answer: bytes) -> np.ndarray | Rejected | NotNow:
+    """An answer as levels, or as what is to be raised. Raises ValueError for any other."""
+    if len(answer) == LEVELS_BYTES:
+        return np.frombuffer(answer, np.uint8).reshape(SIDE, SIDE, 3)
+    kind = answer[:1]
+    lines = answer[1:].decode().splitlines() or [""]
+    reason = shorten(printable(lines[-1]), MOST_REASON)
+    if kind == REJECTED:
+        return Rejected(reason)
+    if kind == NOT_NOW:
+        return NotNow(reason)
+    if kind == UNEXPECTED:
+        for line in lines:
+            log.debug("decoder: %s", line)
+        return NotNow(f"unexpected {reason}")
+    raise ValueError(f"{kind!r} is no kind of answer")
+
+
+def send(pipe: IO[bytes], data: bytes) -> None:
+    """Sends how many bytes there are, then the bytes. Raises OSError if nobody reads."""
+    pipe.write(len(data).to_bytes(8, "big"))
+    pipe.write(data)
+    pipe.flush()
+
+
+def receive(pipe: IO[bytes], most: int) -> bytes:
+    """What `send` sent. Raises EOFError if it breaks off, ValueError if it is too much."""
+    head = pipe.read(8)
+    length = int.from_bytes(head, "big")
+    if length > most:
+        raise ValueError(f"{length} bytes are too many")
+    data = pipe.read(length)
+    if len(head) < 8 or len(data) < length:
+        raise EOFError
+    return data
+
+
+# What follows runs in a decoder's process.
+
+
+def serve_as_decoder() -> int:
+    """Answers what comes until the run closes its pipe. Returns the exit code."""
+    warnings.simplefilter("ignore")  # Pillow's, about oddities that do no harm
+    # Fails where ulimit -v leaves less than an image may take.
+    np.empty(DECODE_MB * 2**20, np.uint8)
+    load_codecs()
+    answers = os.fdopen(os.dup(1), "wb")
+    for stream in (1, 2):  # where libraries print
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    memory = own_memory()
+    shut_in()
+    with contextlib.suppress(EOFError, OSError):  # the run is over
+        while True:
+            data = receive(sys.stdin.buffer, most=sys.maxsize)
+            limit_one_image(memory)
+            send(answers, answer_for(data))
+    return 0
+
+
+def answer_for(data: bytes) -> bytes:
+    """The levels of an image file, or why there are none."""
+    try:
+        return levels_of(data).tobytes()
+    except Rejected as reason:
+        return REJECTED + str(reason).encode()
+    except NotNow as reason:
+        return NOT_NOW + str(reason).encode()
+    except MemoryError:
+        # There may be too little left to say more, or to go on with.
+        os._exit(OUT_OF_MEMORY)
+    except Exception:
+        return UNEXPECTED + traceback.format_exc(-MOST_CALLS).encode()
+
+
+def load_codecs() -> None:
+    """Imports what Pillow imports when it meets a format: later nothing can be opened."""
+    Image.init()
+    # Each core has a decoder; of 64 threads the stacks alone would take over DECODE_MB.
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1
+    with contextlib.suppress(ImportError):
+        importlib.import_module("pillow_heif")
+
+
+def own_memory() -> int:
+    """An open file that says how much memory this process has; -1 where Linux is not."""
+    try:
+        return os.open("/proc/self/statm", os.O_RDONLY)
+    except OSError:
+        return -1
+
+
+def shut_in() -> None:
+    """Takes from this process what decoding doesn't need, so that a hole in a codec leads
+    nowhere. What Linux refuses, and other systems lack, is done without."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource  # Windows has none
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash leaves no file
+        if sys.platform == "linux":
+            lock_files()
+            resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))  # no file, no socket opens
+
+
+def lock_files() -> None:
+    """Landlock (Linux 5.13): no file can be changed, moved or run, and no other process
+    looked into."""
+    linux = ctypes.CDLL(None)
+    version = linux.syscall(LANDLOCK_CREATE_RULESET, None, 0, LANDLOCK_ASK_VERSION)
+    kinds = min(12 + version, 15)  # of what can be done to files; none is allowed
+    rules = ctypes.c_uint64(2**kinds - 1)
+    ruleset = linux.syscall(LANDLOCK_CREATE_RULESET, ctypes.byref(rules), 8, 0)
+    linux.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    linux.syscall(LANDLOCK_RESTRICT_SELF, ruleset, 0)
+
+
+def limit_one_image(memory: int) -> None:
+    """Limits what this process may take from now on, where the system can: Linux holds it
+    to both limits, macOS to the seconds, Windows to none."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        def limit(kind: int, most: int) -> None:
+            resource.setrlimit(kind, (most, resource.getrlimit(kind)[1]))
+
+        limit(resource.RLIMIT_CPU, math.ceil(time.process_time()) + DECODE_SECONDS)
+        pages = int(os.pread(memory, 100, 0).split()[5])
+        limit(resource.RLIMIT_DATA, pages * resource.getpagesize() + DECODE_MB * 2**20)
 
 
 # ================================================================================ Model
@@ -2930,7 +3103,7 @@ def set_up_output(verbose: bool) -> None:
 
 
 if __name__ == "__main__":
-    code = main()
+    code = serve_as_decoder() if sys.argv[1:] == [AS_DECODER] else main()
     with contextlib.suppress(OSError, AttributeError):  # as in: ... | head, or >&-
         sys.stdout.flush()
     # A download may hang in a thread, and Python would wait for it.

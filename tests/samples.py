@@ -34,3 +34,19 @@ def png(size, depth, colour, rows, *chunks):
     body = zlib.compress(b"".join(b"\0" + row for row in rows), 1)
     parts = [chunk(b"IHDR", header), *chunks, chunk(b"IDAT", body), chunk(b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def bmp(size, depth=24, pixels=b""):
+    header = struct.pack("<IiiHHIIiiII", 40, *size, 1, depth, 0, len(pixels), 2835, 2835, 0, 0)
+    return b"BM" + struct.pack("<IHHI", 54 + len(pixels), 0, 0, 54) + header + pixels
+
+
+def tiff(size, values, depth=8, order="<", **more):
+    """A gray TIFF of one strip, byte by byte; `more` are other tags, as t322=1000."""
+    tags = {256: size[0], 257: size[1], 258: depth, 259: 1, 262: 1, 273: 8, 277: 1}
+    tags |= {278: size[1], 279: len(values)} | {int(t[1:]): value for t, value in more.items()}
+    directory = struct.pack(order + "H", len(tags))
+    for tag, value in sorted(tags.items()):
+        directory += struct.pack(order + "HHII", tag, 4, 1, value)
+    bits = {"<": b"II*\0", ">": b"MM\0*"}[order]
+    return bits + struct.pack(order + "I", 8 + len(values)) + values + directory + b"\0\0\0\0"

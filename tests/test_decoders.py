@@ -1,0 +1,579 @@
+"""The processes that decode: what they answer, what they can reach, what an image may cost; and
+what becomes of an image, and of the run, when one dies, hangs, lies or can't be started.
+"""
+
+import contextlib
+import io
+import itertools
+import logging
+import os
+import pickle
+import re
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pillow_heif
+import psutil
+import pytest
+from conftest import alone, folder_rows, wait_until
+from PIL import Image
+from samples import bmp, chunk, png, saved, tiff
+
+import generate_embeddings as script
+from generate_embeddings import (
+    BROKEN,
+    DECODE_MB,
+    DECODE_SECONDS,
+    LEVELS_BYTES,
+    LOST,
+    MOST_REASON,
+    TOO_SLOW,
+    Decoder,
+    NotNow,
+    Rejected,
+    RunError,
+)
+
+pillow_heif.register_heif_opener()
+
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="only Linux can")
+RED = saved(Image.new("RGB", (40, 40), "red"), "PNG")
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    """A decoder whose process is there."""
+    decoder = Decoder()
+    assert is_well(decoder)
+    yield decoder
+    end(decoder)
+
+
+@pytest.fixture(scope="module")
+def cat(photos):
+    return Image.open(io.BytesIO(photos["chelsea.png"])).convert("RGB").resize((96, 64))
+
+
+def is_well(decoder):
+    return (decoder.decode(RED)[112, 112] == (255, 0, 0)).all()
+
+
+def end(decoder):
+    decoder._process.kill()
+    decoder._process.wait()
+
+
+def process_of(decoder):
+    return psutil.Process(decoder._process.pid)
+
+
+def outcome(decoder, data=RED):
+    """The levels, or what is raised, as its kind and its reason."""
+    try:
+        return decoder.decode(data)
+    except (Rejected, NotNow) as error:
+        return type(error), str(error)
+
+
+# --------------------------------------------------------------------------------------------------
+# What it answers
+# --------------------------------------------------------------------------------------------------
+
+
+def test_what_is_decoded_in_a_process_that_can_open_nothing_is_the_same(decoder, cat):
+    kinds = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "AVIF", "HEIF", "TIFF", "BMP")
+    tried = 0
+    for kind, mode in itertools.product(kinds, ("RGB", "RGBA", "L", "LA", "P", "1", "CMYK")):
+        for options in ({}, {"compression": "tiff_lzw"}, {"compression": "jpeg"}):
+            with contextlib.suppress(OSError, KeyError, ValueError, RuntimeError):
+                data = saved(cat.convert(mode), kind, **options)
+                assert np.array_equal(decoder.decode(data), script.levels_of(data)), (kind, mode)
+                tried += 1
+    assert tried > 90
+
+
+def test_an_avif_is_decoded_in_one_thread(decoder):
+    data = saved(Image.effect_noise((2000, 1500), 90).convert("RGB"), "AVIF", speed=10)
+    process = process_of(decoder)
+    threads = set()
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(decoder.decode, data)
+        while not answer.done():
+            threads.add(process.num_threads())
+    assert threads == {1}
+
+
+def test_reasons_are_said_as_they_are(decoder):
+    assert outcome(decoder, b"") == (Rejected, "an empty file")
+    assert outcome(decoder, b"{}") == (Rejected, "JSON, not an image")
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind", "reason"),
+    [
+        (Rejected("a strip"), Rejected, "a strip"),
+        (NotNow("no pillow-heif"), NotNow, "no pillow-heif"),
+        (Rejected("\x1b[2J\0" + "x" * 500), Rejected, "?[2J?xxx"),
+        (AttributeError("no such method"), NotNow, "unexpected AttributeError: no such method"),
+    ],
+    ids=["for good", "for now", "not fit to print", "unexpected"],
+)
+def test_what_is_raised_over_there_is_raised_here(monkeypatch, caplog, raised, kind, reason):
+    def levels_of(data):
+        raise raised
+
+    monkeypatch.setattr(script, "levels_of", levels_of)
+    caplog.set_level(logging.DEBUG)
+    error = script.meaning_of(script.answer_for(b"data"))
+    assert type(error) is kind
+    assert str(error).startswith(reason)
+    assert len(str(error)) <= MOST_REASON + len("unexpected ")
+    assert ("in levels_of" in caplog.text) == ("unexpected" in reason)  # a traceback, with -v
+
+
+class Planted:
+    """Unpickled it would print."""
+
+    def __reduce__(self):
+        return print, ("UNPICKLED",)
+
+
+def framed(data):
+    return len(data).to_bytes(8, "big") + data
+
+
+# What a decoder that an image has taken over may send in the place of an answer
+LIES = {
+    "no text": framed(b""),
+    "one byte less than levels": framed(bytes(LEVELS_BYTES - 1)),
+    "one byte more than levels": framed(bytes(LEVELS_BYTES + 1)),
+    "more than there is memory": b"\xff" * 8,
+    "a reason of no kind": framed(b"?no"),
+    "a reason that is no text": framed(b"R\xff\xfe"),
+    "a pickle": framed(pickle.dumps(Planted())),
+}
+BROKEN_OFF = {
+    "nothing": b"",
+    "half a length": bytes(4),
+    "half of the levels": framed(bytes(LEVELS_BYTES))[:1000],
+    "half of a reason": framed(b"Ra strip")[:-3],
+}
+
+
+def stand_in(tmp_path, sent, then="exec sleep 60"):
+    """A decoder whose process sends what it likes."""
+    (tmp_path / "sent").write_bytes(sent)
+    command = ["sh", "-c", f"cat {tmp_path}/sent; {then}"]
+    decoder = Decoder()
+    decoder._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    return decoder
+
+
+@pytest.mark.parametrize("sent", LIES.values(), ids=LIES)
+def test_a_decoder_that_sends_anything_else_is_killed(tmp_path, capfd, sent):
+    decoder = stand_in(tmp_path, sent)
+    process = decoder._process
+    assert outcome(decoder) == (NotNow, LOST)
+    assert process.returncode == -signal.SIGKILL
+    assert "UNPICKLED" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("sent", BROKEN_OFF.values(), ids=BROKEN_OFF)
+def test_a_decoder_that_breaks_off_is_done_without_and_the_next_is_well(tmp_path, sent):
+    decoder = stand_in(tmp_path, sent, then="exit 0")
+    assert outcome(decoder) == (NotNow, LOST)
+    assert is_well(decoder)
+    end(decoder)
+
+
+# --------------------------------------------------------------------------------------------------
+# How it ends
+# --------------------------------------------------------------------------------------------------
+
+
+@LINUX
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [
+        (signal.SIGSEGV, (Rejected, BROKEN)),
+        (signal.SIGABRT, (Rejected, BROKEN)),
+        (signal.SIGFPE, (Rejected, BROKEN)),
+        (signal.SIGXCPU, (Rejected, TOO_SLOW)),
+        (signal.SIGKILL, (NotNow, LOST)),  # for want of memory
+        (signal.SIGBUS, (NotNow, LOST)),  # a library on a disk that is gone
+        (signal.SIGILL, (NotNow, LOST)),  # a library that is not for this processor
+    ],
+)
+def test_a_crash_is_the_images_fault_and_a_machines_trouble_is_not(decoder, number, expected):
+    process_of(decoder).send_signal(number)
+    assert outcome(decoder) == expected
+    assert is_well(decoder)
+
+
+def test_a_decoder_that_hangs_is_killed_in_time(decoder, monkeypatch):
+    process = process_of(decoder)
+    process.suspend()
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "DECODE_PATIENCE", 0.5)
+        assert outcome(decoder) == (NotNow, LOST)
+    assert not process.is_running()
+    assert is_well(decoder)
+
+
+@LINUX
+def test_what_stops_the_run_does_not_stop_its_decoders(decoder):
+    process = process_of(decoder)
+    for number in (signal.SIGINT, signal.SIGTERM):  # as systemd and Slurm send it to all
+        process.send_signal(number)
+    assert is_well(decoder)
+    assert process_of(decoder) == process
+    # What a terminal or timeout(1) sends to its group does not arrive
+    assert os.getsid(process.pid) == os.getpgid(process.pid) == process.pid
+
+
+def test_a_decoder_ends_with_the_run():
+    pid = alone(f"""
+import generate_embeddings as script
+decoder = script.Decoder()
+decoder.decode({RED!r})
+print(decoder._process.pid, flush=True)
+import os
+os._exit(0)
+""")
+    wait_until(lambda: not psutil.pid_exists(pid))
+
+
+# --------------------------------------------------------------------------------------------------
+# Where none can be started
+# --------------------------------------------------------------------------------------------------
+
+
+CANT_START = {
+    "no such program": ("", "No such file or directory"),
+    "too little memory": (
+        f'ulimit -v 450000; exec {sys.executable} "$@"',  # KB
+        r"Unable to allocate 400\. MiB",
+    ),
+    "with words": ("echo Traceback >&2; echo 'ImportError: no libz' >&2; exit 1", "no libz"),
+    "without a word": ("exit 7", "exit code 7"),
+    "killed": ("kill -9 $$", "exit code -9"),
+    "hangs": ("exec sleep 60", "exit code -9"),
+}
+
+
+@pytest.mark.parametrize(("program", "why"), CANT_START.values(), ids=CANT_START)
+def test_why_a_decoder_does_not_start_is_said(monkeypatch, tmp_path, program, why):
+    python = tmp_path / "python"
+    if program:
+        python.write_text("#!/bin/sh\n" + program)
+        python.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setattr(script, "DECODE_PATIENCE", 1.0 if "sleep" in program else 60.0)
+    with pytest.raises(RunError, match=rf"{why}.*\)$"):
+        Decoder().decode(RED)
+
+
+def test_where_no_thread_can_be_started_it_is_said(monkeypatch):
+    def start(self):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(script.threading.Timer, "start", start)
+    with pytest.raises(RunError, match="can't start new thread"):
+        Decoder().decode(RED)
+
+
+def test_a_run_that_can_start_no_decoder_ends_and_notes_nothing(cli, tuned, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for n in range(30):
+        (folder / f"{n}.png").write_bytes(RED)
+    run = cli("AS_DECODER=--nonsense", "--", "--local", folder, script=tuned)
+    assert run.code == 2
+    assert "unrecognized arguments: --nonsense" in run.error
+    assert run.counts == run.counts | {"embedded": 0, "failed": 0, "left": 30}
+    assert folder_rows(folder) == {}
+
+
+# --------------------------------------------------------------------------------------------------
+# What it can reach
+# --------------------------------------------------------------------------------------------------
+
+
+def test_no_module_of_the_current_folder_runs_whatever_the_temporary_folder_is(
+    cli, patched, tmp_path
+):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "red.png").write_bytes(RED)
+    names = ["types", "queue", "json", "pickle", "struct", "requests", "numpy", "PIL", "torch"]
+    for name in [*names, "generate_embeddings", "sitecustomize"]:
+        (folder / f"{name}.py").write_text("open('planted', 'a').write(__name__)\n")
+    # As tqdm does on macOS, where that starts one more Python, with the whole environment
+    script = patched("import multiprocessing; multiprocessing.get_context('spawn').RLock()")
+    run = cli("--local", ".", cwd=folder, script=script, TMPDIR=tmp_path / ("x" * 120))
+    assert (run.code, run.counts["embedded"]) == (0, 1), run.err
+    assert not (folder / "planted").exists()
+
+
+@LINUX
+def test_a_decoder_gets_nothing_of_the_environment_but_what_python_needs(monkeypatch):
+    secrets = ("SUPABASE_SECRET_KEY", "SUPABASE_SERVICE_ROLE_KEY", "AWS_SECRET_ACCESS_KEY")
+    for name in (*secrets, "PYTHONWARNINGS", "LD_LIBRARY_PATH"):
+        monkeypatch.setenv(name, "ignore")
+    decoder = Decoder()
+    decoder.decode(RED)
+    given = process_of(decoder).environ()
+    end(decoder)
+    assert given["PYTHONWARNINGS"] == given["LD_LIBRARY_PATH"] == "ignore"
+    assert not set(secrets) & set(given)
+    assert set(given) <= {*os.environ, *script.DECODER_SETTINGS}
+
+
+@LINUX
+def test_a_decoder_opens_nothing_and_leaves_no_core(decoder):
+    process = process_of(decoder)
+    assert process.rlimit(psutil.RLIMIT_NOFILE) == (0, 0)
+    assert process.rlimit(psutil.RLIMIT_CORE) == (0, 0)
+    assert "NoNewPrivs:\t1" in Path(f"/proc/{process.pid}/status").read_text()
+
+
+REACH = """
+import ctypes, os, signal, socket
+import generate_embeddings as script
+
+libc = ctypes.CDLL(None, use_errno=True)
+secret = ctypes.create_string_buffer(b"a secret")
+other = os.fork()
+if not other:
+    signal.pause()
+
+class Part(ctypes.Structure):
+    _fields_ = [("where", ctypes.c_void_p), ("length", ctypes.c_size_t)]
+
+def look_into(pid):
+    copy = ctypes.create_string_buffer(8)
+    here, there = (Part(ctypes.addressof(place), 8) for place in (copy, secret))
+    if libc.process_vm_readv(pid, ctypes.byref(here), 1, ctypes.byref(there), 1, 0) < 0:
+        raise OSError(ctypes.get_errno(), "refused")
+    assert copy.raw == b"a secret"
+
+attempts = {
+    "read a file": lambda: open("one").close(),
+    "write a file": lambda: open("new", "w").close(),
+    "list a folder": lambda: os.listdir("."),
+    "make a socket": lambda: socket.socket().close(),
+    "empty a file": lambda: os.truncate("one", 0),
+    "move a file": lambda: os.rename("one", "moved"),
+    "delete a file": lambda: os.unlink("two"),
+    "make a folder": lambda: os.mkdir("folder"),
+    "run a program": lambda: os.waitpid(os.posix_spawn("/bin/true", ["true"], {}), 0),
+    "look into another process": lambda: look_into(other),
+}
+
+def possible():
+    done = []
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+            done.append(name)
+        except OSError:
+            pass
+    return done
+
+os.chdir(sys.argv[1] + "/free")
+free = possible()
+os.chdir(sys.argv[1] + "/shut")
+has_landlock = libc.syscall(444, None, 0, 1) > 0
+script.shut_in()
+shut = possible()
+os.kill(other, 9)
+print(json.dumps([list(attempts), free, shut, has_landlock]))
+"""
+
+
+@LINUX
+def test_a_decoder_that_an_image_took_over_is_shut_in(tmp_path):
+    for folder in ("free", "shut"):
+        (tmp_path / folder).mkdir()
+        for file in ("one", "two"):
+            (tmp_path / folder / file).touch()
+    all_of_them, free, shut, has_landlock = alone(REACH, tmp_path)
+    assert free == all_of_them
+    assert shut == ([] if has_landlock else all_of_them[4:])
+
+
+# --------------------------------------------------------------------------------------------------
+# What an image may cost
+# --------------------------------------------------------------------------------------------------
+
+
+def cost(decoder, data):
+    """What a decoder says of a file; the MB that its process holds at most, and the seconds of a
+    core that it takes."""
+    process = psutil.Process(decoder._process.pid)
+    before, after, held = sum(process.cpu_times()[:2]), 0.0, 0
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(decoder.decode, data)
+        while not answer.done():
+            with contextlib.suppress(psutil.Error):  # it was ended meanwhile
+                held = max(held, process.memory_info().rss)
+                after = max(after, sum(process.cpu_times()[:2]))
+            time.sleep(0.005)
+    return answer.exception(), held / 2**20, after - before
+
+
+def claiming(jpeg, width, height):
+    """A JPEG whose frame header claims another size."""
+    at = next(i for i in range(len(jpeg)) if jpeg[i : i + 2] in (b"\xff\xc0", b"\xff\xc2"))
+    return jpeg[: at + 5] + struct.pack(">HH", height, width) + jpeg[at + 9 :]
+
+
+def claims(jpeg):
+    """Small files that claim 400 megapixels (WebP: its most, 268), name -> bytes."""
+    packed = struct.pack("<I", 0x3FFF | 0x3FFF << 14)
+    lossless = b"VP8L" + struct.pack("<I", 30) + b"\x2f" + packed + bytes(25)
+    lossy = struct.pack("<I", 40)[:4] + b"\x10\x02\0\x9d\x01\x2a\xff\x3f\xff\x3f" + bytes(30)
+    return {
+        "png": png((20000, 20000), 8, 2, [bytes(60000)] * 20),
+        "bilevel png": png((20000, 20000), 1, 0, [bytes(2500)] * 20),
+        "gif": b"GIF89a"
+        + struct.pack("<HHBBB", 20000, 20000, 0x80, 0, 0)
+        + bytes(6)
+        + b"\x2c"
+        + struct.pack("<HHHHB", 0, 0, 20000, 20000, 0)
+        + b"\x02\x02\x4c\x01\0;",
+        "bmp": bmp((20000, 20000)),
+        "bmp from the top": bmp((20000, -20000)),
+        "tiff": tiff((20000, 20000), bytes(1000)),
+        "tiff, big-endian": tiff((20000, 20000), bytes(1000), order=">"),
+        "jpeg": claiming(jpeg, 20000, 20000),
+        "lossless webp": b"RIFF" + struct.pack("<I", 42) + b"WEBP" + lossless,
+        "lossy webp": b"RIFF" + struct.pack("<I", 52) + b"WEBPVP8 " + lossy,
+    }
+
+
+@pytest.mark.parametrize("name", claims(b"\xff\xc0" + bytes(9)))
+def test_an_image_that_claims_far_too_many_pixels_is_not_decoded(decoder, cat, name):
+    refusal, megabytes, seconds = cost(decoder, claims(saved(cat, "JPEG"))[name])
+    assert isinstance(refusal, Rejected)
+    assert str(refusal) == f"needs over {DECODE_MB} MB to decode"
+    assert megabytes < 200
+    assert seconds < 2
+
+
+PUZZLES = {
+    "comments": b"<!-- a -->" * 60 + b"text",
+    "prologs": b"<?a?>" * 60 + b"text",
+    "doctypes": b"<!doctype a [] >" * 60 + b"text",
+    "spaces": b" " * 65_000 + b"text",
+    "open comments": b"<!-- " * 13000,
+    "brackets": b"[" * 65536,
+}
+
+
+@pytest.mark.parametrize("data", PUZZLES.values(), ids=PUZZLES)
+def test_no_text_is_puzzled_over_for_long(decoder, data):
+    with pytest.raises(Rejected, match="not an image"):
+        decoder.decode(data)
+
+
+def large_avif():
+    """12,000 pixels a side in three full planes; it claims 1,000."""
+    image = Image.new("RGB", (12_000, 12_000))
+    data = saved(image, "AVIF", speed=10, quality=0, subsampling="4:4:4")
+    claim = struct.pack(">II", *image.size)
+    assert claim in data
+    return data.replace(claim, struct.pack(">II", 1000, 1000))
+
+
+def large_tile():
+    """A TIFF of 1,000 pixels a side, in one tile of 30,720."""
+    packer = zlib.compressobj(1)
+    packed = b"".join(packer.compress(bytes(2**20)) for _ in range(900)) + packer.flush()
+    tile = {"t322": 30_720, "t323": 30_720, "t324": 8, "t325": len(packed)}
+    return tiff((1000, 1000), packed, t259=8, **tile)
+
+
+def many_segments():
+    data = saved(Image.new("RGB", (64, 64)), "JPEG")
+    return data[:2] + b"\xff\xe9\0\2" * 5_000_000 + data[2:]
+
+
+def many_chunks():
+    data = saved(Image.new("RGB", (32, 32)), "PNG")
+    return data[:33] + chunk(b"zzZz", b"") * 4_000_000 + data[33:]
+
+
+def many_scans():
+    """A progressive JPEG of 40 megapixels whose 1,100 scans hold next to nothing, but take long."""
+
+    def segment(marker, *values):
+        return bytes([0xFF, marker]) + struct.pack(">H", len(values) + 2) + bytes(values)
+
+    blocks = 8000 // 8 * 5000 // 8
+    runs = "011111111111111" * -(-blocks // 32767)  # each: so many blocks are empty
+    runs += "1" * (-len(runs) % 8)
+    body = int(runs, 2).to_bytes(len(runs) // 8).replace(b"\xff", b"\xff\0")
+    return (
+        b"\xff\xd8"
+        + segment(0xDB, 0, *[1] * 64)
+        + segment(0xC2, 8, *struct.pack(">HH", 5000, 8000), 1, 1, 0x11, 0)
+        + segment(0xC4, 0, 1, *[0] * 15, 0)
+        + segment(0xC4, 0x10, 1, 1, *[0] * 14, 0xE0, 0)
+        + segment(0xDA, 1, 1, 0, 0, 0, 0)
+        + bytes(-(-blocks // 8))
+        + (segment(0xDA, 1, 1, 0, 1, 63, 0x10) + body) * 1100
+        + b"\xff\xd9"
+    )
+
+
+def large_webp():
+    """96 megapixels of one colour in some tens of bytes."""
+    return saved(Image.new("RGB", (12_000, 8000)), "WEBP", lossless=True)
+
+
+TOO_MUCH, TOO_LONG = f"needs over {DECODE_MB} MB", f"takes over {DECODE_SECONDS} s"
+NO_ROOM = f"{TOO_MUCH}|broken"  # many a decoder in C only says that it failed
+HOSTILE = {
+    large_avif: NO_ROOM,
+    large_tile: NO_ROOM,
+    large_webp: NO_ROOM,
+    many_segments: f"{TOO_MUCH}|{TOO_LONG}",
+    many_chunks: f"{TOO_MUCH}|{TOO_LONG}",
+    many_scans: TOO_LONG,
+}
+
+
+@LINUX
+@pytest.mark.parametrize("make", HOSTILE, ids=lambda make: make.__name__)
+def test_a_file_that_asks_for_too_much_is_given_up_and_the_next_is_well(decoder, cat, make):
+    good = saved(cat, "PNG")
+    levels = decoder.decode(good)
+    refusal, megabytes, seconds = cost(decoder, make())
+    assert isinstance(refusal, Rejected)
+    assert re.match(HOSTILE[make], str(refusal))
+    assert megabytes < DECODE_MB + 150
+    assert seconds < DECODE_SECONDS + 2
+    assert np.array_equal(decoder.decode(good), levels)
+
+
+HONEST = {
+    "RGB PNG": lambda: png((8000, 5000), 8, 2, itertools.repeat(bytes(24_000), 5000)),
+    "RGBA PNG": lambda: png((8000, 5000), 8, 6, itertools.repeat(bytes(32_000), 5000)),
+    "gray PNG of 16 bits": lambda: png((8000, 5000), 16, 0, itertools.repeat(bytes(16_000), 5000)),
+    "palette PNG with alpha": lambda: saved(Image.new("P", (8000, 5000)), "PNG", transparency=0),
+    "JPEG of 128 megapixels": lambda: saved(Image.new("RGB", (12_800, 10_000)), "JPEG"),
+}
+
+
+@LINUX
+@pytest.mark.parametrize("kind", HONEST)
+def test_an_honest_image_of_40_megapixels_is_decoded(decoder, kind):
+    assert decoder.decode(HONEST[kind]()).shape == (224, 224, 3)
