@@ -131,7 +131,7 @@ def test_what_is_raised_over_there_is_raised_here(monkeypatch, caplog, raised, k
 
     monkeypatch.setattr(script, "levels_of", levels_of)
     caplog.set_level(logging.DEBUG)
-    error = script.meaning_of(script.answer_for(b"data"))
+    error = script.decoded_answer(script.answer_for(b"data"))
     assert type(error) is kind
     assert str(error).startswith(reason)
     assert len(str(error)) <= MOST_REASON + len("unexpected ")
@@ -508,7 +508,7 @@ def many_segments():
 
 def many_chunks():
     data = saved(Image.new("RGB", (32, 32)), "PNG")
-    return data[:33] + chunk(b"zzZz", b"") * 4_000_000 + data[33:]
+    return data[:33] + chunk(b"IDAT", b"") * 4_000_000 + data[33:]
 
 
 def many_scans():

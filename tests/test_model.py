@@ -50,7 +50,7 @@ def open_photos(photos):
 
 
 def pixels_of(images):
-    return np.stack([script.normalise(script.crop(image)) for image in images])
+    return np.stack([script.normalise(np.asarray(script.square(image))) for image in images])
 
 
 def tiny_encoder(tiny):
