@@ -285,6 +285,7 @@ class Report:
         self.reasons: Counter[str] = Counter()  # of what failed
         self.examples: dict[str, list[Asset]] = {}  # by reason
         self.set_aside: Counter[str] = Counter()  # what was not attempted, by why
+        self.one_colour: list[Asset] = []  # embedded, though there is nothing to see
         self.started = time.monotonic()
 
     @property
@@ -348,6 +349,11 @@ class Report:
         for reason, count in self.reasons.most_common(self.MOST_REASONS):
             yield f"  {count:>6,}  {reason}"
             for asset in self.examples[reason]:
+                yield f"          {asset}"
+        if self.one_colour:
+            are = "image is" if len(self.one_colour) == 1 else "images are"
+            yield f"  {len(self.one_colour):>6,}  embedded {are} one colour all over"
+            for asset in self.one_colour[: self.MOST_EXAMPLES]:
                 yield f"          {asset}"
         if self.known_failures:
             known = plural(self.known_failures, "known failure")
@@ -425,6 +431,7 @@ class Loaded(NamedTuple):
 
     asset: Asset
     pixels: np.ndarray
+    one_colour: bool  # all over: a placeholder, perhaps
 
 
 class Embedded(NamedTuple):
@@ -797,6 +804,8 @@ class Run:
 
     def take_loaded(self, loaded: Loaded) -> None:
         self.ready.append(loaded)
+        if loaded.one_colour:
+            self.report.one_colour.append(loaded.asset)
 
     def take_failure(self, asset: Asset, stage: str, error: Exception) -> None:
         """Makes the error that a load ended with the asset's failure, or the run's end."""
@@ -2530,7 +2539,8 @@ class Loader:
         return self._fetcher.fetch(self._store.locate(asset))
 
     def load(self, asset: Asset, data: bytes) -> Loaded:
-        return Loaded(asset, normalise(self.decode(data)))
+        levels = self.decode(data)
+        return Loaded(asset, normalise(levels), one_colour=is_one_colour(levels))
 
     def decode(self, data: bytes) -> np.ndarray:
         decoder = self._decoders.get()
