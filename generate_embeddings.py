@@ -57,7 +57,7 @@ What an upgrade of a package may break, as no documentation promises it
     urllib3     connection._new_conn, pools.pool_classes_by_scheme (Connection, Fetcher)
     http.client _MAXHEADERS (Fetching)
     requests    brings urllib3, certifi and idna, all of which are used here (Fetching)
-    torch       torch.ops.mkldnn._linear_pointwise, _reorder_linear_weight (ImageTower)
+    torch       torch.ops.mkldnn._linear_pointwise, _reorder_linear_weight (Linear)
     tqdm        bar.initial, bar.start_t (Progress)
     pillow      TiffImagePlugin.OPEN_INFO, READ_LIBTIFF; an image's tile, dispose_extent (Pictures)
 
@@ -90,6 +90,7 @@ import base64
 import contextlib
 import ctypes
 import difflib
+import hashlib
 import html
 import http.client
 import importlib
@@ -152,6 +153,7 @@ try:
         TiffImagePlugin,
         UnidentifiedImageError,
     )
+    from requests.exceptions import ChunkedEncodingError
     from tqdm import tqdm
     from tqdm.contrib.logging import logging_redirect_tqdm
     from urllib3.exceptions import HTTPError
@@ -1590,6 +1592,7 @@ NETWORK_REASONS = {
     "CERTIFICATE": "the host's certificate is not valid",
     "SSL": "TLS failed",
     "gaierror": "host not found",
+    "resolve": "host not found",
     "timed out": "the host did not answer in time",
     "refused": "connection refused",
     "unreachable": "host not reachable",
@@ -1792,15 +1795,15 @@ def refusal(answer: BaseHTTPResponse, page: bytes) -> Rejected | NotNow:
     checks = meaning is Meaning.ROBOTS or is_robots_check(answer, page)
     if checks or (answer.status == 202 and is_page(page)):
         reason = f"{reason}, a check for robots: {ROBOT_ADVICE}"
-    after = retry_after(answer)
+    after = retry_after(answer.headers)
     if meaning is Meaning.AGAIN or after > 0:
         return TryAgain(reason, after)
     return NotNow(reason)
 
 
-def retry_after(answer: BaseHTTPResponse) -> float:
+def retry_after(headers: Mapping[str, str]) -> float:
     """The seconds that Retry-After asks for, as a number or a date; 0 where it makes no sense."""
-    text = answer.headers.get("Retry-After", "")
+    text = headers.get("Retry-After", "")
     if re.fullmatch(r"\d+(\.\d+)?", text, re.ASCII):
         return float(text)
     try:
@@ -2119,17 +2122,24 @@ class TlsPool(urllib3.HTTPSConnectionPool):
     ConnectionCls = TlsConnection
 
 
-def tls_context() -> ssl.SSLContext:
-    """Whose certificates are trusted, for images, the database and the hub alike: those of the
-    file that REQUESTS_CA_BUNDLE or SSL_CERT_FILE names, else certifi's. Raises RunError."""
+def certificates() -> str:
+    """The file with whose certificates are trusted, for images, the database and the hub alike:
+    the one that REQUESTS_CA_BUNDLE or SSL_CERT_FILE names, else certifi's."""
     for name in ("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE"):
         path = os.environ.get(name)
         if path:
-            try:
-                return ssl.create_default_context(cafile=path)
-            except OSError as error:
-                raise RunError(f"{name}={path} is no file of certificates: {error}") from None
-    return ssl.create_default_context(cafile=certifi.where())
+            return path
+    return certifi.where()
+
+
+def tls_context() -> ssl.SSLContext:
+    """A context that trusts `certificates`. Raises RunError."""
+    path = certificates()
+    try:
+        return ssl.create_default_context(cafile=path)
+    except OSError as error:
+        names = "REQUESTS_CA_BUNDLE, SSL_CERT_FILE"
+        raise RunError(f"{path} is no file of certificates ({names}): {error}") from None
 
 
 def check_proxies() -> None:
@@ -2751,134 +2761,39 @@ def limit_one_image(memory: int) -> None:
 
 # ================================================================================ Model
 
+# CLIP has two towers: one makes vectors of pixels, the other of words. What belongs together
+# gets vectors that lie near each other.
+#
+# torch takes over a second to import: it is imported where it is used, and so first while the
+# first images are on their way.
+
 MODEL_CACHE = HERE / ".cache" / "transformers"
-VIT_B_32: dict[str, Any] = {"num_hidden_layers": 12, "hidden_size": 768, "patch_size": 32}
-VIT_B_32 |= {"num_attention_heads": 12, "intermediate_size": 3072, "hidden_act": "quick_gelu"}
-WEIGHTS = "pytorch_model.bin"
+CONFIG = "config.json"
+TOKENIZER = "tokenizer.json"
+WEIGHTS = "pytorch_model.bin"  # of both towers
+SAFETENSORS = "model.safetensors"  # the same in a newer format, in a folder for CLIP_MODEL
+TO_EMBED = (CONFIG, WEIGHTS)
+TO_ASK = (CONFIG, WEIGHTS, TOKENIZER)
+
+VIT_B_32: dict[str, Any] = {
+    "num_hidden_layers": 12,
+    "hidden_size": 768,
+    "patch_size": 32,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "hidden_act": "quick_gelu",
+}
+VIT_B_32_TEXT: dict[str, Any] = {
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 77,  # tokens
+    "hidden_act": "quick_gelu",
+}
+LAYERS_AT_ONCE = 4  # read at once: some 120 MB of the file in memory beside the model
+GELU_SLOPE = 1.702  # quick_gelu(x) = x * sigmoid(1.702 x)
 NOT_FINITE = "the model gave numbers that are not finite"
 
-
-def cores() -> int:
-    """The processor cores that this run may use; OMP_NUM_THREADS has the last word."""
-    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    wanted = os.environ.get("OMP_NUM_THREADS", "")
-    return int(wanted if wanted.isdecimal() else 0) or there or 1
-
-
-def read_weights(folder: Path) -> Any:
-    """The weights by name; mapped, so that only what is taken is read, not the text tower."""
-    import safetensors.torch
-    import torch
-
-    if (folder / "model.safetensors").is_file():
-        return safetensors.torch.load_file(folder / "model.safetensors")
-    return torch.load(folder / WEIGHTS, mmap=True, weights_only=True)
-
-
-class ImageTower:
-    """The forward pass of transformers' CLIPVisionModelWithProjection, over the same weights.
-
-    What makes it fast on CPUs: weights laid out once for oneDNN, one product for q, k and v,
-    activation and residual fused into the products, and the last layer only for the one token
-    that leaves it.
-    """
-
-    def __init__(self, folder: Path, config: Mapping[str, Any], settings: Settings) -> None:
-        import torch
-
-        self._torch, self._functional = torch, torch.nn.functional
-        self._weights = read_weights(folder)
-        self._device, self._dtype = settings.device, getattr(torch, settings.dtype)
-        self._heads, self._side = config["num_attention_heads"], config["patch_size"]
-        self._packs = self._can_pack()
-        embeddings = "vision_model.embeddings."
-        position = self._take(embeddings + "position_embedding.weight")
-        self._first = self._ours(self._take(embeddings + "class_embedding") + position[0])
-        self._position = self._ours(position[1:])
-        patches = self._take(embeddings + "patch_embedding.weight")
-        self._patches = self._linear(patches.flatten(1))
-        self._before = self._norm("vision_model.pre_layrnorm")  # the checkpoint's own spelling
-        self._after = self._norm("vision_model.post_layernorm")
-        self._projection = self._linear(self._take("visual_projection.weight"))
-        self._layers: list[Any] = []
-        layers = range(config["num_hidden_layers"])
-        with ThreadPoolExecutor(cores()) as pool:
-            for start in layers[::4]:
-                self._layers += pool.map(self._layer, layers[start : start + 4])
-                self._weights = read_weights(folder)  # lets go of what was read, and is mapped
-        del self._weights
-
-    def _take(self, *names: str) -> Any:
-        # joined, and so a copy: one view left over would keep the whole file mapped
-        return self._torch.cat([self._weights[name] for name in names]).float()
-
-    def _pair(self, *names: str) -> list[Any]:
-        return [self._take(*(f"{n}.{kind}" for n in names)) for kind in ("weight", "bias")]
-
-    def _ours(self, tensor: Any) -> Any:
-        return tensor.to(self._device, self._dtype)
-
-    def _norm(self, name: str) -> tuple[Any, ...]:
-        weight, bias = map(self._ours, self._pair(name))
-        return weight.shape, weight, bias
-
-    def _layer(self, number: int) -> tuple[Any, ...]:
-        name = f"vision_model.encoder.layers.{number}."
-        # quick_gelu(x) = x * sigmoid(1.702 x) = silu(1.702 x) / 1.702
-        up, up_bias = (tensor * 1.702 for tensor in self._pair(name + "mlp.fc1"))
-        down, down_bias = self._pair(name + "mlp.fc2")
-        return (
-            self._norm(name + "layer_norm1"),
-            self._linear(*self._pair(*(f"{name}self_attn.{part}_proj" for part in "qkv"))),
-            self._linear(*self._pair(name + "self_attn.out_proj")),
-            self._norm(name + "layer_norm2"),
-            self._linear(up, up_bias, silu=True),
-            self._linear(down / 1.702, down_bias),
-        )
-
-    def _can_pack(self) -> bool:
-        """Whether this torch has the operators for oneDNN's layout, which are private to it."""
-        try:
-            one, mkldnn = self._ours(self._torch.eye(32)), self._torch.ops.mkldnn
-            packed = mkldnn._reorder_linear_weight(one)
-            return mkldnn._linear_pointwise(one, packed, None, "none", [], "") is not None
-        except (AttributeError, RuntimeError):
-            return False
-
-    def _linear(self, weight: Any, bias: Any = None, silu: bool = False) -> Callable[..., Any]:
-        """A linear layer (x, residual=None) -> y, laid out for oneDNN where torch offers it."""
-        functional, mkldnn = self._functional, self._torch.ops.mkldnn
-        weight, bias = self._ours(weight), None if bias is None else self._ours(bias)
-        if self._packs:
-            weight, pointwise = mkldnn._reorder_linear_weight(weight), mkldnn._linear_pointwise
-
-        def linear(x: Any, residual: Any = None) -> Any:
-            if self._packs and residual is not None:
-                return pointwise.binary(x, residual, weight, bias, "add")
-            if self._packs:
-                return pointwise(x, weight, bias, "swish" if silu else "none", [], "")
-            y = functional.linear(x, weight, bias)
-            y = functional.silu(y) if silu else y
-            return y if residual is None else residual + y
-
-        return linear
-
-    def __call__(self, pixels: Any) -> Any:
-        """pixels (n, 3, 224, 224) -> image embeddings (n, 512), not yet of unit length."""
-        n, side, functional = len(pixels), self._side, self._functional
-        x = self._ours(pixels).unfold(2, side, side).unfold(3, side, side)
-        x = self._patches(x.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)) + self._position
-        x = self._torch.cat([self._first.expand(n, 1, -1), x], 1)
-        x = functional.layer_norm(x, *self._before)
-        for number, (norm1, qkv, out, norm2, fc1, fc2) in enumerate(self._layers, 1):
-            joined = qkv(functional.layer_norm(x, *norm1))
-            q, k, v = joined.view(n, x.shape[1], 3, self._heads, -1).permute(2, 0, 3, 1, 4)
-            if number == len(self._layers):
-                x, q = x[:, :1].contiguous(), q[:, :, :1]
-            attended = functional.scaled_dot_product_attention(q, k, v)
-            x = out(attended.transpose(1, 2).reshape(x.shape), x)
-            x = fc2(fc1(functional.layer_norm(x, *norm2)), x)
-        return self._projection(functional.layer_norm(x[:, 0], *self._after))
+Tensor = Any  # torch's
 
 
 class ClipEncoder:
@@ -2887,53 +2802,130 @@ class ClipEncoder:
     def __init__(self, settings: Settings) -> None:
         import torch
 
-        self._torch = torch
         torch.set_num_threads(1)  # each core has an image of its own, see Run
-        if (settings.device, settings.dtype) == ("cpu", "bfloat16") and not has_bfloat16():
+        if settings.dtype == "bfloat16" and settings.device == "cpu" and not has_bfloat16():
             raise RunError("--dtype bfloat16: this processor has no arithmetic for it")
-        folder = Path(settings.clip_model).expanduser() if settings.clip_model else download()
-        try:
-            config = json.loads((folder / "config.json").read_text())
-            config = config.get("vision_config", config)
-            config = {name: config.get(name, value) for name, value in VIT_B_32.items()}
-            self._tower = ImageTower(folder, config, settings)
-            (made,) = self.encode(np.zeros((1, 3, SIDE, SIDE), np.float32))
-            if (made.size, config["hidden_act"]) != (DIMENSIONS, VIT_B_32["hidden_act"]):
-                raise ValueError(f"it gives {made.size} numbers, by {config['hidden_act']}")
-            if not np.isfinite(made).all():
-                raise ValueError(NOT_FINITE)
-        except ImportError:
-            raise
-        except Exception as error:  # each file format, library and device has errors of its own
-            raise RunError(
-                f"the model in {folder} can't be used ({shorten(str(error), 100)}): CLIP_MODEL "
-                f"must be a folder with a copy of {MODEL_ID}, --device one that torch finds"
-            ) from None
+        folder = model_folder(settings, TO_EMBED)
+        with model_trouble(folder):
+            config = read_config(folder, "vision_config", VIT_B_32)
+            self.tower = ImageTower(Weights(folder, settings), config)
+            self.try_out(config)
         if config != VIT_B_32 and settings.model_version == MODEL_VERSION:
-            name = f"a name for its rows other than {MODEL_VERSION}"
-            raise RunError(f"the model in {folder} is no ViT-B/32: set MODEL_VERSION to {name}")
+            raise RunError(
+                f"the model in {folder} is no ViT-B/32: set MODEL_VERSION to a name for its rows "
+                f"other than {MODEL_VERSION}"
+            )
+
+    def try_out(self, config: dict[str, Any]) -> None:
+        """Embeds a black image; raises ValueError if what comes is no vector of CLIP's."""
+        (vector,) = self.encode(np.zeros((1, 3, SIDE, SIDE), np.float32))
+        if vector.size != DIMENSIONS:
+            raise ValueError(f"it gives {vector.size} numbers, not {DIMENSIONS}")
+        if config["hidden_act"] != VIT_B_32["hidden_act"]:
+            raise ValueError(f"its activation is {config['hidden_act']}")
+        if not np.isfinite(vector).all():
+            raise ValueError(NOT_FINITE)
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
-        """Pixels (n, 3, 224, 224) -> vectors (n, 512)."""
-        with self._torch.inference_mode():
-            vectors = self._tower(self._torch.from_numpy(pixels)).float().cpu().numpy()
-        made: np.ndarray = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-        return made
+        """Pixels (n, 3, 224, 224) -> vectors (n, 512) of unit length."""
+        import torch
+
+        with torch.inference_mode():
+            return of_unit_length(self.tower(torch.from_numpy(pixels)))
 
     def embed(self, batch: list[Loaded]) -> list[Result]:
         """The batch with vectors in the place of pixels."""
         try:
             vectors = self.encode(np.stack([loaded.pixels for loaded in batch]))
         except RuntimeError as error:  # memory of the device that is not there, say
-            trouble = f"the model failed on {len(batch)} images at once"
-            fix = "try a smaller --batch-size, or another --device"
-            raise RunError(f"{trouble} ({shorten(str(error), 100)}): {fix}") from None
-        return [
-            Embedded(loaded.asset, vector)
-            if np.isfinite(vector).all()
-            else Failed(loaded.asset, "embed", NOT_FINITE, permanent=False)
-            for loaded, vector in zip(batch, vectors, strict=True)
-        ]
+            raise RunError(
+                f"the model failed on {len(batch)} images at once ({shorten(str(error), 100)}): "
+                "try a smaller --batch-size, or another --device"
+            ) from None
+        results: list[Result] = []
+        for loaded, vector in zip(batch, vectors, strict=True):
+            if np.isfinite(vector).all():
+                results.append(Embedded(loaded.asset, vector))
+            else:
+                results.append(Failed(loaded.asset, "embed", NOT_FINITE, permanent=False))
+        return results
+
+
+class TextEncoder:
+    """CLIP's text encoder, for questions in words. Raises RunError as ClipEncoder does.
+
+    transformers has the same, but takes longer to import than a question may take.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        import torch
+
+        torch.set_num_threads(1)  # for a few words threads wait longer than they work
+        folder = model_folder(settings, TO_ASK)
+        if not (folder / TOKENIZER).is_file():
+            raise RunError(f"{folder} has no {TOKENIZER}, which words need: copy {MODEL_ID}'s")
+        with model_trouble(folder):
+            from tokenizers import Tokenizer
+
+            config = read_config(folder, "text_config", VIT_B_32_TEXT)
+            self.tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
+            self.start = self.tokenizer.token_to_id("<|startoftext|>")
+            self.end = self.tokenizer.token_to_id("<|endoftext|>")
+            self.longest = config["max_position_embeddings"]
+            self.tower = TextTower(Weights(folder, settings), config)
+            self.encode([""])
+
+    def encode(self, texts: list[str]) -> np.ndarray:
+        """Texts -> vectors (n, 512) of unit length. What is over 75 tokens is cut off."""
+        import torch
+
+        with torch.inference_mode():
+            rows = [self.tower(self.tokens(text)) for text in texts]  # each (1, 512)
+            return of_unit_length(torch.cat(rows))
+
+    def tokens(self, text: str) -> list[Any]:
+        """The tokens of a text between those for its start and its end."""
+        inner = self.tokenizer.encode(text, add_special_tokens=False).ids
+        tokens = [self.start, *inner[: self.longest - 2], self.end]
+        return tokens[: tokens.index(self.end) + 1]  # a text may hold the word for the end
+
+
+def of_unit_length(embeddings: Tensor) -> np.ndarray:
+    """A tower's output (n, 512) as vectors, float32."""
+    vectors: np.ndarray = embeddings.float().cpu().numpy()
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors
+
+
+@contextlib.contextmanager
+def model_trouble(folder: Path) -> Iterator[None]:
+    """Turns what goes wrong with a model into a RunError."""
+    try:
+        yield
+    except ImportError:
+        raise
+    except Exception as error:  # each file format, library and device has errors of its own
+        raise RunError(
+            f"the model in {folder} can't be used ({shorten(str(error), 100)}): CLIP_MODEL "
+            f"must be a folder with a copy of {MODEL_ID}, --device one that torch finds"
+        ) from None
+
+
+def read_config(folder: Path, tower: str, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """A tower's settings of these names; those that the file leaves out are ViT-B/32's."""
+    config = json.loads((folder / CONFIG).read_text("utf-8"))
+    config = config.get(tower, config)
+    return {name: config.get(name, value) for name, value in wanted.items()}
+
+
+def cores() -> int:
+    """The processor cores that this run may use; OMP_NUM_THREADS has the last word."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    if wanted.isdecimal() and int(wanted) > 0:
+        return int(wanted)
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def has_bfloat16() -> bool:
@@ -2944,31 +2936,421 @@ def has_bfloat16() -> bool:
     return any(yes is True for name, yes in able if "bf16" in name)
 
 
-def download() -> Path:
-    """The folder of the pinned model, downloaded unless it is in our cache, or in the one that
-    HF_HUB_CACHE or HF_HOME names."""
-    shared = Path(os.environ.get("HF_HOME", MODEL_CACHE), "hub")
-    for cache in (MODEL_CACHE, Path(os.environ.get("HF_HUB_CACHE", shared))):
-        folder = cache / f"models--{MODEL_ID.replace('/', '--')}" / "snapshots" / MODEL_REVISION
-        if (folder / "config.json").is_file() and (folder / WEIGHTS).is_file():
-            return folder
-    log.info("downloading %s once, about 600 MB, to %s", MODEL_ID, MODEL_CACHE)
-    os.environ |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_VERBOSITY": "error"}
-    try:
-        from huggingface_hub import constants, hf_hub_download
+# The towers give what transformers' CLIPVisionModelWithProjection and CLIPTextModelWithProjection
+# give for the same weights. What makes them fast on CPUs: weights laid out once for oneDNN, one
+# product for q, k and v, activation and sum done within the products, and of the image tower's
+# last layer only the one token that leaves it.
 
-        # the hub's own client takes half a minute to find that it can't be reached
-        requests.head(constants.ENDPOINT, timeout=READ_SECONDS)
-        for file in ("config.json", WEIGHTS):
-            path = hf_hub_download(MODEL_ID, file, revision=MODEL_REVISION, cache_dir=MODEL_CACHE)
-        return Path(path).parent
-    except Exception as error:
-        network = isinstance(error, requests.RequestException)
-        reason = network_reason(error) if network else shorten(str(error), 100)
+
+class ImageTower:
+    """Pixels (n, 3, 224, 224) -> embeddings (n, 512), not yet of unit length."""
+
+    def __init__(self, weights: Weights, config: Mapping[str, Any]) -> None:
+        self.weights = weights
+        self.side = config["patch_size"]
+        embeddings = "vision_model.embeddings."
+        position = weights.read(embeddings + "position_embedding.weight")  # (50, 768)
+        first = weights.read(embeddings + "class_embedding") + position[0]
+        self.first = weights.placed(first)  # (768,)
+        self.position = weights.placed(position[1:])  # (49, 768)
+        patches = weights.read(embeddings + "patch_embedding.weight")  # (768, 3, 32, 32)
+        self.patches = Linear(weights, patches.flatten(1))
+        self.norm_before = Norm(weights, "vision_model.pre_layrnorm")  # the file's own spelling
+        self.norm_after = Norm(weights, "vision_model.post_layernorm")
+        self.projection = Linear(weights, weights.read("visual_projection.weight"))
+        self.layers = read_layers(weights, "vision_model.encoder.layers.", config)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        import torch
+
+        side = self.side
+        x = self.weights.placed(pixels).unfold(2, side, side).unfold(3, side, side)
+        x = x.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)  # (n, 49, 3 * 32 * 32)
+        x = self.patches(x) + self.position  # (n, 49, 768)
+        x = torch.cat([self.first.expand(len(x), 1, -1), x], 1)  # (n, 50, 768)
+        x = self.norm_before(x)
+        for layer in self.layers[:-1]:
+            x = layer(x)
+        x = self.layers[-1](x, first_alone=True)  # (n, 1, 768)
+        return self.projection(self.norm_after(x[:, 0]))
+
+
+class TextTower:
+    """Tokens -> embedding (1, 512), not yet of unit length: what the last token gives, which has
+    seen all that stand before it."""
+
+    def __init__(self, weights: Weights, config: Mapping[str, Any]) -> None:
+        self.weights = weights
+        embeddings = "text_model.embeddings."
+        # (49408, 512), of which only a few rows are ever read
+        self.words = weights.mapped[embeddings + "token_embedding.weight"]
+        self.position = weights.read(embeddings + "position_embedding.weight")  # (77, 512)
+        self.norm_after = Norm(weights, "text_model.final_layer_norm")
+        self.projection = Linear(weights, weights.read("text_projection.weight"))
+        self.layers = read_layers(weights, "text_model.encoder.layers.", config)
+
+    def __call__(self, tokens: list[int]) -> Tensor:
+        x = self.words[tokens] + self.position[: len(tokens)]
+        x = self.weights.placed(x[None])  # (1, tokens, 512)
+        for layer in self.layers:
+            x = layer(x, causal=True)
+        return self.projection(self.norm_after(x[:, -1]))
+
+
+class Layer:
+    """One layer of a transformer: attention, then two products with an activation between them;
+    what each gives is added to what came in."""
+
+    def __init__(self, weights: Weights, name: str, heads: int) -> None:
+        self.heads = heads
+        attention = name + "self_attn."
+        qkv = [attention + "q_proj", attention + "k_proj", attention + "v_proj"]
+        self.norm1 = Norm(weights, name + "layer_norm1")
+        self.qkv = Linear(weights, *weights.read_pair(*qkv))
+        self.out = Linear(weights, *weights.read_pair(attention + "out_proj"))
+        self.norm2 = Norm(weights, name + "layer_norm2")
+        # quick_gelu(x) is silu(1.702 x) / 1.702, and silu comes with oneDNN's product
+        up, up_bias = weights.read_pair(name + "mlp.fc1")
+        down, down_bias = weights.read_pair(name + "mlp.fc2")
+        self.up = Linear(weights, up * GELU_SLOPE, up_bias * GELU_SLOPE, silu=True)
+        self.down = Linear(weights, down / GELU_SLOPE, down_bias)
+
+    def __call__(self, x: Tensor, first_alone: bool = False, causal: bool = False) -> Tensor:
+        """x (n, tokens, width) -> the same shape, or (n, 1, width) of the first token alone.
+        Causal: a token sees only those before it, as in texts."""
+        from torch.nn.functional import scaled_dot_product_attention
+
+        n, tokens = x.shape[:2]
+        qkv = self.qkv(self.norm1(x)).view(n, tokens, 3, self.heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (n, heads, tokens, width / heads)
+        if first_alone:
+            x = x[:, :1].contiguous()
+            q = q[:, :, :1]
+        seen = scaled_dot_product_attention(q, k, v, is_causal=causal)
+        x = self.out(seen.transpose(1, 2).reshape(x.shape), add=x)
+        return self.down(self.up(self.norm2(x)), add=x)
+
+
+class Norm:
+    """A layer norm."""
+
+    def __init__(self, weights: Weights, name: str) -> None:
+        weight, bias = weights.read_pair(name)
+        self.weight = weights.placed(weight)
+        self.bias = weights.placed(bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        from torch.nn.functional import layer_norm
+
+        return layer_norm(x, self.weight.shape, self.weight, self.bias)
+
+
+class Linear:
+    """A linear layer, y = x @ weight.T + bias, then silu(y), or y plus what is to be added.
+
+    Where torch has oneDNN's operators (they are private to torch: `can_pack`), the weight is
+    laid out for them once.
+    """
+
+    def __init__(
+        self, weights: Weights, weight: Tensor, bias: Tensor = None, silu: bool = False
+    ) -> None:
+        import torch
+
+        self.weight = weights.placed(weight)  # (out, in)
+        self.bias = None
+        if bias is not None:
+            self.bias = weights.placed(bias)  # (out,)
+        self.silu = silu
+        self.packed = weights.can_pack
+        if self.packed:
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight)
+
+    def __call__(self, x: Tensor, add: Tensor = None) -> Tensor:
+        from torch import ops
+        from torch.nn import functional
+
+        if self.packed and add is not None:
+            product = ops.mkldnn._linear_pointwise.binary
+            return product(x, add, self.weight, self.bias, "add")
+        if self.packed:
+            after = "swish" if self.silu else "none"  # silu's name in oneDNN
+            return ops.mkldnn._linear_pointwise(x, self.weight, self.bias, after, [], "")
+        y = functional.linear(x, self.weight, self.bias)
+        if self.silu:
+            y = functional.silu(y)
+        if add is not None:
+            y = add + y
+        return y
+
+
+def can_pack(device: str, dtype: Any) -> bool:
+    """Whether this torch has the operators for oneDNN's layout, for this processor."""
+    import torch
+
+    try:
+        one = torch.eye(32, device=device, dtype=dtype)
+        packed = torch.ops.mkldnn._reorder_linear_weight(one)
+        torch.ops.mkldnn._linear_pointwise(one, packed, None, "none", [], "")
+    except (AttributeError, RuntimeError):
+        return False
+    return True
+
+
+def read_layers(weights: Weights, name: str, config: Mapping[str, Any]) -> list[Layer]:
+    """A tower's layers, laid out on all cores."""
+    heads = config["num_attention_heads"]
+    numbers = range(config["num_hidden_layers"])
+    layers: list[Layer] = []
+    with ThreadPoolExecutor(cores()) as pool:
+        for start in numbers[::LAYERS_AT_ONCE]:
+            some = numbers[start : start + LAYERS_AT_ONCE]
+            layers += pool.map(lambda number: Layer(weights, f"{name}{number}.", heads), some)
+            weights.let_go()
+    return layers
+
+
+class Weights:
+    """The weights of a model by name, and where they go: to a device, in a number format."""
+
+    def __init__(self, folder: Path, settings: Settings) -> None:
+        import torch
+
+        self.folder = folder
+        self.device = settings.device
+        self.dtype = getattr(torch, settings.dtype)
+        self.can_pack = can_pack(self.device, self.dtype)
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Maps the file, whose parts are read once they are asked for: not the tower that is not
+        used. Mapped anew, it gives back the memory of what was read."""
+        import torch
+
+        if (self.folder / SAFETENSORS).is_file():
+            from safetensors.torch import load_file
+
+            self.mapped = load_file(self.folder / SAFETENSORS)
+        else:
+            self.mapped = torch.load(self.folder / WEIGHTS, mmap=True, weights_only=True)
+
+    def read(self, *names: str) -> Tensor:
+        """The weights of these names, one below the other, as float32."""
+        import torch
+
+        # A copy also of a single one: a view would keep the whole file mapped
+        return torch.cat([self.mapped[name] for name in names]).float()
+
+    def read_pair(self, *names: str) -> tuple[Tensor, Tensor]:
+        """Weight and bias of these layers, as if they were one."""
+        weight = self.read(*(f"{name}.weight" for name in names))
+        bias = self.read(*(f"{name}.bias" for name in names))
+        return weight, bias
+
+    def placed(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, self.dtype)
+
+
+# The model's files
+
+HUB = "https://huggingface.co"  # HF_ENDPOINT names a mirror of it
+HUB_SECONDS = 10.0  # without a byte, until a connection counts as lost
+HUB_ATTEMPTS = 3  # one after the other that bring nothing
+HUB_WAIT = 2.0  # seconds between them, where the hub does not say how many
+HUB_LONGEST_WAIT = 60.0  # seconds, whatever it says
+HUB_CHUNK = 2**16  # bytes; what a cut costs at most
+
+
+class PinnedFile(NamedTuple):
+    """A file of the model at MODEL_REVISION, as others publish it who pinned that, too."""
+
+    size: int  # bytes
+    sha256: str
+
+
+MODEL_FILES = {
+    CONFIG: PinnedFile(4_186, "b575ef3c36f2a057fa19e221650105052d61cc9c1a972ec15019c6261ec98770"),
+    TOKENIZER: PinnedFile(
+        2_224_041, "b556ac8c99757ffb677208af34bc8c6721572114111a6e0aaf5fa69ff0b8d842"
+    ),
+    WEIGHTS: PinnedFile(
+        605_247_071, "a63082132ba4f97a80bea76823f544493bffa8082296d62d71581a4feff1576f"
+    ),
+}
+
+
+def model_folder(settings: Settings, needed: tuple[str, ...]) -> Path:
+    """The folder of the model: CLIP_MODEL's, or that of the pinned one."""
+    if not settings.clip_model:
+        return download(needed)
+    folder = Path(settings.clip_model).expanduser()
+    weights = folder / WEIGHTS
+    is_copy = settings.model_version == MODEL_VERSION and not (folder / SAFETENSORS).is_file()
+    if is_copy and length(weights) == MODEL_FILES[WEIGHTS].size and not is_whole(weights):
         raise RunError(
-            f"{MODEL_ID} could not be downloaded ({reason}): check network and disk and run "
-            "again, or set CLIP_MODEL to a folder with a copy of it"
+            f"CLIP_MODEL: {weights} is a damaged copy of {MODEL_ID}: copy it again (or, if it is "
+            "another model, set MODEL_VERSION to a name for its rows)"
+        )
+    return folder
+
+
+def download(needed: tuple[str, ...] = TO_ASK) -> Path:
+    """The folder of the pinned model with the files that are needed: in our cache, or in the one
+    that HF_HUB_CACHE or HF_HOME names. What is in neither is downloaded to ours."""
+    caches = [MODEL_CACHE]
+    if "HF_HUB_CACHE" in os.environ:
+        caches.append(Path(os.environ["HF_HUB_CACHE"]))
+    elif "HF_HOME" in os.environ:
+        caches.append(Path(os.environ["HF_HOME"], "hub"))
+    folder_in_cache = f"models--{MODEL_ID.replace('/', '--')}/snapshots/{MODEL_REVISION}"
+    for cache in caches:
+        folder = cache / folder_in_cache
+        if all(is_whole(folder / name) for name in needed):
+            return folder
+    folder = MODEL_CACHE / folder_in_cache
+    log.info("downloading %s once, about 600 MB, to %s", MODEL_ID, MODEL_CACHE)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with one_run_at_a_time(folder):
+            for name in MODEL_FILES:
+                get_file(folder / name)
+    except (OSError, Rejected, NotNow) as error:  # the disk's, requests', and the hub's
+        raise RunError(
+            f"{MODEL_ID} could not be downloaded ({shorten(str(error), 100)}): check network and "
+            "disk and run again, which goes on where this stopped, or set CLIP_MODEL to a folder "
+            "with a copy of it"
         ) from None
+    return folder
+
+
+def length(path: Path) -> int:
+    """Bytes of a file; 0 if there is none."""
+    with contextlib.suppress(OSError):
+        return path.stat().st_size
+    return 0
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file of the model is there, and byte for byte the pinned one. Weights take up to
+    a second, so NAME.checked beside them says that they were looked at since they changed."""
+    pinned = MODEL_FILES[path.name]
+    if length(path) != pinned.size:
+        return False
+    checked = path.with_name(path.name + ".checked")
+    if checked.is_file() and checked.stat().st_mtime >= path.stat().st_mtime:
+        return True
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != pinned.sha256:
+        return False
+    with contextlib.suppress(OSError):  # a cache that may only be read is checked in each run
+        checked.touch()
+    return True
+
+
+@contextlib.contextmanager
+def one_run_at_a_time(folder: Path) -> Iterator[None]:
+    """Of several runs one downloads; the others wait, and find what it brought."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / "download.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.info("another run is downloading the model: waiting for it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def get_file(path: Path) -> None:
+    """Puts a file of the model there, unless it is. A damaged one is deleted and fetched anew.
+    Raises Rejected where the hub has another file, and what fetch_rest raises."""
+    if is_whole(path):
+        return
+    if path.exists():
+        delete_damaged(path)
+    fetch_file(path)
+    if not is_whole(path):
+        delete_damaged(path)
+        fetch_file(path)
+    if not is_whole(path):
+        path.unlink()
+        raise Rejected(f"{hub()} serves another {path.name}")
+
+
+def delete_damaged(path: Path) -> None:
+    log.warning("%s is damaged (its SHA-256): deleted, and fetched once more", path)
+    path.resolve().unlink()
+    path.unlink(missing_ok=True)  # the hub's own client had made a link of it
+
+
+def hub() -> str:
+    return (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
+
+
+def fetch_file(path: Path) -> None:
+    """Downloads a file of the model. What a cut, or an earlier run, left of it stays, and is gone
+    on from; attempts count only while they bring nothing."""
+    part = path.with_name(path.name + ".part")
+    in_vain = 0
+    while length(part) < MODEL_FILES[path.name].size:
+        before = length(part)
+        try:
+            fetch_rest(path.name, part)
+        except TryAgain as error:
+            in_vain += 1
+            if length(part) > before:
+                in_vain = 0
+            if in_vain == HUB_ATTEMPTS:
+                raise
+            time.sleep(min(max(error.after, HUB_WAIT), HUB_LONGEST_WAIT))
+    part.replace(path)
+
+
+def fetch_rest(name: str, part: Path) -> None:
+    """Asks the hub for what is missing of a file. Raises TryAgain where that did not bring all of
+    it, Rejected and NotNow where another attempt would bring no more."""
+    size = MODEL_FILES[name].size
+    have = length(part)
+    headers = {"User-Agent": HEADERS["User-Agent"], "Accept-Encoding": "identity"}
+    headers["Range"] = f"bytes={have}-"
+    if token := os.environ.get("HF_TOKEN"):  # a company's mirror asks for one
+        headers["Authorization"] = f"Bearer {token}"
+    url = f"{hub()}/{MODEL_ID}/resolve/{MODEL_REVISION}/{name}"
+    try:
+        with requests.get(
+            url, headers=headers, stream=True, timeout=HUB_SECONDS, verify=certificates()
+        ) as answer:
+            if answer.status_code not in (200, 206):
+                raise refusal_of_hub(answer)
+            if answer.status_code == 200:  # all of it, whatever was asked for
+                have = 0
+            coming = answer.headers.get("Content-Length", "")
+            if coming.isdecimal() and have + int(coming) != size:
+                raise Rejected(f"{hub()} serves another {name}")
+            with part.open("ab" if have else "wb") as file:
+                for chunk in answer.iter_content(HUB_CHUNK):
+                    file.write(chunk)
+                    tenths_before = 10 * have // size
+                    have += len(chunk)
+                    tenths = 10 * have // size
+                    if name == WEIGHTS and tenths > tenths_before:
+                        log.info("downloaded %d %% of the model", 10 * tenths)
+    except (requests.ConnectionError, requests.Timeout, ChunkedEncodingError) as error:
+        raise TryAgain(network_reason(error), HUB_WAIT) from None
+    if have < size:
+        raise TryAgain("cut off", HUB_WAIT)
+
+
+def refusal_of_hub(answer: requests.Response) -> NotNow:
+    """What an answer of the hub means that is no file."""
+    reason = f"HTTP {answer.status_code} {answer.reason}".strip()
+    if ANSWERS.get(answer.status_code) is Meaning.AGAIN:
+        return TryAgain(reason, retry_after(answer.headers))
+    return NotNow(reason)
 
 
 # ============================================================================= The page

@@ -2,7 +2,8 @@
 
 Both have random weights from a fixed seed. `full_model` has the true ViT-B/32 architecture;
 `tiny_model` the same inputs and outputs, and loads in milliseconds. Both are kept in
-.cache/test-models/ in transformers' own format, as a folder for CLIP_MODEL.
+.cache/test-models/ in transformers' own format, as a folder for CLIP_MODEL. Their tokenizer is
+CLIP's, but knows the letters a to z and two words alone.
 """
 
 import json
@@ -11,14 +12,20 @@ import tempfile
 from pathlib import Path
 
 import torch
-from transformers import CLIPConfig, CLIPModel, CLIPVisionModelWithProjection
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
+)
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.utils import logging
 
 logging.set_verbosity_error()  # it would report the text tower's weights as not expected
 logging.disable_progress_bar()
 
-CACHE = Path(__file__).resolve().parent.parent / ".cache" / "test-models"
+CACHE = Path(__file__).resolve().parent.parent / ".cache" / "test-models" / "with-words"
 REPOSITORY = "openai/clip-vit-base-patch32"
 REVISION = "3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268"
 
@@ -43,6 +50,8 @@ TINY_TOWER = {
 }
 
 
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+MERGES = [("r", "e"), ("re", "d</w>"), ("m", "u"), ("mu", "g</w>")]
 TINY_TEXT = {**TINY_TOWER, "vocab_size": 64, "bos_token_id": 62, "eos_token_id": 63}
 
 
@@ -78,13 +87,14 @@ def hub_cache(folder):
     (root / "refs").mkdir()
     (root / "refs" / "main").write_text(REVISION)
     source = tiny_model()
-    for name in ("config.json", "preprocessor_config.json"):
+    for name in ("config.json", "preprocessor_config.json", "tokenizer.json"):
         shutil.copy(source / name, snapshot)
     weights = CLIPModel.from_pretrained(source).state_dict()
     for tower in ("text_model", "vision_model"):
         positions = len(weights[f"{tower}.embeddings.position_embedding.weight"])
         weights[f"{tower}.embeddings.position_ids"] = torch.arange(positions)[None]
     torch.save(weights, snapshot / "pytorch_model.bin")
+    return snapshot
 
 
 def reference(model_folder, images):
@@ -95,6 +105,18 @@ def reference(model_folder, images):
     ).eval()
     with torch.inference_mode():
         vectors = [model(**processor(i, return_tensors="pt")).image_embeds[0] for i in images]
+        return torch.nn.functional.normalize(torch.stack(vectors)).numpy()
+
+
+def reference_of_words(model_folder, texts):
+    """The same of texts."""
+    tokenizer = CLIPTokenizer.from_pretrained(model_folder)
+    model = CLIPTextModelWithProjection.from_pretrained(
+        model_folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    options = {"return_tensors": "pt", "truncation": True, "max_length": 77}
+    with torch.inference_mode():
+        vectors = [model(**tokenizer(text, **options)).text_embeds[0] for text in texts]
         return torch.nn.functional.normalize(torch.stack(vectors)).numpy()
 
 
@@ -117,4 +139,10 @@ def _saved(name, config):
 
 def _save(model, folder):
     model.save_pretrained(folder)
+    text = model.config.text_config
+    words = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "re", "red</w>", "mu", "mug</w>"]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    vocabulary["<|startoftext|>"] = text.bos_token_id
+    vocabulary["<|endoftext|>"] = text.eos_token_id
+    CLIPTokenizer(vocab=vocabulary, merges=MERGES).save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=2))
