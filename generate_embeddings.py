@@ -1822,8 +1822,8 @@ def is_robots_check(answer: BaseHTTPResponse, page: bytes) -> bool:
     a shop's own may have a captcha in a form."""
     if any(name.lower() in ROBOT_HEADERS for name in answer.headers):
         return True
-    if len(page) < SCRIPT_BYTES and b"document.cookie" in page:  # which then asks again
-        return True
+    if len(page) < SCRIPT_BYTES and re.search(rb"document\.cookie|location\.reload", page):
+        return True  # a script that asks again
     return len(page) < PAGE_BYTES and ROBOT_WORDS.search(page) is not None
 
 

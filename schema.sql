@@ -1,49 +1,75 @@
--- Image embeddings of products: run this file in Supabase's SQL editor, or with psql. It needs
--- pgvector 0.8 or later, runs as a whole or not at all, and running it again does no harm.
+-- Image embeddings of products: what generate_embeddings.py needs in the database, and the search.
+--
+-- Run this file in Supabase's SQL editor, or with psql. It needs pgvector 0.8 or later, runs as a
+-- whole or not at all, and running it again does no harm.
 --
 -- Made for a table   public.assets (id uuid primary key, image_url text, client_name text).
 -- Yours differs? The section "Your tables" is the only one that names it. Are your ids bigint or
 -- text? Replace the word uuid by that in the whole file. A table product_embeddings that is there
 -- already is kept; from then on the service role alone may use it (see "Access").
+--
+-- As a migration: copy it as it stands to supabase/migrations/<timestamp>_embeddings.sql, the begin
+-- and commit included, and the next version of it to a new one. Tried with the supabase CLI 3.1:
+-- db push applies it, or nothing of it; db diff finds no difference to a database where it was run
+-- by hand; db lint finds no error. Two warnings are meant so: plpgsql_check's on match_products and
+-- embedding_gallery (a stable function that sets a setting, or looks at the clock), and the
+-- advisor's on embedding_shard. Their reasons stand there.
 
 begin;
 set local search_path = public, extensions;
 set local lock_timeout = '10s';  -- an app's long transaction ends this file, not the app's work
+set local embeddings.functions =  -- what this file makes, beside the trigger's function
+  '{embedding_image_hash, embedding_shard, embedding_back_off, embedding_status, pending_assets,
+    store_embedding_rows, store_embeddings, match_products, similar_products, duplicate_products,
+    embedding_gallery}';
 
 -- Older projects have pgvector in public, and there it stays.
 do $$ begin
-  if to_regnamespace('extensions') is null then create schema extensions; end if;
+  if to_regnamespace('extensions') is null then
+    create schema extensions;
+    grant usage on schema extensions to anon, authenticated, service_role;
+  end if;
 end $$;
 create extension if not exists vector with schema extensions;
 
 do $$
 declare
   version text := (select extversion from pg_extension where extname = 'vector');
-  old text;
 begin
   if string_to_array(version, '.')::int[] < '{0,8}' then
     raise exception 'pgvector % is too old, this needs 0.8.0 or later', version using hint =
       'Run: alter extension vector update; if that brings no newer one, upgrade the project '
       '(Settings > Infrastructure).';
   end if;
-  -- Loads pgvector: until then only a superuser may give a function settings that begin with hnsw.
-  perform '[1]'::vector;
-  -- What older versions of this file made.
+end $$;
+
+-- What an earlier run made for ids of another type, or another program made.
+do $$
+declare
+  old record;
+  functions text;
+begin
   for old in
-    select format('drop function %s %s', p.oid::regprocedure,
-                  case when p.prorettype = 'trigger'::regtype then 'cascade' else '' end)
-    from pg_proc p
-    where p.pronamespace = 'public'::regnamespace
-      and (p.proname in ('forget_asset_embedding', 'await_image_change', 'clear_embedding_failure',
-                         'skip_embedding_failure', 'count_embedding_attempt')
-           and p.prorettype = 'trigger'::regtype
-           or p.proname = 'match_products' and p.proargnames = '{query_embedding, match_count, '
-                'client, model_version, asset_id, image_url, similarity}'
-           or p.proname = 'similar_products' and p.proargnames = '{asset_id, match_count, '
-                'asset_id, image_url, similarity}')
+    select * from (values ('public.embedding_sources', 'id'),
+                          ('public.product_embeddings', 'asset_id'),
+                          ('public.product_embedding_failures', 'asset_id')) v (relation, id)
+    where to_regclass(relation) is not null
   loop
-    execute old;
+    execute format('select from %s where %s = null::uuid', old.relation, old.id);
   end loop;
+exception when undefined_function or undefined_column then
+  select string_agg(format('drop function public.%I(%s);', proname,
+                           pg_get_function_identity_arguments(oid)), ' ')
+  into functions
+  from pg_proc
+  where pronamespace = 'public'::regnamespace
+    and proname = any (current_setting('embeddings.functions')::text[]);
+  raise exception '% has no % of type uuid', old.relation, old.id using hint = concat(
+    'Put aside what was made for other ids and run this file again: '
+    'drop view if exists public.embedding_failures, public.embedding_sources; '
+    'drop table if exists public.product_embedding_failures; '
+    'alter table if exists public.product_embeddings rename to product_embeddings_old; ',
+    functions);
 end $$;
 
 -- The trigger below needs a function; its body stands further down.
@@ -52,7 +78,22 @@ language plpgsql as 'begin return null; end';
 
 -- Your tables ----------------------------------------------------------------------------------
 
--- What the script embeds: an id, an image (a URL, or a data: URL) and a client's name, both text.
+-- What asset_id refers to, as table (column): a deleted asset takes its rows along, a changed id
+-- changes theirs. To empty the table: truncate public.assets cascade.
+set local embeddings.assets = 'public.assets (id)';
+
+do $$
+declare
+  assets text := split_part(current_setting('embeddings.assets'), ' (', 1);
+begin
+  if assets <> '' and to_regclass(assets) is null then
+    raise exception 'there is no table %', assets using hint =
+      'Put the name of yours into the section "Your tables" of this file.';
+  end if;
+end $$;
+
+-- What the script embeds: an id, an image and a client's name, both text. An image is a full URL, a
+-- data: URL, or a path that begins with /storage/v1/object/, which is the project's own storage.
 -- Assets that this leaves out are left alone.
 create or replace view public.embedding_sources with (security_invoker = true) as
   select a.id, a.image_url as image, a.client_name as client
@@ -61,11 +102,8 @@ create or replace view public.embedding_sources with (security_invoker = true) a
 -- The search functions read the assets with the rights of whoever calls them.
 grant select on public.assets to service_role;
 
--- A deleted asset takes its rows along: what asset_id refers to.
-set local embeddings.assets = 'public.assets (id)';
-
 -- A new image: forget what is known of the old one. The column that holds it, twice, and the name
--- of the id's column.
+-- of the id's column, as it is spelled in the table and without double quotes.
 create or replace trigger forget_embedding
   after update on public.assets
   for each row when (old.image_url is distinct from new.image_url)
@@ -86,9 +124,73 @@ create or replace trigger forget_embedding
 -- A path made a URL (the trigger then watches image_path):
 --   select a.id, 'https://cdn.example.com/' || a.image_path as image, a.client_name as client
 --   from public.assets a;
+-- A list of URLs, of which the first one counts: "a.jpg, b.jpg", or a JSON array:
+--   select a.id, trim(split_part(a.images, ',', 1)) as image, a.client_name as client
+--   from public.assets a;
+--   select a.id, a.images ->> 0 as image, a.client_name as client from public.assets a;
+-- A path in a bucket of the project's own storage, here "photos". There is no host in it, so that
+-- one file does for local development, branches and production:
+--   select a.id, '/storage/v1/object/authenticated/photos/' || a.image_path as image,
+--     a.client_name as client
+--   from public.assets a;
+-- Assets whose rows cannot be locked: a materialised view, distinct, group by, an outer join. With
+-- "with" nothing is locked, and an image that changes in the moment of storing is not noticed:
+--   with a as (select distinct on (b.id) b.* from public.assets b order by b.id)
+--   select a.id, a.image_url as image, a.client_name as client from a;
+--
+-- No foreign key (partitioned, foreign or materialised assets, assets without a key):
+--   set local embeddings.assets = '';
+-- A materialised view has no trigger either: put that on the table behind it. Rows of assets that
+-- are gone then stay. The search never shows them; to be rid of them:
+--   delete from public.product_embeddings e
+--     where not exists (select from public.embedding_sources s where s.id = e.asset_id);
+--   delete from public.product_embedding_failures f
+--     where not exists (select from public.embedding_sources s where s.id = f.asset_id);
+-- A key of several columns wants one to stand for it (then asset_id refers to it, and the ids are
+-- text):
+--   alter table public.assets add column asset_key text
+--     generated always as (shop || '/' || sku) stored unique;
 --
 -- Many clients? Searching one client's products wants an index on that column:
 --   create index on public.assets (client_name);
+
+-- The view, looked at ---------------------------------------------------------------------------
+
+do $$
+declare
+  wrong text;
+begin
+  select string_agg(wanted, ', ') into wrong from unnest(array['id', 'image', 'client']) wanted
+  where not exists (
+    select from pg_attribute
+    where attrelid = 'public.embedding_sources'::regclass and attname = wanted);
+  if wrong is not null then
+    raise exception 'embedding_sources has no column %', wrong using hint =
+      'The view must give (id, image, client). No clients: null::text as client.';
+  end if;
+
+  select string_agg(attname || ' is ' || format_type(atttypid, atttypmod), ', ') into wrong
+  from pg_attribute join pg_type t on t.oid = atttypid
+  where attrelid = 'public.embedding_sources'::regclass
+    and (attname in ('image', 'client', 'title') and typcategory <> 'S'
+         or attname = 'id' and atttypid = 'bpchar'::regtype);
+  if wrong is not null then
+    raise exception 'embedding_sources must give text: %', wrong using hint =
+      'Add ::text to that column where the view selects it.';
+  end if;
+
+  select format_type(atttypid, null) into wrong from pg_attribute
+  where attrelid = 'public.embedding_sources'::regclass and attname = 'id';
+  perform from embedding_sources s where s.id = null::uuid;
+  perform from embedding_sources s limit 1 for no key update skip locked;
+exception
+  when undefined_function then
+    raise exception 'the ids of embedding_sources are %, and this file says uuid', wrong
+    using hint = 'Replace the word uuid by ' || wrong || ' in the whole file.';
+  when feature_not_supported or wrong_object_type then
+    raise exception 'the rows of embedding_sources cannot be locked: %', sqlerrm using hint =
+      'No outer join, distinct or group by there; or "with", as the section "Your tables" says.';
+end $$;
 
 -- Tables ---------------------------------------------------------------------------------------
 
@@ -102,9 +204,11 @@ create table if not exists public.product_embeddings (
 );
 
 -- Why an asset has no embedding. Permanent failures (404, not an image, ...) are not tried again.
+-- image_hash says which image failed: for another one the row does not hold. (Null: for any.)
 create table if not exists public.product_embedding_failures (
   asset_id uuid primary key,
   model_version text not null,
+  image_hash bigint,
   stage text not null,
   reason text not null,
   permanent boolean not null,
@@ -112,18 +216,23 @@ create table if not exists public.product_embedding_failures (
   created_at timestamptz not null default now(),
   updated_at timestamptz not null default now()
 );
+alter table public.product_embedding_failures add column if not exists image_hash bigint;
 
 -- A product_embeddings table from before this file may lack what the functions below rely on.
 alter table public.product_embeddings
+  add column if not exists model_version text,
+  add column if not exists created_at timestamptz,
+  add column if not exists updated_at timestamptz,
   alter column created_at set default now(),
   alter column updated_at set default now();
 
 do $$
-declare
-  relation regclass;
 begin
-  if (select atttypmod from pg_attribute where attname = 'embedding'
-      and attrelid = 'public.product_embeddings'::regclass) <> 512 then
+  if not exists (
+    select from pg_attribute
+    where attrelid = 'public.product_embeddings'::regclass and attname = 'embedding'
+      and atttypid = 'vector'::regtype and atttypmod = 512
+  ) then
     raise exception 'product_embeddings.embedding is no vector(512)' using hint =
       'Put the old table aside and run this file again: '
       'alter table public.product_embeddings rename to product_embeddings_old; '
@@ -135,43 +244,83 @@ begin
   if not exists (
     select from pg_index i join pg_attribute a on a.attrelid = i.indrelid
     where i.indrelid = 'public.product_embeddings'::regclass and a.attname = 'asset_id'
-      and i.indisunique and i.indpred is null and i.indkey::text = a.attnum::text
+      and i.indisunique and i.indisvalid and i.indpred is null and i.indkey::text = a.attnum::text
+  ) and exists (
+    select from product_embeddings group by asset_id having count(*) > 1 or asset_id is null
   ) then
-    if exists (select from product_embeddings group by asset_id having count(*) > 1) then
-      raise exception 'product_embeddings has several rows for one asset_id' using hint =
-        'Keep the newest of each and run this file again: '
-        'delete from public.product_embeddings a using public.product_embeddings b '
-        'where a.asset_id = b.asset_id and (a.updated_at, a.ctid) < (b.updated_at, b.ctid);';
-    end if;
+    raise exception 'product_embeddings has several rows for one asset_id, or rows without one'
+    using hint =
+      'Keep one of each, the newest of the present model, and run this file again: '
+      'delete from public.product_embeddings where ctid not in ('
+      'select distinct on (asset_id) ctid from public.product_embeddings '
+      'where asset_id is not null order by asset_id, '
+      'model_version = ''clip-vit-base-patch32'' desc nulls last, updated_at desc nulls last);';
+  end if;
+end $$;
+
+-- What an older table lacks. Constraints not valid: they hold for new rows, and what is not so in
+-- old ones does no harm.
+do $$
+declare
+  assets text := current_setting('embeddings.assets');
+  relation regclass;
+begin
+  -- A primary key where there is none: without it a publication refuses updates and deletes.
+  if not exists (
+    select from pg_index
+    where indrelid = 'public.product_embeddings'::regclass and indisprimary
+  ) then
+    alter table product_embeddings add primary key (asset_id);
+  elsif not exists (
+    select from pg_index i join pg_attribute a on a.attrelid = i.indrelid
+    where i.indrelid = 'public.product_embeddings'::regclass and a.attname = 'asset_id'
+      and i.indisunique and i.indisvalid and i.indpred is null and i.indkey::text = a.attnum::text
+  ) then
     create unique index product_embeddings_asset_id on product_embeddings (asset_id);
   end if;
 
-  -- Not valid: it holds for new rows, and an old table's orphans do no harm.
+  if not exists (
+    select from pg_constraint
+    where conrelid = 'public.product_embeddings'::regclass and conname = 'embedding_of_zeros'
+  ) then
+    alter table product_embeddings
+      add constraint embedding_of_zeros check (vector_norm(embedding) > 0) not valid;
+  end if;
+
   foreach relation in array '{product_embeddings, product_embedding_failures}'::regclass[] loop
-    if not exists (
+    continue when assets = '' or exists (
       select from pg_constraint c join pg_attribute a on a.attrelid = c.conrelid
       where c.conrelid = relation and c.contype = 'f' and c.conkey = array[a.attnum]
-        and a.attname = 'asset_id'
-    ) then
-      execute format('alter table %s add foreign key (asset_id) references %s on delete cascade '
-                     'not valid', relation, current_setting('embeddings.assets'));
-    end if;
+        and a.attname = 'asset_id');
+    execute format(
+      'alter table %s add foreign key (asset_id) references %s on delete cascade on update cascade '
+      'not valid', relation, assets);
   end loop;
+exception when invalid_foreign_key or datatype_mismatch or wrong_object_type then
+  raise exception 'no foreign key can refer to %: %', assets, sqlerrm using hint =
+    'The section "Your tables" of this file says how to do without: '
+    'set local embeddings.assets = '''';';
+end $$;
 
-  -- On a large table this takes longer than the SQL editor waits, and would keep the app waiting.
-  if not exists (
+-- The index of the search. On a large table it takes longer than the SQL editor waits, and would
+-- keep the app waiting. One of that name that is not valid, or another table's, is left from a
+-- build that was cancelled, or of a table that was put aside.
+do $$ begin
+  if exists (
     select from pg_index i join pg_opclass o on o.oid = i.indclass[0]
+      join pg_am m on m.oid = o.opcmethod
     where i.indrelid = 'public.product_embeddings'::regclass and i.indisvalid
-      and o.opcname = 'vector_cosine_ops' and o.opcmethod = (select oid from pg_am
-                                                             where amname = 'hnsw')
+      and o.opcname = 'vector_cosine_ops' and m.amname = 'hnsw'
   ) then
-    if (select count(*) from (select from product_embeddings limit 10001) as few) > 10000 then
-      raise warning 'product_embeddings has no HNSW index: create it as schema.sql says';
-    else
-      create index product_embeddings_embedding_hnsw
-        on product_embeddings using hnsw (embedding vector_cosine_ops);
-    end if;
+    return;
   end if;
+  if (select count(*) from (select from product_embeddings limit 10001) as few) > 10000 then
+    raise warning 'product_embeddings has no HNSW index: create it as schema.sql says';
+    return;
+  end if;
+  drop index if exists public.product_embeddings_embedding_hnsw;
+  create index product_embeddings_embedding_hnsw
+    on product_embeddings using hnsw (embedding vector_cosine_ops);
 end $$;
 
 -- Millions of rows to load for the first time? Without the index that goes quicker:
@@ -180,12 +329,15 @@ end $$;
 --   set statement_timeout = 0;
 --   set maintenance_work_mem = '4GB';  -- a million rows; it must be there
 --   set max_parallel_maintenance_workers = 0;  -- needed before pgvector 0.8.2 (CVE-2026-3172)
+--   drop index if exists public.product_embeddings_embedding_hnsw;  -- left from a cancelled build
 --   create index concurrently product_embeddings_embedding_hnsw
 --     on public.product_embeddings using hnsw (embedding vector_cosine_ops);
 -- The index takes about 4 KB of disk a row, as much as the table.
 
--- Access: the service role alone. It bypasses row level security, and there is no policy, which is
--- meant so (the advisor's notice 0008).
+-- Access ---------------------------------------------------------------------------------------
+
+-- The service role alone. It bypasses row level security, and there is no policy, which is meant so
+-- (the advisor's notice 0008).
 alter table public.product_embeddings enable row level security;
 alter table public.product_embedding_failures enable row level security;
 revoke all on public.embedding_sources, public.product_embeddings, public.product_embedding_failures
@@ -194,10 +346,58 @@ grant select on public.embedding_sources to service_role;
 grant select, insert, update, delete
   on public.product_embeddings, public.product_embedding_failures to service_role;
 
+do $$
+declare
+  policies text := (
+    select string_agg(quote_ident(policyname) || ' on ' || tablename, ', ') from pg_policies
+    where schemaname = 'public' and policyname not like '%as the asset itself'
+      and tablename in ('product_embeddings', 'product_embedding_failures'));
+begin
+  if policies is not null then
+    raise warning 'policies from before this file, which open rows to whom they name: %', policies;
+  end if;
+  if has_schema_privilege('public', 'public', 'create') then
+    raise warning 'everybody may make functions and tables in the schema public: '
+      'revoke create on schema public from public;';
+  end if;
+end $$;
+
 -- For the script -------------------------------------------------------------------------------
 --
--- Security definer: they read and write as their owner, so the service role needs no grant.
--- force_custom_plan: which parameters are null decides what a good plan is.
+-- What all functions below have in common:
+--   security definer: they read and write as their owner, so the service role needs no grant.
+--   search_path: pg_catalog first, and arguments of the exact types of what is built in, so that
+--     nothing in public takes its place.
+--   force_custom_plan: which parameters are null decides what a good plan is.
+--   #variable_conflict use_column: a name that a column and a parameter share means the column; the
+--     parameter has its function's name in front, as in pending_assets.client.
+
+-- What tells whether an image is still the one that was found, or that failed.
+create or replace function public.embedding_image_hash(image text) returns bigint
+language plpgsql immutable parallel safe
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return hashtextextended(coalesce(image, ''), 0::bigint);
+end $$;
+
+-- The failures that hold: of images that are still the assets'. Where the image is another one by
+-- now, be it by its table or by a change of the view, the asset is pending like any other.
+create or replace view public.embedding_failures with (security_invoker = true) as
+  select f.asset_id, s.image, s.client, f.model_version, f.stage, f.reason, f.permanent, f.attempts,
+    f.updated_at
+  from public.product_embedding_failures f join public.embedding_sources s on s.id = f.asset_id
+  where coalesce(f.image_hash = public.embedding_image_hash(s.image), true);
+
+revoke all on public.embedding_failures from public, anon, authenticated;
+grant select on public.embedding_failures to service_role;
+
+-- The shard that an asset belongs to, from 1 to shards. Asked for each of a million assets, so it
+-- must become a part of the query, which a function with a search_path of its own cannot. It needs
+-- none, as its names are looked up here and now (the advisor's warning 0011 does not see that).
+create or replace function public.embedding_shard(id text, shards int) returns int
+language sql immutable parallel safe
+return 1 + (hashtextextended(id, 0::bigint) & 9223372036854775807) % shards;
 
 -- How long a failure for now rests before it is tried again: after the first not at all, then 1, 3,
 -- 7, ... hours, a week at most. One step longer where an image used up the whole time it is given:
@@ -209,7 +409,8 @@ language plpgsql immutable strict parallel safe
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  steps int := least(attempts, 9) + (reason ^@ 'not complete within')::int;
+  slow constant boolean := reason ^@ 'not complete within';
+  steps constant int := least(attempts, 9) + case when slow then 1 else 0 end;
 begin
   return (least(power(2, steps - 1), 169) - 1) * interval '1 hour';
 end $$;
@@ -221,7 +422,7 @@ create or replace function public.embedding_status(
   model_version text, client text default null, shard int default 1, shards int default 1
 ) returns jsonb
 language plpgsql stable security definer
-set search_path = public, extensions, pg_temp
+set search_path = pg_catalog, public, extensions, pg_temp
 set plan_cache_mode = force_custom_plan
 set statement_timeout = '55s'
 as $$
@@ -230,25 +431,21 @@ begin
   return (
     select jsonb_build_object(
       'contract', 1,  -- CONTRACT in generate_embeddings.py
-      'dimensions', (select atttypmod from pg_attribute where attname = 'embedding'
-                     and attrelid = 'public.product_embeddings'::regclass),
       'time', now(),
       'client_exists', embedding_status.client is null or exists (
         select from embedding_sources c where c.client = embedding_status.client),
       'assets', count(*),
       'done', count(*) filter (where e.asset_id is not null and f.asset_id is null),
-      'failed_for_now', count(*) filter (where not f.permanent),
       'waiting', count(*) filter (where not f.permanent and f.updated_at
         + embedding_back_off(f.attempts, f.reason) >= now()),
       'failed_for_good', count(*) filter (where f.permanent))
     from embedding_sources s
     left join product_embeddings e
       on e.asset_id = s.id and e.model_version = embedding_status.model_version
-    left join product_embedding_failures f
+    left join embedding_failures f
       on f.asset_id = s.id and f.model_version = embedding_status.model_version
     where (embedding_status.client is null or s.client = embedding_status.client)
-      and (shards = 1
-           or (hashtextextended(s.id::text, 0) & 9223372036854775807) % shards = shard - 1));
+      and (shards = 1 or embedding_shard(s.id::text, shards) = shard));
 end $$;
 
 -- The next assets to embed after an id: new ones, or those that failed before a moment (and are due
@@ -261,7 +458,7 @@ create or replace function public.pending_assets(
   shard int default 1, shards int default 1
 ) returns jsonb
 language plpgsql stable security definer
-set search_path = public, extensions, pg_temp
+set search_path = pg_catalog, public, extensions, pg_temp
 set plan_cache_mode = force_custom_plan
 set statement_timeout = '55s'
 as $$
@@ -275,46 +472,44 @@ begin
       select s.id from embedding_sources s
       where (pending_assets.client is null or s.client = pending_assets.client)
         and (after is null or s.id > after)
-        and (shards = 1
-             or (hashtextextended(s.id::text, 0) & 9223372036854775807) % shards = shard - 1)
+        and (shards = 1 or embedding_shard(s.id::text, shards) = shard)
         and not exists (
           select from product_embeddings e
           where e.asset_id = s.id and e.model_version = pending_assets.model_version)
         and not exists (
-          select from product_embedding_failures f
+          select from embedding_failures f
           where f.asset_id = s.id and f.model_version = pending_assets.model_version)
       order by s.id limit wanted);
   else
     ids := array(
-      select s.id from product_embedding_failures f join embedding_sources s on s.id = f.asset_id
+      select f.asset_id from embedding_failures f
       where f.model_version = pending_assets.model_version
         and f.updated_at < failed_before
         and (permanent_too or not f.permanent and f.updated_at
           + embedding_back_off(f.attempts, f.reason) < failed_before)
-        and (pending_assets.client is null or s.client = pending_assets.client)
-        and (after is null or s.id > after)
-        and (shards = 1
-             or (hashtextextended(s.id::text, 0) & 9223372036854775807) % shards = shard - 1)
-      order by s.id limit wanted);
+        and (pending_assets.client is null or f.client = pending_assets.client)
+        and (after is null or f.asset_id > after)
+        and (shards = 1 or embedding_shard(f.asset_id::text, shards) = shard)
+      order by f.asset_id limit wanted);
   end if;
 
   return (
     with sized as (
-      select s.id, coalesce(octet_length(s.image), 0) as bytes
+      select s.id, coalesce(octet_length(s.image::text), 0) as bytes
       from embedding_sources s where s.id = any (ids)
     ), summed as (
       select id, bytes,
         sum(case when bytes > most then most / 8 else bytes end) over (order by id) as total
       from sized
     ), page as (
-      select p.id, p.bytes, s.image
+      select p.id, p.bytes, s.image::text as image
       from summed p join embedding_sources s on s.id = p.id
       where p.total <= most
     )
     select jsonb_build_object(
       'assets', coalesce(jsonb_agg(jsonb_build_object(
         'id', id, 'image', case when bytes > most then left(image, 100) else image end,
-        'image_hash', hashtextextended(coalesce(image, ''), 0), 'bytes', bytes
+        'image_hash', embedding_image_hash(image), 'bytes', bytes
       ) order by id), '[]'),
       'last', case when count(*) = wanted or count(*) < cardinality(ids)
                    then (array_agg(id order by id desc))[1] end)
@@ -329,7 +524,7 @@ create or replace function public.store_embedding_rows(
   model_version text, vectors json, failures json
 ) returns jsonb
 language plpgsql
-set search_path = public, extensions, pg_temp
+set search_path = pg_catalog, public, extensions, pg_temp
 set plan_cache_mode = force_generic_plan
 as $$
 #variable_conflict use_column
@@ -350,7 +545,7 @@ begin
     select f.asset_id, f.image_hash, null, true
     from json_to_recordset(failures) f (asset_id uuid, image_hash bigint)
   ), locked as materialized (
-    select s.id, hashtextextended(coalesce(s.image, ''), 0) as image_hash
+    select s.id, embedding_image_hash(s.image) as image_hash
     from embedding_sources s where s.id = any (array(select g.asset_id from given g))
     order by s.id for no key update skip locked
   ), stored as (
@@ -362,12 +557,12 @@ begin
     returning e.asset_id
   ), seen as materialized (
     select g.asset_id, case
-      when (g.asset_id, g.image_hash) in (select l.id, l.image_hash from locked l) then case
-        when g.failed then 'due'
-        when g.asset_id in (select s.asset_id from stored s) then 'stored'
-        else 'refused' end
       when g.asset_id not in (select l.id from locked l) then 'not locked'
-      else 'changed' end as outcome
+      when (g.asset_id, g.image_hash) not in (select l.id, l.image_hash from locked l)
+        then 'changed'
+      when g.failed then 'due'
+      when g.asset_id in (select s.asset_id from stored s) then 'stored'
+      else 'refused' end as outcome
     from given g
   )
   select array_agg(asset_id), array_agg(outcome),
@@ -385,32 +580,36 @@ begin
 
     with recorded as (
       insert into product_embedding_failures as f
-        (asset_id, model_version, stage, reason, permanent)
-      select r.asset_id, store_embedding_rows.model_version, r.stage, r.reason, r.permanent
+        (asset_id, model_version, image_hash, stage, reason, permanent)
+      select r.asset_id, store_embedding_rows.model_version, r.image_hash, r.stage, r.reason,
+        r.permanent
       from json_to_recordset(failures)
-        r (asset_id uuid, stage text, reason text, permanent boolean)
+        r (asset_id uuid, image_hash bigint, stage text, reason text, permanent boolean)
       where r.asset_id = any (due)
         and not exists (
           select from product_embeddings e where e.asset_id = r.asset_id
           and e.model_version = store_embedding_rows.model_version)
       on conflict (asset_id) do update set
-        model_version = excluded.model_version, stage = excluded.stage, reason = excluded.reason,
-        permanent = excluded.permanent, updated_at = now(),
-        attempts = case when f.model_version = excluded.model_version then f.attempts else 0 end + 1
+        model_version = excluded.model_version, image_hash = excluded.image_hash,
+        stage = excluded.stage, reason = excluded.reason, permanent = excluded.permanent,
+        updated_at = now(), attempts = case
+          when f.model_version <> excluded.model_version then 1
+          when f.image_hash <> excluded.image_hash then 1
+          else f.attempts + 1 end
       returning f.asset_id
     )
     select array_agg(asset_id) into noted from recorded;
   end if;
 
   return (
-    select coalesce(jsonb_agg(case
-      when outcome = 'refused' then jsonb_build_object(
-        'asset_id', asset_id, 'outcome', outcome, 'reason', 'a trigger left the row out')
-      else jsonb_build_object('asset_id', asset_id, 'outcome', outcome) end), '[]')
+    select coalesce(jsonb_agg(jsonb_strip_nulls(jsonb_build_object(
+      'asset_id', asset_id, 'outcome', outcome,
+      'reason', case when outcome = 'refused' then 'a trigger left the row out' end))), '[]')
     from (
       select g.asset_id, case
-        when g.outcome = 'not locked' then case when exists (
-          select from embedding_sources s where s.id = g.asset_id) then 'busy' else 'deleted' end
+        when g.outcome = 'not locked' and exists (
+          select from embedding_sources s where s.id = g.asset_id) then 'busy'
+        when g.outcome = 'not locked' then 'deleted'
         when g.outcome <> 'due' then g.outcome
         when g.asset_id = any (noted) then 'noted'
         when exists (
@@ -430,18 +629,19 @@ create or replace function public.store_embeddings(
   model_version text, vectors json default '[]', failures json default '[]'
 ) returns jsonb
 language plpgsql security definer
-set search_path = public, extensions, pg_temp
+set search_path = pg_catalog, public, extensions, pg_temp
 set statement_timeout = '55s'
 set lock_timeout = '2s'
 as $$
 declare
-  answers jsonb := '[]';
+  answers jsonb := jsonb '[]';
   single record;
 begin
   begin
     return store_embedding_rows(model_version, vectors, failures);
   exception when data_exception or integrity_constraint_violation or cardinality_violation
     or with_check_option_violation or plpgsql_error or lock_not_available then
+    null;  -- Nothing is stored yet: on purpose it goes on below, row by row.
   end;
 
   perform set_config('lock_timeout', '50ms', true);  -- in this call: each row may have to wait
@@ -471,7 +671,7 @@ end $$;
 -- being built), it gets a failure row at its side, and the next run embeds the asset anew.
 create or replace function public.forget_embedding() returns trigger
 language plpgsql security definer
-set search_path = public, extensions, pg_temp
+set search_path = pg_catalog, public, extensions, pg_temp
 set lock_timeout = '250ms'
 as $$
 declare
@@ -495,6 +695,7 @@ exception
     end;
     return null;
   when others then
+    -- An error of ours must not break the app's update.
     raise warning 'the embedding of asset % was not forgotten: %', asset, sqlerrm;
     return null;
 end $$;
@@ -507,22 +708,24 @@ end $$;
 -- force_custom_plan: the planner must see the client to choose between the HNSW index and, for a
 -- client with few assets, an exact sort of those. iterative_scan: a filtered or long search goes on
 -- in the index until there are enough rows, or max_scan_tuples have been looked at: a client whose
--- products are rarer than that among those near the vector may get fewer.
+-- products are rarer than that among those near the vector may get fewer. They are set in the body,
+-- for this transaction: a "set" of the function itself could be restored from a dump by a superuser
+-- alone. (plpgsql_check warns of that in a stable function. It changes no row, and so is harmless.)
 create or replace function public.match_products(
   query_embedding vector(512), match_count int default 10, client text default null,
   model_version text default null
 ) returns table (asset_id uuid, image text, similarity float8)
 language plpgsql stable
-set search_path = public, extensions, pg_temp
+set search_path = pg_catalog, public, extensions, pg_temp
 set plan_cache_mode = force_custom_plan
-set hnsw.iterative_scan = strict_order
-set hnsw.max_scan_tuples = 40000
-set hnsw.scan_mem_multiplier = 4
 as $$
 #variable_conflict use_column
 begin
+  perform set_config('hnsw.iterative_scan', 'strict_order', true),
+    set_config('hnsw.max_scan_tuples', '40000', true),
+    set_config('hnsw.scan_mem_multiplier', '4', true);
   return query
-    select e.asset_id, s.image, 1 - (e.embedding <=> query_embedding)
+    select e.asset_id, s.image::text, 1 - (e.embedding <=> query_embedding)
     from product_embeddings e join embedding_sources s on s.id = e.asset_id
     where (match_products.client is null or s.client = match_products.client)
       and (match_products.model_version is null or e.model_version = match_products.model_version)
@@ -535,7 +738,7 @@ create or replace function public.similar_products(
   asset_id uuid, match_count int default 10, client text default null
 ) returns table (asset_id uuid, image text, similarity float8)
 language sql stable
-set search_path = public, extensions, pg_temp
+set search_path = pg_catalog, public, extensions, pg_temp
 as $$
   select m.asset_id, m.image, m.similarity
   from product_embeddings e
@@ -547,25 +750,27 @@ as $$
   limit similar_products.match_count
 $$;
 
--- Pairs of assets that look the same, among the nearest few of each asset of one page; go on with
--- "last" as the next page's after, until it is null. A pair comes once, at its smaller id; of a
--- group larger than neighbours not every pair comes.
+-- Pairs of assets that look the same, among the nearest few (100 at most) of each asset of one page
+-- (1,000 at most); go on with "last" as the next page's after, until it is null. A pair comes once,
+-- at its smaller id; of a group larger than neighbours not every pair comes. It may take 55 s, so
+-- it is for the service role alone.
 create or replace function public.duplicate_products(
   min_similarity float8 default 0.97, client text default null, after uuid default null,
   page int default 1000, neighbours int default 5
 ) returns jsonb
 language plpgsql stable
-set search_path = public, extensions, pg_temp
+set search_path = pg_catalog, public, extensions, pg_temp
 set plan_cache_mode = force_custom_plan
 set statement_timeout = '55s'
 as $$
 #variable_conflict use_column
 declare
+  most constant int := least(page, 1000);
   ids uuid[] := array(
     select e.asset_id from product_embeddings e join embedding_sources s on s.id = e.asset_id
     where (duplicate_products.client is null or s.client = duplicate_products.client)
       and (after is null or e.asset_id > after)
-    order by e.asset_id limit page);
+    order by e.asset_id limit most);
 begin
   return (
     select jsonb_build_object(
@@ -573,10 +778,10 @@ begin
         'asset_id', e.asset_id, 'image', s.image, 'duplicate_id', m.asset_id,
         'duplicate_image', m.image, 'similarity', m.similarity
       ) order by e.asset_id, m.similarity desc), '[]'),
-      'last', case when cardinality(ids) = page then ids[page] end)
+      'last', case when cardinality(ids) = most then ids[most] end)
     from product_embeddings e join embedding_sources s on s.id = e.asset_id
     cross join lateral match_products(
-      e.embedding, neighbours + 1, duplicate_products.client, e.model_version) m
+      e.embedding, least(neighbours, 100) + 1, duplicate_products.client, e.model_version) m
     where e.asset_id = any (ids) and m.asset_id > e.asset_id and m.similarity >= min_similarity);
 end $$;
 
@@ -586,10 +791,10 @@ end $$;
 -- similarity of assets that have nothing to do with each other. (Images are cut, as some are data:
 -- URLs, and empty in the place of null.)
 create or replace function public.embedding_gallery(
-  model_version text, client text default null, samples int default 30
+  model_version text, client text default null
 ) returns jsonb
 language plpgsql stable security definer
-set search_path = public, extensions, pg_temp
+set search_path = pg_catalog, public, extensions, pg_temp
 set plan_cache_mode = force_custom_plan
 set statement_timeout = '55s'
 as $$
@@ -597,24 +802,24 @@ as $$
 declare
   ids uuid[];
   found jsonb;
-  pairs jsonb := '[]';
+  pairs jsonb := jsonb '[]';
   after uuid;
 begin
   ids := array(
     select id from (
       select s.id, row_number() over (
-        partition by s.client order by hashtextextended(s.id::text, 1)) as turn
+        partition by s.client order by hashtextextended(s.id::text, 1::bigint)) as turn
       from embedding_sources s join product_embeddings e on e.asset_id = s.id
       where e.model_version = embedding_gallery.model_version
         and (embedding_gallery.client is null or s.client = embedding_gallery.client)
-    ) spread order by turn, hashtextextended(id::text, 1) limit samples);
+    ) spread order by turn, hashtextextended(id::text, 1::bigint) limit 30);
   loop
     found := duplicate_products(0.9, embedding_gallery.client, after, 250);
     pairs := (
       select coalesce(jsonb_agg(pair), '[]') from (
         select pair from jsonb_array_elements(pairs || (found -> 'pairs')) pair
         order by pair -> 'similarity' desc limit 24) best);
-    after := found ->> 'last';
+    after := (found ->> 'last')::uuid;
     exit when after is null or clock_timestamp() > statement_timestamp() + interval '4 s';
   end loop;
   return jsonb_build_object(
@@ -638,11 +843,12 @@ begin
         array[jsonb_build_array(r.count || ' ' || r.why)] || r.assets order by r.count desc), '[]')
       from (
         select f.stage || ': ' || f.reason as why, count(*),
-          (array_agg(jsonb_build_array(s.id, left(concat(s.image), 2000)) order by s.id))[:20]
+          (array_agg(jsonb_build_array(f.asset_id, left(concat(f.image), 2000))
+                     order by f.asset_id))[:20]
             as assets
-        from product_embedding_failures f join embedding_sources s on s.id = f.asset_id
+        from embedding_failures f
         where f.model_version = embedding_gallery.model_version
-          and (embedding_gallery.client is null or s.client = embedding_gallery.client)
+          and (embedding_gallery.client is null or f.client = embedding_gallery.client)
         group by 1 order by 2 desc limit 50) r),
     'typical', (
       select percentile_cont(0.5) within group (order by 1 - (a.embedding <=> b.embedding))
@@ -650,44 +856,156 @@ begin
       where a.asset_id = any (ids) and b.asset_id = any (ids)));
 end $$;
 
--- The service role alone may call these. (New functions may be called by everyone.)
+-- Who may call ---------------------------------------------------------------------------------
+
+-- A function of one of our names that was there before, with other parameters: the API could not
+-- tell which one is meant (PGRST203), and the app's own calls would end.
+do $$
+declare
+  others text;
+  cure text;
+begin
+  select string_agg(p.oid::regprocedure::text, ', '),
+    string_agg(format('drop function public.%I(%s);', p.proname,
+                      pg_get_function_identity_arguments(p.oid)), ' ')
+  into others, cure
+  from pg_proc p join pg_proc q using (pronamespace, proname)
+  where p.pronamespace = 'public'::regnamespace and p.oid <> q.oid
+    and p.proname = any (current_setting('embeddings.functions')::text[])
+    and p.xmin <> pg_current_xact_id()::xid;  -- made by another transaction than this file's
+  if others is not null then
+    raise exception 'a function of that name is there already: %', others using hint =
+      'Does your app call it? Then give it another name, there and in the app. Else: ' || cure;
+  end if;
+end $$;
+
+-- The service role alone. (New functions may be called by everyone.)
 revoke execute on function
-  public.embedding_status(text, text, int, int),
-  public.pending_assets(text, text, uuid, int, timestamptz, boolean, int, int),
-  public.store_embeddings(text, json, json), public.store_embedding_rows(text, json, json),
-  public.embedding_back_off(int, text), public.forget_embedding(),
-  public.match_products(vector, int, text, text), public.similar_products(uuid, int, text),
-  public.duplicate_products(float8, text, uuid, int, int),
-  public.embedding_gallery(text, text, int)
+  public.embedding_image_hash, public.embedding_shard, public.embedding_back_off,
+  public.embedding_status, public.pending_assets, public.store_embedding_rows,
+  public.store_embeddings, public.forget_embedding, public.match_products,
+  public.similar_products, public.duplicate_products, public.embedding_gallery
   from public, anon, authenticated, service_role;
 grant execute on function
-  public.embedding_status(text, text, int, int),
-  public.pending_assets(text, text, uuid, int, timestamptz, boolean, int, int),
-  public.store_embeddings(text, json, json), public.match_products(vector, int, text, text),
-  public.similar_products(uuid, int, text),
-  public.duplicate_products(float8, text, uuid, int, int),
-  public.embedding_gallery(text, text, int)
+  public.embedding_status, public.pending_assets, public.store_embeddings, public.match_products,
+  public.similar_products, public.duplicate_products, public.embedding_gallery,
+  public.embedding_image_hash  -- for embedding_failures
   to service_role;
 
 -- To let signed-in users search, and find what the policies on your assets show them, no more (run
--- it again after this file, which closes the search):
+-- it again after this file, which closes the search). Restrictive as well, so that a policy from
+-- before, which may say "true", opens nothing:
 --   grant select on public.embedding_sources, public.product_embeddings to authenticated;
---   grant execute on function
---     public.match_products, public.similar_products, public.duplicate_products to authenticated;
+--   grant execute on function public.match_products, public.similar_products to authenticated;
 --   drop policy if exists "As the asset itself" on public.product_embeddings;
 --   create policy "As the asset itself" on public.product_embeddings for select to authenticated
 --     using (exists (select from public.embedding_sources s where s.id = asset_id));
+--   drop policy if exists "Only as the asset itself" on public.product_embeddings;
+--   create policy "Only as the asset itself" on public.product_embeddings as restrictive
+--     for select to authenticated
+--     using (exists (select from public.embedding_sources s where s.id = asset_id));
 -- They need select on the assets, too. Visitors who are not signed in: let your server ask.
 
--- Self-test: a view that lacks a column or cannot be locked is known here, not in the night.
-do $$ begin
-  perform embedding_status('', ''), pending_assets('', '', wanted => 1), store_embeddings(''),
-    embedding_gallery('', '');
-exception when others then
-  raise exception using errcode = sqlstate, message = sqlerrm, hint =
-    'The view embedding_sources must give (id, image, client), id of the type that this file says, '
-    'the others text, and be lockable: no outer join, distinct or group by.';
+-- What the dashboard and the API's description say.
+comment on function public.embedding_image_hash is
+  'Part of the others: tells whether an image is still the same.';
+comment on function public.embedding_shard is
+  'Part of the others: the shard, from 1 to shards, that an asset belongs to.';
+comment on function public.embedding_back_off is
+  'Part of the others: how long a failure rests before it is tried again.';
+comment on function public.embedding_status is
+  'For generate_embeddings.py: counts assets, embeddings and failures.';
+comment on function public.pending_assets is
+  'For generate_embeddings.py: the next assets without an embedding, a page at a time.';
+comment on function public.store_embedding_rows is
+  'Part of store_embeddings: one batch, or one row of it.';
+comment on function public.store_embeddings is
+  'For generate_embeddings.py: stores embeddings and notes failures.';
+comment on function public.forget_embedding is
+  'Trigger on the assets: a new image forgets the embedding of the old one.';
+comment on function public.match_products is
+  'For the app: the assets whose images are nearest to a vector, nearest first.';
+comment on function public.similar_products is
+  'For the app: the assets that look most like this one, without itself.';
+comment on function public.duplicate_products is
+  'For the app''s server: pairs of assets that look the same, a page at a time.';
+comment on function public.embedding_gallery is
+  'For generate_embeddings.py --gallery: what the page shows.';
+
+-- Self-test ------------------------------------------------------------------------------------
+--
+-- What would fail in the night fails here: what the script and the app do is done once, as the role
+-- that they have, and undone.
+
+savepoint self_test;
+
+-- The trigger's argument: a column of its table, in which there are the ids of the view.
+do $$
+declare
+  ids text[] := array(
+    select s.id::text from embedding_sources s where s.image is not null limit 100);
+  watching record;
+  known boolean;
+begin
+  for watching in
+    select tgrelid::regclass as relation,
+      substring(pg_get_triggerdef(oid) from 'forget_embedding\(''(.*)''\)$') as id
+    from pg_trigger
+    where tgfoid = 'public.forget_embedding'::regproc and not tgisinternal and tgparentid = 0
+  loop
+    execute format('select exists (select from %s t where t.%I::text = any ($1))',
+                   watching.relation, watching.id) into known using ids;
+    if ids <> '{}' and not known then
+      raise exception '% holds no ids of embedding_sources', watching.id
+      using errcode = 'undefined_column';
+    end if;
+  end loop;
+exception when undefined_column or null_value_not_allowed then
+  raise exception 'the trigger forget_embedding on %: %', watching.relation, sqlerrm using hint =
+    'Its argument is the name of the column that holds the id, as it is spelled in the table and '
+    'without double quotes.';
 end $$;
+
+do $$
+declare
+  some_vector constant text := '[' || rtrim(repeat('0.5,', 512), ',') || ']';
+  asset jsonb;
+  answer jsonb;
+begin
+  -- Supabase's postgres may act as service_role.
+  begin
+    set local role service_role;
+  exception when insufficient_privilege then
+    raise notice 'not tried as service_role, which % may not act for', current_user;
+  end;
+
+  perform embedding_status('', '');
+  asset := pending_assets('', wanted => 1) -> 'assets' -> 0;
+  if asset is not null then
+    answer := store_embeddings('', json_build_array(jsonb_build_object(
+      'asset_id', asset -> 'id', 'image_hash', asset -> 'image_hash', 'embedding', some_vector
+    ))) -> 0;
+    if answer ->> 'outcome' = 'refused' then
+      raise exception 'product_embeddings takes no row: %', answer ->> 'reason' using hint =
+        'It must take rows of (asset_id, embedding, model_version): give its other columns a '
+        'default, and see what its triggers and constraints do.';
+    end if;
+  end if;
+
+  begin
+    perform match_products(some_vector::vector, 1, model_version => '');
+    perform similar_products(product_embeddings.asset_id, 0) from product_embeddings
+      where model_version = '' limit 1;
+    perform duplicate_products(client => ''), embedding_gallery('', '');
+  exception when insufficient_privilege or undefined_object or undefined_function then
+    raise exception 'the search fails for %: %', current_user, sqlerrm using hint =
+      'It needs select on each table that embedding_sources reads, and usage on the schema of '
+      'pgvector: grant select on TABLE to service_role; '
+      'grant usage on schema extensions to service_role;';
+  end;
+end $$;
+
+rollback to savepoint self_test;
 
 notify pgrst, 'reload schema';
 commit;

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psycopg
 import pytest
 from PIL import Image
 from stack import ImageHost, Stack, photographs
@@ -395,3 +396,19 @@ def cli(request, tiny, tmp_path_factory):
         made = Cli({**model_settings(tiny), "ALLOW_PRIVATE_IMAGE_HOSTS": "1"}, folder)
     yield made
     made.close()
+
+
+@pytest.fixture
+def api(stack):
+    """schema.sql's functions, called as the script calls them."""
+    import database
+
+    return database.Api(stack, stack.service_key)
+
+
+@pytest.fixture
+def other(stack):
+    """A transaction of somebody else, open until the test commits it."""
+    with psycopg.connect(stack.db_uri) as connection:
+        yield connection
+        connection.rollback()

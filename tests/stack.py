@@ -324,6 +324,7 @@ create role service_role nologin noinherit bypassrls;
 create role authenticator login noinherit;
 grant anon, authenticated, service_role to authenticator;
 create role editor login createrole bypassrls;
+grant anon, authenticated, service_role to editor;
 grant create on database postgres to editor;
 alter role authenticator set statement_timeout = '8s';
 alter role authenticated set statement_timeout = '8s';

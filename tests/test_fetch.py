@@ -459,6 +459,7 @@ ROBOT_CHECKS = {
     "Imunify360's": (200, {}, page("<title>One moment, please...</title>")),
     "Vercel's": (403, {"x-vercel-mitigated": "challenge"}, PAGE),
     "Amazon's": (200, {}, page("To discuss automated access ... you're not a robot.")),
+    "a script that asks again": (200, {}, page("<script>setTimeout('location.reload()')</script>")),
     "a script that sets a cookie": (
         *(200, {}, page("<script>document.cookie='_test='+f(a);location.href='/?i=1'</script>")),
     ),
@@ -531,7 +532,14 @@ def test_an_encoding_that_was_not_asked_for_is_named(host, encoding):
 
 def test_a_hint_before_the_answer_is_a_failure_for_now_and_no_other_images_answer(host):
     hint = b"HTTP/1.1 103 Early Hints\r\nLink: </a.css>\r\n\r\n"
-    host.files["/hint.png"] = lambda handler: handler.wfile.write(hint + length(5) + b"later")
+
+    def answer(handler):
+        handler.wfile.write(hint)
+        time.sleep(1)  # longer than the pause before the next attempt
+        with contextlib.suppress(OSError):
+            handler.wfile.write(length(5) + b"later")
+
+    host.files["/hint.png"] = answer
     one = fetcher()
     with pytest.raises(NotNow) as caught:
         get(one, host.url_of("/hint.png"))
@@ -1269,44 +1277,85 @@ def test_the_guard_can_be_turned_off(host):
     assert get(fetcher(), f"http://localhost:{host.port}/a.png") == IMAGE
 
 
-class SocksProxy(socketserver.ThreadingTCPServer):
-    """A SOCKS5 proxy that leads to `port` of this machine whatever it is asked for: `asked`."""
+class Tunnel(socketserver.ThreadingTCPServer):
+    """A proxy that leads to `port` of this machine, whatever it is asked for: `asked`."""
 
-    def __init__(self, port):
-        super().__init__(("127.0.0.1", 0), SocksConnection)
+    daemon_threads = True
+
+    def __init__(self, handler, port):
+        super().__init__(("127.0.0.1", 0), handler)
         self.port, self.asked = port, []
+        self.place = f"127.0.0.1:{self.server_address[1]}"
+
+    def __enter__(self):
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+        return self
 
-    @property
-    def url(self):
-        return f"socks5h://127.0.0.1:{self.server_address[1]}"
+    def __exit__(self, *_):
+        self.shutdown()
+        self.server_close()
 
 
-class SocksConnection(socketserver.StreamRequestHandler):
+class Tunnelled(socketserver.StreamRequestHandler):
+    """A connection through a Tunnel; `greet` says where it is to lead."""
+
+    rbufsize = 0  # what follows the greeting is not for us
+
     def handle(self):
+        self.server.asked.append(self.greet())
+        with socket.create_connection(("127.0.0.1", self.server.port)) as host:
+            threading.Thread(target=pump, args=(self.connection, host), daemon=True).start()
+            pump(host, self.connection)
+
+
+def pump(source, target):
+    with contextlib.suppress(OSError):
+        while data := source.recv(2**16):
+            target.sendall(data)
+        target.shutdown(socket.SHUT_WR)
+
+
+class Socks5(Tunnelled):
+    def greet(self):
         self.rfile.read(self.rfile.read(2)[1])  # the methods that it knows
         self.wfile.write(b"\5\0")
         assert self.rfile.read(4) == b"\5\1\0\3"  # connect to a name
         name = self.rfile.read(self.rfile.read(1)[0]).decode()
         port = int.from_bytes(self.rfile.read(2), "big")
-        self.server.asked.append((name, port))
         self.wfile.write(b"\5\0\0\1" + bytes(6))
-        with socket.create_connection(("127.0.0.1", self.server.port)) as host:
-            host.sendall(self.connection.recv(2**16))
-            while data := host.recv(2**16):
-                self.wfile.write(data)
+        return f"{name}:{port}"
+
+
+class Connect(Tunnelled):
+    def greet(self):
+        lines = []
+        while line := self.rfile.readline().strip():
+            lines.append(line.decode())
+        self.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        return lines[0].split(" ")[1], [line for line in lines if "Basic" in line]
 
 
 def test_images_come_through_a_socks_proxy(host, monkeypatch):
-    with SocksProxy(host.port) as proxy:
-        monkeypatch.setenv("ALL_PROXY", proxy.url)
-        monkeypatch.setenv("all_proxy", proxy.url)
+    with Tunnel(Socks5, host.port) as proxy:
+        monkeypatch.setenv("ALL_PROXY", f"socks5h://{proxy.place}")
         one = fetcher(url="https://project.supabase.co", private_hosts=False)
-        host.files["/a.png"] = good(("Connection", "close"))
         assert get(one, "http://shop.example:8080/a.png") == IMAGE
         assert is_guarded(guarded("http://10.0.0.1/a.png"))
-        proxy.shutdown()
-    assert proxy.asked == [("shop.example", 8080)]
+    assert proxy.asked == ["shop.example:8080"]
+
+
+def test_images_come_through_the_tunnel_of_a_proxy(tls, monkeypatch):
+    monkeypatch.setenv("SSL_CERT_FILE", str(tls.certificate))
+    with Tunnel(Connect, tls.port) as proxy:
+        monkeypatch.setenv("HTTPS_PROXY", f"http://me:p%40ss@{proxy.place}")
+        one = fetcher(url="https://project.supabase.co")
+        tls.files["/a/b.png"] = IMAGE
+        for path in ("/a%2fb.png", "/a.png"):
+            assert get(one, f"https://127.0.0.1:4433{path}") == IMAGE
+            assert tls.requests[-1][0] == path
+    login = base64.b64encode(b"me:p@ss").decode()
+    assert [place for place, _ in proxy.asked] == ["127.0.0.1:4433"]
+    assert [login in headers[0] for _, headers in proxy.asked] == [True]
 
 
 def test_a_socks_proxy_without_what_speaks_it_ends_the_run(cli, stack):
