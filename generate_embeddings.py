@@ -88,6 +88,7 @@ os.environ["PYTHONSAFEPATH"] = "1"
 import argparse
 import base64
 import contextlib
+import csv
 import ctypes
 import difflib
 import hashlib
@@ -118,7 +119,7 @@ import unicodedata
 import warnings
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -209,6 +210,8 @@ def main(argv: list[str] | None = None) -> int:
 def embed_all(settings: Settings, stop: Stop) -> int:
     """A run, from the first question to the printed report. Returns the exit code."""
     store = open_store(settings, stop)
+    if settings.search:
+        return answer_questions(store, settings)
     status = status_in_time(store)
     report = Report(status, settings)
     log.info("%s%s to do", status, f"{report.pending:,}")
@@ -232,7 +235,8 @@ def embed_all(settings: Settings, stop: Stop) -> int:
     if stop.code:
         log.info("stopped: run the same command again to go on")
     elif settings.gallery:
-        write_gallery(store, settings, report.summary())
+        done = status.done + report.embedded
+        write_gallery(store, settings, status._replace(done=done))
     elif settings.local and report.embedded and sys.stderr.isatty():
         log.info("next: --gallery FILE.html shows what looks alike; README.md: with Supabase")
     return report.exit_code
@@ -330,13 +334,6 @@ class Report:
         if len(examples) < self.MOST_EXAMPLES:
             examples.append(asset)
 
-    def summary(self) -> str:
-        """The state of the catalog in one line."""
-        done = self.status.done + self.embedded
-        failed = self.failed + self.known_failures
-        counts = f"{self.status.assets:,} assets: {done:,} embedded, {failed:,} failed"
-        return f"{counts}, {self.left:,} left"
-
     def print(self) -> None:
         """Prints the report to stdout."""
         with contextlib.suppress(OSError):  # as in: ... | head -1
@@ -350,6 +347,8 @@ class Report:
         yield f"Failed   {self.failed:>9,}"
         for reason, count in self.reasons.most_common(self.MOST_REASONS):
             yield f"  {count:>6,}  {reason}"
+            if advice(reason):
+                yield f"          {advice(reason)}"
             for asset in self.examples[reason]:
                 yield f"          {asset}"
         if self.one_colour:
@@ -502,7 +501,8 @@ class Store(Protocol):
     """Where assets and embeddings are, and what a run asks and tells there.
 
     `status` is called first, then `pages`, once. `locate` is called from many threads at once,
-    `save` from one at a time, beside the walk through `pages`. `gallery` comes after the run.
+    `save` from one at a time, beside the walk through `pages`. `gallery` and `search` come after
+    `status`, and not beside a run.
     All may raise RunError, which ends the run. An image may change between `pages` and `save`:
     the asset's `mark` comes back with its result, and the store answers "changed".
     """
@@ -523,8 +523,11 @@ class Store(Protocol):
     def save(self, results: list[Result]) -> list[Outcome]:
         """Stores vectors and notes failures, all or nothing; an outcome for each result."""
 
-    def gallery(self) -> Any:
-        """What the page shows."""
+    def gallery(self) -> Catalog:
+        """What the page shows; raises RunError."""
+
+    def search(self, vector: np.ndarray, wanted: int) -> list[Match]:
+        """The pictures whose vectors are nearest to one (512,), nearest first."""
 
 
 @dataclass(frozen=True)
@@ -542,6 +545,7 @@ class Settings:
     dtype: str = "float32"
     device: str = "cpu"
     gallery: Path | None = None
+    search: tuple[str, ...] = ()
     dry_run: bool = False
     retry_failed: bool = False
     verbose: bool = False
@@ -1191,9 +1195,28 @@ class SupabaseStore:
         )
         return saved
 
-    def gallery(self) -> Any:
-        """What the gallery shows: see embedding_gallery in schema.sql."""
-        return self._call("embedding_gallery", dict, **self._catalog)
+    def gallery(self) -> Catalog:
+        """As Store says; asked in pieces, each of which fits into the time of one call."""
+        samples, typical = self._call("embedding_gallery", read_samples, **self._catalog)
+        same = {"min_similarity": SAME, "seconds": LOOK_SECONDS}
+        pairs, embedded, among, looked_at = self._call(
+            "embedding_pairs", read_pairs, **same, **self._catalog
+        )
+        failures: list[FailedPicture] = []
+        last: Id | None = None
+        while True:
+            page, last = self._call("failed_assets", read_failures, after=last, **self._catalog)
+            failures += page
+            if last is None:
+                return Catalog(pairs, embedded, among, looked_at, samples, typical, failures)
+
+    def search(self, vector: np.ndarray, wanted: int) -> list[Match]:
+        """As Store says; the database gives 1,000 at most."""
+        question = {"query_embedding": vector_text(vector), "wanted": wanted}
+        matches: list[Match] = self._call(
+            "embedding_search", read_matches, **question, **self._catalog
+        )
+        return matches
 
     def _call(self, function: str, read: Callable[[Any], Any], **arguments: Any) -> Any:
         """The answer of a function of schema.sql as `read` takes it; asked again, with backoff,
@@ -1262,6 +1285,59 @@ def key_role(key: str) -> str:
     except (LookupError, TypeError, ValueError):
         return ""
     return str(role)
+
+
+# What functions of schema.sql answer; LookupError, TypeError and ValueError for what they never do.
+
+
+def read_pictures(answer: Any) -> dict[Id, Picture]:
+    pictures = {}
+    for row in answer["pictures"]:
+        texts = [row["image"], row["client"], row["title"]]
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError
+        pictures[row["id"]] = Picture(row["id"], *texts)
+    return pictures
+
+
+def read_matches(answer: Any) -> list[Match]:
+    return matches_in(answer["matches"], read_pictures(answer))
+
+
+def matches_in(rows: Any, pictures: dict[Id, Picture]) -> list[Match]:
+    return [Match(pictures[row["id"]], float(row["similarity"])) for row in rows]
+
+
+def read_samples(answer: Any) -> tuple[list[Sample], float | None]:
+    pictures = read_pictures(answer)
+    samples = [
+        Sample(pictures[row["id"]], matches_in(row["nearest"], pictures))
+        for row in answer["samples"]
+    ]
+    typical = answer["typical"]
+    if typical is not None:
+        typical = float(typical)
+    return samples, typical
+
+
+def read_pairs(answer: Any) -> tuple[list[Pair], int, int, int]:
+    """Pairs; and how many are embedded, were looked through for copies, compared with all."""
+    pictures = read_pictures(answer)
+    pairs = [
+        Pair(pictures[row["one"]], pictures[row["other"]], float(row["similarity"]))
+        for row in answer["pairs"]
+    ]
+    return pairs, int(answer["embedded"]), int(answer["sought_among"]), int(answer["looked_at"])
+
+
+def read_failures(answer: Any) -> tuple[list[FailedPicture], Id | None]:
+    """Some failures, and the id after which to go on."""
+    pictures = read_pictures(answer)
+    failures = [
+        FailedPicture(pictures[row["id"]], str(row["reason"]), bool(row["permanent"]))
+        for row in answer["failures"]
+    ]
+    return failures, answer["last"]
 
 
 def failure_columns(failed: Failed) -> dict[str, Any]:
@@ -1444,35 +1520,120 @@ class FolderStore:
                 database.execute(FOLDER_SAVE, row)
         return outcomes
 
-    def gallery(self) -> Any:
-        """As SupabaseStore's, of 100,000 vectors at most."""
-        query = """select count(*) || ' ' || stage || ': ' || reason, json_group_array(asset_id)
-            from images where model_version = ? and instr(asset_id, ?) = 1 group by stage, reason"""
-        blobs = bytearray()
+    def search(self, vector: np.ndarray, wanted: int) -> list[Match]:
+        """As Store says; compares all, in blocks."""
+        best: list[Match] = []
+        for pictures, vectors in self._vectors():
+            cosines = vectors @ vector
+            nearest = np.argsort(-cosines)[:wanted]
+            best += [Match(pictures[row], float(cosines[row])) for row in nearest]
+            best.sort(key=lambda match: -match.similarity)
+            del best[wanted:]
+        return best
+
+    def gallery(self) -> Catalog:
+        """As Store says, of the first MOST_COMPARED vectors."""
+        pictures: list[Picture] = []
+        blocks = [np.empty((0, DIMENSIONS), np.float32)]
+        embedded = 0
+        for more, block in self._vectors():
+            embedded += len(more)
+            if embedded <= MOST_COMPARED:
+                pictures += more
+                blocks.append(block)
+        vectors = np.concatenate(blocks)
+        rows, looked_at = rows_alike(vectors)
+        pairs = [Pair(pictures[one], pictures[other], cosine) for one, other, cosine in rows]
+        spread = np.linspace(0, len(pictures) - 1, min(SAMPLES, len(pictures))).astype(int)
+        samples = []
+        for own, cosines in zip(spread, vectors[spread] @ vectors.T, strict=True):
+            nearest = [row for row in np.argsort(-cosines)[: NEAREST + 1] if row != own][:NEAREST]
+            matches = [Match(pictures[row], float(cosines[row])) for row in nearest]
+            samples.append(Sample(pictures[own], matches))
+        typical = None
+        if len(spread) > 1:
+            cosines = vectors[spread] @ vectors[spread].T
+            typical = float(np.median(cosines[np.triu_indices(len(spread), 1)]))
+        among = len(vectors)
+        return Catalog(pairs, embedded, among, looked_at, samples, typical, self._failures())
+
+    def _vectors(self) -> Iterator[tuple[list[Picture], np.ndarray]]:
+        """All pictures with their vectors (n, 512), in blocks of several thousand."""
+        query = "select asset_id, embedding from images where model_version = ? and {} order by 1"
+        query = query.format("embedding is not null")
         with self._database() as database:
-            database.execute("begin")  # another run may store meanwhile
-            rows = database.execute(query, [self._settings.model_version, self._below])
-            failed = {why: sorted(json.loads(paths)) for why, paths in rows}
-            paths = failed.pop(None, [])  # what has a vector has no reason
-            paths = paths[:: 1 + len(paths) // 100_001]
-            query = "select embedding from images where asset_id = ?"
-            for path in paths:
-                blobs += database.execute(query, [path]).fetchone()[0]
-        vectors, near = np.frombuffer(blobs, "<f4").reshape(-1, DIMENSIONS), []
-        sample = np.arange(0, len(paths), 1 + len(paths) ** 2 // 25_000_000)  # 100 MB of cosines
-        for own, cosines in zip(sample, vectors[sample] @ vectors.T, strict=True):
-            best = np.argpartition(-cosines, range(min(7, len(paths))))[:7]
-            others = [(paths[n], paths[n], float(cosines[n])) for n in best if n != own]
-            near.append([(paths[own], paths[own]), *others[:6]])
-        pairs = {frozenset((a[0], b[0])): [a, b] for a, *others in near for b in others}
-        some = vectors[:: 1 + len(paths) // 101]
-        unlike = (some @ some.T)[np.triu_indices(len(some), 1)]
-        return {
-            "near": near[:: max(1, round(len(near) / 30))],
-            "pairs": sorted(pairs.values(), key=lambda pair: -pair[1][2])[:24],
-            "failed": [[(name,) for name in (why, *failed[why][:20])] for why in failed],
-            "typical": float(np.median(unlike)) if len(unlike) else None,
-        }
+            found = database.execute(query, [self._settings.model_version])
+            while block := found.fetchmany(5000):
+                mine = [(path, blob) for path, blob in block if self._is_mine(path)]
+                vectors = np.frombuffer(b"".join(blob for _, blob in mine), "<f4")
+                yield [picture_of(path) for path, _ in mine], vectors.reshape(-1, DIMENSIONS)
+
+    def _failures(self) -> list[FailedPicture]:
+        query = """select asset_id, reason, permanent from images
+            where model_version = ? and reason is not null order by asset_id"""
+        with self._database() as database:
+            return [
+                FailedPicture(picture_of(path), reason, bool(permanent))
+                for path, reason, permanent in database.execute(
+                    query, [self._settings.model_version]
+                )
+                if self._is_mine(path)
+            ]
+
+
+def picture_of(path: str) -> Picture:
+    """A folder's picture: where it lies stands in the place of a client."""
+    folder, _, name = path.rpartition("/")
+    return Picture(path, path, folder, name)
+
+
+def rows_alike(vectors: np.ndarray) -> tuple[list[tuple[int, int, float]], int]:
+    """The pairs of rows of unit vectors (n, 512) whose cosine is SAME or more; and how many rows
+    were compared with all others before LOOK_SECONDS were over.
+
+    Equal rows come first, each paired with the first of its kind, which then stands for all. The
+    rest is geometry: a rotation keeps distances (whose square is 2 - 2 cosine), and on a few of
+    its axes no two points are farther apart than on all. So most pairs are ruled out on the AXES
+    that tell most, and by their order along the first of these.
+    """
+    if not len(vectors):
+        return [], 0
+    deadline = time.monotonic() + LOOK_SECONDS
+    pairs = []
+    first: dict[bytes, int] = {}
+    for row, vector in enumerate(vectors):
+        known = first.setdefault(vector.tobytes(), row)
+        if known != row:
+            pairs.append((known, row, 1.0))
+    copies = len(pairs)
+    rows = np.array(list(first.values()), int)
+    mean = vectors.mean(axis=0)
+    spread = vectors.T @ vectors - len(vectors) * np.outer(mean, mean)
+    points = vectors[rows] @ np.linalg.eigh(spread)[1][:, -AXES:]
+    order = np.argsort(points[:, -1])
+    rows = rows[order]
+    points = points[order]
+    vectors = vectors[rows]
+    halves = (points * points).sum(axis=1, keepdims=True) / 2
+    ones = np.ones_like(halves)
+    left = np.hstack([points, -halves, ones])  # left @ right.T is -distance^2 / 2 on these axes
+    right = np.hstack([points, ones, -halves])
+    for start in range(0, len(rows), BLOCK):
+        late = time.monotonic() > deadline or len(pairs) > MOST_PAIRS
+        if start and late:
+            return pairs, copies + start
+        ours = slice(start, start + BLOCK)
+        for other in range(start, len(rows), BLOCK):
+            theirs = slice(other, other + BLOCK)
+            if points[other, -1] - points[ours][-1, -1] > REACH:
+                break
+            if (left[ours] @ right[theirs].T).max() < SAME - 1 - ROUNDING:
+                continue
+            cosines = vectors[ours] @ vectors[theirs].T
+            for i, j in np.argwhere(cosines >= SAME):
+                if start + i < other + j:
+                    pairs.append((int(rows[start + i]), int(rows[other + j]), float(cosines[i, j])))
+    return pairs, len(rows) + copies
 
 
 def is_link(path: Path) -> bool:
@@ -2158,7 +2319,7 @@ DECODE_SECONDS = 5  # of a core for one image; the largest honest ones take 2
 DECODE_MB = 400  # of memory for one image, on each core: 45 megapixels in four channels, twice
 MIN_SIDE = 16  # pixels; below it: tracking pixels and spacers
 MAX_ASPECT = 100  # above it: rules and borders, of which CLIP would see a sliver
-KEEP_SCALE = 3  # large images are first reduced to at least this many times SIDE
+KEEP_SCALE = 2  # large images are first reduced, by a whole number, to this many times SIDE
 # Other Pillow plugins stay shut: some start programs (EPS), none is a product photo.
 FORMATS = ["JPEG", "PNG", "GIF", "WEBP", "AVIF", "TIFF", "BMP"]
 MOST_ZEROS = 4096  # bytes that may end a JPEG's pixels: in white areas they are zeros
@@ -2198,7 +2359,9 @@ def decode(data: bytes) -> Image.Image:
         image.draft(None, (int(image.width / shrink), int(image.height / shrink)))
         image.load()
     picture = in_eight_bits(image, data)
-    picture = picture.reduce(max(1, min(picture.size) // (KEEP_SCALE * SIDE)))
+    factor = min(picture.size) // (KEEP_SCALE * SIDE)
+    if factor > 1:
+        picture = picture.reduce(factor)
     return upright(on_white(picture), image)
 
 
@@ -3353,67 +3516,736 @@ def refusal_of_hub(answer: requests.Response) -> NotNow:
     return NotNow(reason)
 
 
-# ============================================================================= The page
+# ============================================================== The page, the question
+
+# Cosine from which pictures look the same. Photo libraries draw the line there: immich's duplicate
+# detection takes a distance of 0.01. What unrelated pictures have depends on the catalog, and is
+# said on the page.
+SAME = 0.99
+LOOK_SECONDS = 6.0  # in search of those; the whole page may take 15
+MOST_COMPARED = 100_000  # vectors of a folder: 200 MB
+MOST_PAIRS = 1_000_000  # a thousand pictures that look the same make half of that
+BLOCK = 1024  # vectors that are compared with as many others at a time
+AXES = 64
+REACH = math.sqrt(2 - 2 * SAME)  # the distance of vectors whose cosine is SAME
+ROUNDING = 1e-5  # of float32 sums
+
+MATCHES = 12  # pictures for a question; --limit says another number,
+SHOWN_MATCHES = 24  # of which the page shows these
+SAMPLES = 16  # pictures that are shown with their nearest
+NEAREST = 6
+SHOWN_GROUPS = 60
+SHOWN_MEMBERS = 6  # of a group
+OPEN_GROUPS = 12  # the others are folded, for whoever scrolls on a phone
+SHOWN_NAMES = 20  # of those that failed for one reason,
+OPEN_NAMES = 4  # which are folded if there are more
+GROUP_ROOM = 1_200_000  # characters: mail programs and phones take a page of 3 MB
+SAMPLE_ROOM = 900_000
+ANSWER_ROOM = 500_000
+FAILURE_ROOM = 300_000
+LONGEST_ADDRESS = 2000  # characters of a link; browsers take few more
+LARGE = 224  # pixels
+MEDIUM = 160
+SMALL = 112
+
+SAME_FILE = "same file"
+SAME_PICTURE = "same picture"  # to the last bit of what the model sees
+
+# What to do about a failure, by what its reason says; the first that fits counts.
+ADVICE = {
+    r": see |pip install|STORAGE_BUCKETS|robots|belongs": "",  # they say it themselves
+    r"HTTP (401|402|403|407|451)": "The host refuses us: make the image public, or let us in.",
+    r"HTTP (404|410)": "Nothing is at this address: correct it, or upload the image again.",
+    r"HTTP 429": "The host wants fewer requests: run again later, with fewer --workers.",
+    r"HTTP 5\d\d|in time|not complete": "The host has trouble: run again later.",
+    r"connection|reachable|TLS failed|compress": "The host can't be reached: run again later.",
+    r"host not found": "No host has this name: correct the address.",
+    r"certificate": "Whoever runs the host must renew its certificate.",
+    r"no image URL": "Give the product an image.",
+    r"valid URL|are fetched|redirects|data: URL": "Correct the address.",
+    r"HTML": "This is a web page: take the address of the image itself, or save that.",
+    r"JSON|PDF|SVG|known format|not supported": "Ask for the image as JPEG or PNG.",
+    r"broken|empty file": "The file is damaged or was cut off: ask for it again.",
+    r"smaller than": "Ask for a larger image.",
+    r"a strip": "Crop it to the product.",
+    r"larger than|to decode": "Save it smaller: 2,000 pixels a side are plenty.",
+    r"can't be read": "See whether the file is there, and yours to read.",
+}
+
+
+def advice(reason: str) -> str:
+    """What to do about a failure; empty where we don't know."""
+    for pattern, words in ADVICE.items():
+        if re.search(pattern, reason):
+            return words
+    return ""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An asset as people know it."""
+
+    id: Id
+    image: str  # a URL, or a path below the folder
+    client: str = ""
+    title: str = ""
+
+    @property
+    def name(self) -> str:
+        """Its title, or else the last part of its URL's path."""
+        if self.title:
+            return self.title
+        if self.image[:5].lower() == "data:":
+            return str(self.id)
+        path = re.split("[?#]", self.image)[0].rstrip("/")
+        return unquote(path.rpartition("/")[2]) or str(self.id)
+
+
+@dataclass(frozen=True)
+class Match:
+    """A picture that was found, with its cosine to what was looked for."""
+
+    picture: Picture
+    similarity: float
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture with those nearest to it."""
+
+    picture: Picture
+    nearest: list[Match]
+
+
+@dataclass(frozen=True)
+class FailedPicture:
+    """A picture that has no vector, and why."""
+
+    picture: Picture
+    reason: str
+    permanent: bool
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two pictures that look the same."""
+
+    one: Picture
+    other: Picture
+    similarity: float
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """What a store tells the page."""
+
+    pairs: list[Pair]
+    embedded: int  # pictures, of which
+    sought_among: int  # so many were looked through for copies,
+    looked_at: int  # and so many were compared with all others
+    samples: list[Sample]
+    typical: float | None  # the median cosine of the samples, which have little in common
+    failures: list[FailedPicture]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A question with the pictures nearest to it."""
+
+    question: str
+    matches: list[Match]
+
+
+@dataclass(frozen=True)
+class View:
+    """What the fetch of a picture told: what the model sees of it, and what its file is like."""
+
+    levels: np.ndarray
+    sight: bytes  # checksum of the levels
+    file: bytes  # checksum of the file
+    size: int  # bytes of the file
+    pixels: tuple[int, int] | None  # width and height, where they are known
+
+    @property
+    def measures(self) -> str:
+        """As in: 1500 x 1000, 240 KB."""
+        size = f"{math.ceil(self.size / 1000):,} KB"
+        if not self.pixels:
+            return size
+        width, height = self.pixels
+        return f"{width} x {height}, {size}"
+
+    def thumbnail(self, side: int) -> str:
+        """The address of an image that is in the page itself."""
+        data = io.BytesIO()
+        Image.fromarray(self.levels).resize((side, side)).save(data, "WEBP", quality=75)
+        return "data:image/webp;base64," + base64.b64encode(data.getvalue()).decode()
+
+
+Views = Mapping[Id, View | str]  # of pictures that were to be fetched; text: why there is none
+Group = list[Match]  # pictures that look the same, each with its cosine to the nearest of them
+
+
+def answer_questions(store: Store, settings: Settings) -> int:
+    """What --search does: prints the pictures nearest to each question, best first. Embeds nothing
+    else. Returns the exit code; raises RunError."""
+    vectors = question_vectors(settings)
+    status = status_in_time(store)
+    if not status.done:
+        raise RunError(
+            f"nothing is embedded yet as {settings.model_version}: run without --search first"
+        )
+    answers = []
+    for question, vector in zip(settings.search, vectors, strict=True):
+        answers.append(Answer(question, store.search(vector, settings.limit or MATCHES)))
+    with contextlib.suppress(OSError):  # as in: ... | head -1
+        for answer in answers:
+            for match in answer.matches:
+                print(answer_line(answer.question, match, settings))
+        sys.stdout.flush()
+    if settings.gallery:
+        write_gallery(store, settings, status, answers)
+    return 0
+
+
+def answer_line(question: str, match: Match, settings: Settings) -> str:
+    """Similarity, name, and path or id; and the question where there are several."""
+    where = str(match.picture.id)
+    if settings.local:
+        where = str(settings.local / match.picture.image)
+    columns = [f"{match.similarity:.3f}", match.picture.name, where]
+    if len(settings.search) > 1:
+        columns.append(question)
+    return "\t".join(map(printable, columns))
+
+
+def question_vectors(settings: Settings) -> list[np.ndarray]:
+    """The vector (512,) of each question; loads only the towers that these need."""
+    places = {question: picture_place(question) for question in settings.search}
+    pixels = {
+        question: question_pixels(question, place, settings)
+        for question, place in places.items()
+        if place
+    }
+    words = [question for question in places if question not in pixels]
+    vectors: dict[str, np.ndarray] = {}
+    if pixels:
+        made = ClipEncoder(settings).encode(np.stack(list(pixels.values())))
+        vectors.update(zip(pixels, made, strict=True))
+    if words:
+        log.info("words lie farther from pictures than those from each other: 0.2 to 0.35 is near")
+        vectors.update(zip(words, TextEncoder(settings).encode(words), strict=True))
+    return [vectors[question] for question in settings.search]
+
+
+def picture_place(question: str) -> Place | None:
+    """Where the picture is that a question names: a URL, or a file that is there. None: it is
+    words. Raises RunError for what looks like a file and is none."""
+    if re.match("(?i)https?://", question):
+        return Place(question, {})
+    if os.path.isfile(question):  # noqa: PTH113 - Path's raises for many words
+        return Place(Path(question), {})
+    if image_ending(question) in IMAGE_SUFFIXES:
+        raise RunError(f"--search {question}: there is no such file")
+    return None
+
+
+def question_pixels(question: str, place: Place, settings: Settings) -> np.ndarray:
+    """The pixels (3, 224, 224) of a question's picture; raises RunError."""
+    try:
+        return normalise(Decoder().decode(Fetcher(settings).fetch(place)))
+    except (Rejected, NotNow) as error:
+        raise RunError(f"--search {shorten(question, 200)}: {error}") from None
+
+
+def write_gallery(
+    store: Store, settings: Settings, status: Status, answers: Sequence[Answer] = ()
+) -> None:
+    """Writes the page, and the table beside it; raises RunError where that can't be done."""
+    catalog = store.gallery()
+    groups = groups_of(catalog.pairs)
+    shown = {match.picture for group in groups[:SHOWN_GROUPS] for match in group[:SHOWN_MEMBERS]}
+    for answer in answers:
+        shown.update(match.picture for match in answer.matches[:SHOWN_MATCHES])
+    for sample in catalog.samples:
+        shown.add(sample.picture)
+        shown.update(match.picture for match in sample.nearest)
+    views = views_of(shown, Loader(store, settings), settings)
+    groups.sort(key=lambda group: not are_copies(group, views))  # these first
+    page = Page(settings, views)
+    written = settings.gallery or Path()
+    try:
+        written.write_text(page.whole(status, catalog, groups, answers), "utf-8", "replace")
+        write_table(table_beside(written), groups, catalog.failures, views)
+    except OSError as error:
+        raise RunError(f"{error.filename} can't be written: {error.strerror}") from None
+    log.info("for a spreadsheet: %s", table_beside(written))
+    log.info("look at %s", written.as_uri())
+
+
+def groups_of(pairs: list[Pair]) -> list[Group]:
+    """The pairs joined: a picture in four copies is one group. The most alike come first."""
+    group_of: dict[Id, dict[Picture, float]] = {}
+    for pair in pairs:
+        group = group_of.setdefault(pair.one.id, {pair.one: 0.0})
+        joined = group_of.setdefault(pair.other.id, {pair.other: 0.0})
+        if joined is not group:
+            if len(joined) > len(group):
+                group, joined = joined, group
+            group.update(joined)
+            for picture in joined:
+                group_of[picture.id] = group
+        for picture in (pair.one, pair.other):
+            group[picture] = max(group[picture], pair.similarity)
+    distinct = {id(group): group for group in group_of.values()}
+    groups = []
+    for group in distinct.values():
+        matches = [Match(picture, similarity) for picture, similarity in group.items()]
+        matches.sort(key=lambda match: -match.similarity)
+        groups.append(matches)
+    groups.sort(key=lambda matches: -matches[-1].similarity)
+    return groups
+
+
+def views_of(pictures: set[Picture], loader: Loader, settings: Settings) -> Views:
+    """What the fetch of each picture gave, or why it gave nothing. All together they get the time
+    of one image: no host keeps the page waiting."""
+    pool = ThreadPoolExecutor(settings.workers)
+    futures = {picture.id: pool.submit(view_of, picture, loader) for picture in pictures}
+    wait(futures.values(), settings.fetch_seconds + 1)
+    views: dict[Id, View | str] = {}
+    for asset, future in futures.items():
+        if not future.done():
+            future.cancel()
+            views[asset] = "not in time"
+        elif future.exception():
+            views[asset] = str(future.exception())
+        else:
+            views[asset] = future.result()
+    return views
+
+
+def view_of(picture: Picture, loader: Loader) -> View:
+    """Fetches a picture and looks at it; raises Rejected, NotNow."""
+    data = loader.fetch(Asset(picture.id, picture.image))
+    levels = loader.decode(data)
+    sight = hashlib.sha256(levels.tobytes()).digest()
+    return View(levels, sight, hashlib.sha256(data).digest(), len(data), pixels_of(data))
+
+
+def pixels_of(data: bytes) -> tuple[int, int] | None:
+    """Width and height, of formats whose headers Python reads by itself: what may crash is for the
+    decoders' processes."""
+    try:
+        return Image.open(io.BytesIO(data), formats=["JPEG", "PNG", "GIF"]).size
+    except Exception:  # Pillow raises nearly every type there is
+        return None
+
+
+def copies_in(group: Group, views: Views) -> dict[Id, str]:
+    """Which pictures of a group are copies of others in it, as far as they were fetched."""
+    known = {}
+    for match in group:
+        view = views.get(match.picture.id)
+        if isinstance(view, View):
+            known[match.picture.id] = view
+    files = Counter(view.file for view in known.values())
+    sights = Counter(view.sight for view in known.values())
+    copies = {}
+    for asset, view in known.items():
+        if files[view.file] > 1:
+            copies[asset] = SAME_FILE
+        elif sights[view.sight] > 1:
+            copies[asset] = SAME_PICTURE
+    return copies
+
+
+def are_copies(group: Group, views: Views) -> bool:
+    """Whether all pictures of a group that are shown are copies of others in it."""
+    return len(copies_in(group, views)) == min(len(group), SHOWN_MEMBERS)
+
 
 STYLE = """
-html { color-scheme: light dark; font: 15px system-ui; overflow-wrap: anywhere }
-body { max-width: 80em; margin: 1em auto; padding: 0 1em }
-section { display: flex; flex-wrap: wrap; gap: 1em; padding: 1em 0; border-top: 1px solid #888 }
-.pairs { display: inline-flex; vertical-align: top; margin-right: 2em }
-figure { margin: 0; width: 128px; font-size: 12px }
-figure:first-child { padding-right: 1em; border-right: 3px solid #888 }
-div { height: 128px; background: #8883; overflow: hidden }
+:root { color-scheme: light dark; --page: #f6f6f4; --card: #fff; --line: #e3e3df; --dim: #66665f;
+  --mark: #e4f2e7; --ink: #17311d }
+@media (prefers-color-scheme: dark) { :root { --page: #131314; --card: #1e1e20; --line: #353538;
+  --dim: #a5a59f; --mark: #1f3a28; --ink: #d5f0dc } }
+* { box-sizing: border-box }
+body { max-width: 1400px; margin: 0 auto; padding: 1.5rem clamp(.75rem, 3vw, 2.5rem) 4rem;
+  background: var(--page); font: 15px/1.45 system-ui, sans-serif; overflow-wrap: anywhere }
+h1 { margin: 0; font-size: 1.7rem; line-height: 1.2 }
+h2 { margin: 2.5rem 0 .25rem; font-size: 1.3rem }
+h3 { margin: 0 0 .6rem; font-size: .95rem }
+a { color: inherit }
+p { margin: .25rem 0 1rem; max-width: 62em; color: var(--dim) }
+nav { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fit, minmax(7rem, 1fr)) }
+nav a { padding: .7rem 1rem; border: 1px solid var(--line); border-radius: .7rem;
+  background: var(--card); color: var(--dim); text-decoration: none }
+nav a:hover { border-color: currentcolor }
+nav b { display: block; color: CanvasText; font-size: 1.5rem; line-height: 1.2 }
+.cards { columns: 20rem; column-gap: .9rem }
+.cards article { break-inside: avoid }
+article { margin-bottom: .9rem; padding: .9rem; border: 1px solid var(--line);
+  border-radius: .8rem; background: var(--card) }
+article p { margin: 0 }
+.twos, .threes, .nearest { display: grid; gap: .75rem;
+  grid-template-columns: repeat(2, minmax(0, 1fr)) }
+.threes { grid-template-columns: repeat(3, minmax(0, 1fr)) }
+.nearest { grid-template-columns: repeat(6, minmax(0, 1fr)) }
+figure { margin: 0; min-width: 0 }
+figure a { display: block; border-radius: .5rem }
+img, .none { display: block; width: 100%; aspect-ratio: 1; border-radius: .5rem;
+  box-shadow: 0 0 0 1px var(--line) }
+.none { display: grid; place-content: center; padding: .5rem; color: var(--dim);
+  font-size: .75rem; text-align: center; overflow: hidden }
+figcaption { margin-top: .35rem; font-size: .8rem; line-height: 1.35 }
+li:last-child { margin: 0 }
+figcaption b { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2;
+  overflow: hidden }
+figcaption small { display: block; color: var(--dim); font-size: .72rem; overflow: hidden;
+  text-overflow: ellipsis; white-space: nowrap }
+mark { padding: .1rem .45rem; border-radius: 1rem; background: var(--mark); color: var(--ink);
+  font-size: .72rem; white-space: nowrap }
+.sample { display: grid; gap: 1.1rem; grid-template-columns: minmax(9rem, 1fr) 4.5fr }
+details { margin-bottom: .75rem }
+summary { padding: .3rem 0; color: var(--dim); cursor: pointer }
+ul { margin: .5rem 0 0; padding: 0; list-style: none; font-size: .85rem }
+li { margin-bottom: .45rem; break-inside: avoid }
+li small { display: block; color: var(--dim) }
+@media (max-width: 699px) {
+  nav a { padding: .5rem .6rem; font-size: .8rem; line-height: 1.25 }
+  .sample { grid-template-columns: 1fr }
+  .sample > figure { display: grid; gap: .75rem; grid-template-columns: 7rem 1fr }
+  .nearest { grid-template-columns: repeat(3, minmax(0, 1fr)) }
+}
 """
-
-
-def write_gallery(store: Store, settings: Settings, counts: str) -> None:
-    """Writes the page; it loads nothing from outside."""
-    made, loader = store.gallery(), Loader(store, settings)
-    pool = ThreadPoolExecutor(settings.workers)
-    shown = {Asset(*one[:2]) for row in made["near"] + made["pairs"] for one in row}
-    tasks = {asset.id: pool.submit(thumbnail, asset, loader) for asset in shown}
-    wait(tasks.values(), settings.fetch_seconds + 1)
-
-    def figure(name: Id, image: str = "", *cosine: float) -> str:
-        picture, text = "", html.escape(shorten(str(name), 120))
-        if task := tasks.get(name):
-            trouble = task.exception() if task.done() else "not in time"
-            picture = f"<div>{html.escape(str(trouble)) if trouble else task.result()}</div>"
-        if re.match("(?i)https?://", image):
-            text = f'<a href="{html.escape(image)}">{text}</a>'
-        text = "".join(f"<b>{x:.2f}</b> " for x in cosine) + text
-        return f"<figure>{picture}<figcaption>{text}</figcaption></figure>"
-
-    def rows(kind: str) -> str:
-        rows = ("".join(figure(*one) for one in row) for row in made[kind])
-        return "".join(f'<section class="{kind}">{row}</section>' for row in rows) or "None yet."
-
-    title = "Embeddings of " + html.escape(settings.client or str(settings.local or settings.url))
-    typical = f"{made['typical']:.2f}" if made["typical"] else "none yet"
-    page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
-<meta name="viewport" content="width=device-width"><meta http-equiv="Content-Security-Policy"
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<meta http-equiv="Content-Security-Policy"
  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<style>{STYLE}</style><h1>{title}</h1><p>{counts}</p>
-<p>The numbers are cosines: 1.00 is the same picture, and unrelated products here have {typical}.
-No cut fits every catalog.</p>
-<h2>Look-alikes, nearest first</h2>{rows("near")}
-<h2>Nearly the same: duplicates?</h2>{rows("pairs")}
-<h2>Failed</h2>{rows("failed")}
+<title>{title}</title>
+<style>{style}</style>
+<header><h1>{title}</h1><p>{about}</p></header>
+<nav aria-label="Sections">{links}</nav>
+<main>{sections}</main>
+</html>
 """
-    path = settings.gallery or Path()
-    try:
-        path.write_text(page, "utf-8", "replace")
-    except OSError as error:
-        raise RunError(f"{path} can't be written: {error.strerror}") from None
-    log.info("look at %s", path.as_uri())
 
 
-def thumbnail(asset: Asset, loader: Loader) -> str:
-    """What CLIP sees of an asset."""
-    picture = Image.fromarray(loader.decode(loader.fetch(asset))).resize((128, 128))
-    picture.save(file := io.BytesIO(), "JPEG")
-    data = base64.b64encode(file.getvalue()).decode()
-    return f'<img src="data:image/jpeg;base64,{data}" alt="{html.escape(str(asset.id))}">'
+class Page:
+    """The page that --gallery writes, part by part. It loads nothing and runs nothing, so it can
+    be sent around. Text from outside goes through html.escape."""
+
+    def __init__(self, settings: Settings, views: Views) -> None:
+        self._settings = settings
+        self._views = views
+        self._file = settings.gallery or Path()
+        self._clients = "folders" if settings.local else "clients"
+        self._table = html.escape(table_beside(self._file).name)
+
+    def whole(
+        self, status: Status, catalog: Catalog, groups: list[Group], answers: Sequence[Answer]
+    ) -> str:
+        """The page's HTML."""
+        links = [
+            ("same", len(groups), "groups that look the same"),
+            ("failed", len(catalog.failures), "pictures that can't be used"),
+            ("alike", len(catalog.samples), "samples of look-alikes"),
+        ]
+        sections = [
+            self._same(catalog, groups),
+            self._failed(catalog.failures),
+            self._alike(catalog.samples),
+        ]
+        if answers:
+            sections.insert(0, self._asked(answers))
+        now = datetime.now()
+        about = (
+            f"{status.done:,} of {status.assets:,} pictures embedded · "
+            f"{now.day} {now:%B %Y, %H:%M} · {self._settings.model_version}"
+        )
+        return PAGE.format(
+            title=html.escape(title_of(self._settings)),
+            style=STYLE,
+            about=html.escape(about),
+            links="".join(f'<a href="#{to}"><b>{n:,}</b>{what}</a>' for to, n, what in links),
+            sections="".join(sections),
+        )
+
+    def _asked(self, answers: Sequence[Answer]) -> str:
+        articles = as_many_as_fit(map(self._answer, answers), ANSWER_ROOM)
+        return (
+            "<h2>Asked</h2><p>Nearest first. Words lie farther from pictures (0.2 to 0.35 is near) "
+            f"than pictures from each other.</p>{''.join(articles)}"
+        )
+
+    def _answer(self, answer: Answer) -> str:
+        question = html.escape(shorten(answer.question, 100))
+        figures = [self._found(match, MEDIUM) for match in answer.matches[:SHOWN_MATCHES]]
+        return (
+            f'<article><h3>{question}</h3><div class="nearest">{"".join(figures)}</div></article>'
+        )
+
+    def _same(self, catalog: Catalog, groups: list[Group]) -> str:
+        cards = as_many_as_fit(map(self._card, groups[:SHOWN_GROUPS]), GROUP_ROOM)
+        parts = [
+            '<h2 id="same">Looks the same</h2><p>Copies, resized pictures, or variants of one '
+            f"product: look before you delete. All groups are in {self._table}, for a "
+            f"spreadsheet.</p><details><summary>What counts as the same?</summary><p>"
+            f"{self._what_counts(catalog)}</p></details>",
+            f'<div class="cards">{"".join(cards[:OPEN_GROUPS])}</div>',
+        ]
+        folded = cards[OPEN_GROUPS:]
+        if folded:
+            parts.append(
+                f"<details><summary>{counted(len(folded), 'more group')}</summary>"
+                f'<div class="cards">{"".join(folded)}</div></details>'
+            )
+        without_pictures = len(groups) - len(cards)
+        if without_pictures:
+            more = counted(without_pictures, "more group")
+            parts.append(f"<p>And {more}, for which there is no room: see {self._table}.</p>")
+        if not groups:
+            parts.append("<p>No two pictures do.</p>")
+        if catalog.looked_at < catalog.embedded:
+            parts.append(
+                f"<p>Time was short: of {catalog.embedded:,} pictures {catalog.looked_at:,} were "
+                f"compared with all others, {catalog.sought_among:,} looked through for copies.</p>"
+            )
+        return "".join(parts)
+
+    def _what_counts(self, catalog: Catalog) -> str:
+        text = (
+            f"A similarity of {SAME} or more: photo libraries such as immich draw the line there, "
+            "too. 1 is the very same picture, as the model sees it: the square in its middle, as "
+            "shown here."
+        )
+        if catalog.typical is None:
+            return text
+        return f"{text} Pictures that have little in common have {catalog.typical:.2f} here."
+
+    def _card(self, group: Group) -> str:
+        """A group with its pictures; copies are marked."""
+        title = f"{len(group):,} look the same"
+        if are_copies(group, self._views):
+            title = f"{len(group):,} copies"
+        clients = {match.picture.client for match in group}
+        if len(clients) > 1:
+            title = f"{title}, in {len(clients):,} {self._clients}"
+        copies = copies_in(group, self._views)
+        figures = [
+            self._found(match, MEDIUM, copies.get(match.picture.id, ""))
+            for match in group[:SHOWN_MEMBERS]
+        ]
+        if len(group) > SHOWN_MEMBERS:
+            figures.append(f"<p>and {len(group) - SHOWN_MEMBERS:,} more</p>")
+        columns = "twos" if len(group) in (2, 4) else "threes"
+        return f'<article><h3>{title}</h3><div class="{columns}">{"".join(figures)}</div></article>'
+
+    def _failed(self, failures: list[FailedPicture]) -> str:
+        parts = [
+            '<h2 id="failed">Can\'t be used</h2><p>These have no vector: no search finds them. All '
+            f"are in {self._table}.</p>"
+        ]
+        by_reason: dict[str, list[FailedPicture]] = {}
+        for failure in failures:
+            by_reason.setdefault(failure.reason, []).append(failure)
+        largest_first = sorted(by_reason, key=lambda reason: -len(by_reason[reason]))
+        cards = [self._reason(reason, by_reason[reason]) for reason in largest_first]
+        cards = as_many_as_fit(cards, FAILURE_ROOM)
+        parts.append(f'<div class="cards">{"".join(cards)}</div>')
+        if len(cards) < len(by_reason):
+            parts.append(f"<p>And {len(by_reason) - len(cards):,} more reasons.</p>")
+        if not failures:
+            parts.append("<p>None: what was tried could be used.</p>")
+        return "".join(parts)
+
+    def _reason(self, reason: str, failures: list[FailedPicture]) -> str:
+        """What failed for one reason, with what to do about it."""
+        again = "Not tried again until the image changes."
+        if not all(failure.permanent for failure in failures):
+            again = "Later runs try again."
+        lines = [self._failure(failure.picture) for failure in failures[:SHOWN_NAMES]]
+        if len(failures) > SHOWN_NAMES:
+            lines.append(f"<li>and {len(failures) - SHOWN_NAMES:,} more: see {self._table}</li>")
+        names = f"<ul>{''.join(lines)}</ul>"
+        if len(failures) > OPEN_NAMES:
+            names = f"<details><summary>Which they are</summary>{names}</details>"
+        title = html.escape(shorten(reason[:1].upper() + reason[1:], 200))
+        return (
+            f"<article><h3>{title} <mark>{len(failures):,}</mark></h3>"
+            f"<p>{advice(reason)} {again}</p>{names}</article>"
+        )
+
+    def _failure(self, picture: Picture) -> str:
+        name = html.escape(shorten(picture.name))
+        value = html.escape(shorten(picture.image or str(picture.id), 160))
+        return f"<li><b>{self._link(picture, name)}</b><small>{value}</small></li>"
+
+    def _alike(self, samples: list[Sample]) -> str:
+        rows = as_many_as_fit(map(self._sample, samples), SAMPLE_ROOM)
+        return (
+            '<h2 id="alike">Looks alike</h2><p>Some pictures from all over, each with the nearest '
+            f"to it: what a shop would show as similar.</p>{''.join(rows)}"
+        )
+
+    def _sample(self, sample: Sample) -> str:
+        nearest = [self._found(match, SMALL) for match in sample.nearest]
+        return (
+            f'<article class="sample">{self._figure(sample.picture, LARGE)}'
+            f'<div class="nearest">{"".join(nearest)}</div></article>'
+        )
+
+    def _found(self, match: Match, side: int, mark: str = "") -> str:
+        return self._figure(match.picture, side, f"{match.similarity:.3f}", mark)
+
+    def _figure(self, picture: Picture, side: int, note: str = "", mark: str = "") -> str:
+        """A picture, or why there is none; its name comes first."""
+        view = self._views.get(picture.id, "")
+        name = html.escape(shorten(picture.name, 200))
+        short = html.escape(shorten(picture.name, 36))
+        notes = [note, shorten(picture.client)]
+        if isinstance(view, View):
+            shown = f'<img src="{view.thumbnail(side)}" alt="{name}">'
+            if side != SMALL:
+                notes.append(view.measures)
+        else:
+            shown = f'<span class="none">{html.escape(view)}</span>'
+        lines = [f"<small><bdi>{html.escape(line)}</bdi></small>" for line in notes if line]
+        if mark:
+            lines.append(f"<mark>{mark}</mark>")
+        return (
+            f'<figure>{self._link(picture, shown)}<figcaption title="{name}"><b><bdi>{short}'
+            f"</bdi></b>{''.join(lines)}</figcaption></figure>"
+        )
+
+    def _link(self, picture: Picture, shown: str) -> str:
+        """HTML that leads to the picture's original, where there is an address that can."""
+        address = picture.image
+        if self._settings.local:
+            path = self._settings.local / picture.image
+            try:
+                address = quote(Path(os.path.relpath(path, self._file.parent)).as_posix())
+            except ValueError:  # on another drive
+                address = path.as_uri()
+        elif address.startswith("//"):
+            address = f"https:{address}"
+        elif address.startswith("/"):  # in the project's storage
+            address = f"{self._settings.url}{address}"
+        elif not re.match("(?i)https?://", address) or len(address) > LONGEST_ADDRESS:
+            return shown
+        return f'<a href="{html.escape(address)}" target="_blank" rel="noreferrer">{shown}</a>'
+
+
+def as_many_as_fit(parts: Iterable[str], room: int) -> list[str]:
+    """The first parts, `room` characters in all at most."""
+    taken = []
+    for part in parts:
+        room -= len(part)
+        if room < 0:
+            break
+        taken.append(part)
+    return taken
+
+
+def title_of(settings: Settings) -> str:
+    """The shop's name: its folder's, or its project's host; with the client, if it is of one."""
+    shop = urlsplit(settings.url).netloc
+    if settings.local:
+        shop = settings.local.name or "Pictures"
+    if settings.client:
+        return f"{settings.client} · {shop}"
+    return shop
+
+
+TABLE_COLUMNS = [
+    "what",
+    "group",
+    "name",
+    "client",
+    "similarity",
+    "copy",
+    "width",
+    "height",
+    "bytes",
+]
+TABLE_COLUMNS += ["id", "image", "reason", "advice"]
+
+
+def table_beside(page: Path) -> Path:
+    """Where the table of a page is."""
+    return page.with_suffix(".csv")
+
+
+def write_table(
+    path: Path, groups: list[Group], failures: list[FailedPicture], views: Views
+) -> None:
+    """Writes every group and every failure, for a spreadsheet. (utf-8-sig: without its first bytes
+    Excel takes it for another encoding.)"""
+    with path.open("w", encoding="utf-8-sig", errors="replace", newline="") as file:
+        table = csv.DictWriter(file, TABLE_COLUMNS, restval="")
+        table.writeheader()
+        for number, group in enumerate(groups, 1):
+            copies = copies_in(group, views)
+            for match in group:
+                row = picture_columns(match.picture, views)
+                row |= {"what": "looks the same", "group": number}
+                row["similarity"] = f"{match.similarity:.6f}"
+                row["copy"] = copies.get(match.picture.id, "")
+                table.writerow(row)
+        for failure in failures:
+            row = picture_columns(failure.picture, views)
+            row |= {"what": "can't be used", "reason": cell(failure.reason)}
+            row["advice"] = advice(failure.reason)
+            table.writerow(row)
+
+
+def picture_columns(picture: Picture, views: Views) -> dict[str, Any]:
+    """A picture's part of a row."""
+    row: dict[str, Any] = {name: cell(getattr(picture, name)) for name in ("name", "client")}
+    row |= {"id": cell(str(picture.id)), "image": cell(picture.image)}
+    view = views.get(picture.id)
+    if isinstance(view, View):
+        row["bytes"] = view.size
+        if view.pixels:
+            row["width"], row["height"] = view.pixels
+    return row
+
+
+def cell(text: str) -> str:
+    """Text that no spreadsheet takes for a formula, nor for too long (32,767 characters)."""
+    text = shorten(text, LONGEST_ADDRESS)
+    if text.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return f"'{text}"
+    return text
+
+
+def page_file(text: str) -> Path:
+    """A flag's path of a page; raises ArgumentTypeError where that, or the table beside it, can't
+    be written, or where the table would take the place of somebody's own."""
+    page = full_path(text)
+    if page.suffix != ".html":
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in .html")
+    table = table_beside(page)
+    for path in (page, table):
+        if path.exists() and not path.is_file():  # a pipe would wait for somebody who reads it
+            raise argparse.ArgumentTypeError(f"'{path}' is no file")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise argparse.ArgumentTypeError(f"'{path}' can't be written")
+    if table.exists():
+        with table.open(encoding="utf-8-sig", errors="replace") as lines:
+            if lines.readline(500).strip() != ",".join(TABLE_COLUMNS):
+                raise argparse.ArgumentTypeError(f"'{table}' is yours: take another name")
+    return page
+
+
+def question(text: str) -> str:
+    """A flag's question; raises ArgumentTypeError for an empty one."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("there is no question")
+    return text
 
 
 # ============================================================================ Command line
@@ -3422,6 +4254,7 @@ EXAMPLES = """\
 examples:
   %(prog)s --local photos --gallery gallery.html
   %(prog)s --client "BigClient" --limit 10
+  %(prog)s --local photos --search "red mug" --search mug.jpg
 
 settings, from the environment or .env (README.md explains them):
   SUPABASE_URL, SUPABASE_SECRET_KEY, STORAGE_BUCKETS, CLIP_MODEL, MODEL_VERSION,
@@ -3459,6 +4292,8 @@ def parser() -> argparse.ArgumentParser:
     most = min(MOST_WORKERS, WORKERS_PER_CORE * cores())
     workers = f"downloads at once ({WORKERS_PER_CORE} a core; not over {MOST_WORKERS})"
 
+    search = f"embed nothing, print the {MATCHES} nearest to this (or --limit N); may be repeated"
+
     what = usage.add_argument_group("what to embed").add_argument
     what("--limit", type=positive_number, metavar="N", help="attempt at most N assets")
     what("--client", metavar="NAME", help="only this client's (with --local: subfolder's) images")
@@ -3473,7 +4308,13 @@ def parser() -> argparse.ArgumentParser:
     speed("--device", choices=["cpu", "cuda", "mps"], help="where the model runs (cpu)")
 
     show = usage.add_argument_group("what to show").add_argument
-    show("--gallery", type=page, metavar="FILE", help="write a page to look at (.html), at the end")
+    show("--search", action="append", type=question, metavar="TEXT|FILE|URL", help=search)
+    show(
+        "--gallery",
+        type=page_file,
+        metavar="FILE",
+        help="write a page to look at (.html), at the end",
+    )
     show("--dry-run", action="store_true", help="say what would be done; load and write nothing")
     show("-v", "--verbose", action="store_true", help="say each failure as it happens, and more")
     show("--version", action="store_true", help="say what a bug report needs, and exit")
@@ -3507,15 +4348,6 @@ def shard(text: str) -> Shard:
 def full_path(text: str) -> Path:
     """A flag's path, whatever the current folder is later."""
     return Path(text).resolve()
-
-
-def page(text: str) -> Path:
-    """The gallery's file; raises ArgumentTypeError where it can't be written."""
-    path = full_path(text)
-    writable = os.access(path if path.exists() else path.parent, os.W_OK)
-    if path.suffix != ".html" or path.is_dir() or not writable:
-        raise argparse.ArgumentTypeError(f"{text!r} can't be written, or does not end in .html")
-    return path
 
 
 class Setting(NamedTuple):

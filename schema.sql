@@ -12,7 +12,7 @@
 -- and commit included, and the next version of it to a new one. Tried with the supabase CLI 3.1:
 -- db push applies it, or nothing of it; db diff finds no difference to a database where it was run
 -- by hand; db lint finds no error. Two warnings are meant so: plpgsql_check's on match_products and
--- embedding_gallery (a stable function that sets a setting, or looks at the clock), and the
+-- embedding_pairs (a stable function that sets a setting, or looks at the clock), and the
 -- advisor's on embedding_shard. Their reasons stand there.
 
 begin;
@@ -21,7 +21,7 @@ set local lock_timeout = '10s';  -- an app's long transaction ends this file, no
 set local embeddings.functions =  -- what this file makes, beside the trigger's function
   '{embedding_image_hash, embedding_shard, embedding_back_off, embedding_status, pending_assets,
     store_embedding_rows, store_embeddings, match_products, similar_products, duplicate_products,
-    embedding_gallery}';
+    embedding_pictures, embedding_search, embedding_gallery, embedding_pairs, failed_assets}';
 
 -- Older projects have pgvector in public, and there it stays.
 do $$ begin
@@ -94,7 +94,8 @@ end $$;
 
 -- What the script embeds: an id, an image and a client's name, both text. An image is a full URL, a
 -- data: URL, or a path that begins with /storage/v1/object/, which is the project's own storage.
--- Assets that this leaves out are left alone.
+-- A fourth column, title, is what --gallery and --search call an asset; without one they take the
+-- last part of its URL. Assets that this leaves out are left alone.
 create or replace view public.embedding_sources with (security_invoker = true) as
   select a.id, a.image_url as image, a.client_name as client
   from public.assets a;
@@ -121,6 +122,9 @@ create or replace trigger forget_embedding
 -- Only what is published:
 --   select a.id, a.image_url as image, a.client_name as client from public.assets a
 --   where a.published;
+-- Products with names of their own:
+--   select a.id, a.image_url as image, a.client_name as client, a.name as title
+--   from public.assets a;
 -- A path made a URL (the trigger then watches image_path):
 --   select a.id, 'https://cdn.example.com/' || a.image_path as image, a.client_name as client
 --   from public.assets a;
@@ -785,11 +789,43 @@ begin
     where e.asset_id = any (ids) and m.asset_id > e.asset_id and m.similarity >= min_similarity);
 end $$;
 
--- What --gallery shows, in rows of [id, image, similarity to the first of the row]. "near": some
--- assets, spread over the clients, each with its nearest; "pairs": the most alike that a few
--- seconds of looking find; "failed": first how many and why, then some of them. And "typical", the
--- similarity of assets that have nothing to do with each other. (Images are cut, as some are data:
--- URLs, and empty in the place of null.)
+-- For the page and the questions ---------------------------------------------------------------
+
+-- What people know an asset by. A title only where embedding_sources has a column of that name; an
+-- image is cut, as some are data: URLs, and empty in the place of null.
+create or replace function public.embedding_pictures(ids uuid[]) returns jsonb
+language sql stable
+set search_path = pg_catalog, public, extensions, pg_temp
+as $$
+  select coalesce(jsonb_agg(jsonb_build_object(
+    'id', s.id, 'client', concat(s.client), 'title', concat(to_jsonb(s) ->> 'title'),
+    'image', left(concat(s.image), case when cardinality(ids) > 500 then 2000 else 300000 end)
+  )), '[]')
+  from embedding_sources s where s.id = any (ids)
+$$;
+
+-- The assets nearest to a vector: match_products, with what people know them by.
+create or replace function public.embedding_search(
+  query_embedding vector(512), model_version text, client text default null, wanted int default 12
+) returns jsonb
+language plpgsql stable security definer
+set search_path = pg_catalog, public, extensions, pg_temp
+set statement_timeout = '55s'
+as $$
+declare
+  matches jsonb;
+  ids uuid[];
+begin
+  select coalesce(jsonb_agg(jsonb_build_object('id', m.asset_id, 'similarity', m.similarity)
+      order by m.similarity desc), '[]'), array_agg(m.asset_id)
+  into matches, ids
+  from match_products(query_embedding, wanted, client, model_version) m;
+  return jsonb_build_object('matches', matches, 'pictures', embedding_pictures(ids));
+end $$;
+
+-- Some assets, spread over the clients, each with its nearest; and "typical", the similarity of
+-- assets that have nothing to do with each other.
+drop function if exists public.embedding_gallery(text, text, int);  -- the version before
 create or replace function public.embedding_gallery(
   model_version text, client text default null
 ) returns jsonb
@@ -802,8 +838,6 @@ as $$
 declare
   ids uuid[];
   found jsonb;
-  pairs jsonb := jsonb '[]';
-  after uuid;
 begin
   ids := array(
     select id from (
@@ -812,48 +846,130 @@ begin
       from embedding_sources s join product_embeddings e on e.asset_id = s.id
       where e.model_version = embedding_gallery.model_version
         and (embedding_gallery.client is null or s.client = embedding_gallery.client)
-    ) spread order by turn, hashtextextended(id::text, 1::bigint) limit 30);
-  loop
-    found := duplicate_products(0.9, embedding_gallery.client, after, 250);
-    pairs := (
-      select coalesce(jsonb_agg(pair), '[]') from (
-        select pair from jsonb_array_elements(pairs || (found -> 'pairs')) pair
-        order by pair -> 'similarity' desc limit 24) best);
-    after := (found ->> 'last')::uuid;
-    exit when after is null or clock_timestamp() > statement_timestamp() + interval '4 s';
-  end loop;
-  return jsonb_build_object(
-    'near', (
-      select coalesce(jsonb_agg(array[jsonb_build_array(s.id, left(concat(s.image), 300000))] || (
-        select array_agg(
-          jsonb_build_array(n.asset_id, left(concat(n.image), 300000), n.similarity)
-          order by n.similarity desc)
-        from similar_products(s.id, 6, embedding_gallery.client) n)
+    ) spread order by turn, hashtextextended(id::text, 1::bigint) limit 16);
+  found := (
+    select coalesce(jsonb_agg(jsonb_build_object('id', s.id, 'nearest', (
+        select coalesce(jsonb_agg(jsonb_build_object('id', n.asset_id, 'similarity', n.similarity)
+          order by n.similarity desc), '[]')
+        from similar_products(s.id, 6, embedding_gallery.client) n))
       order by s.client, s.id), '[]')
-      from embedding_sources s where s.id = any (ids)),
-    'pairs', (
-      select coalesce(jsonb_agg(jsonb_build_array(
-        jsonb_build_array(p -> 'asset_id', left(concat(p ->> 'image'), 300000)),
-        jsonb_build_array(
-          p -> 'duplicate_id', left(concat(p ->> 'duplicate_image'), 300000), p -> 'similarity')
-      )), '[]')
-      from jsonb_array_elements(pairs) p),
-    'failed', (
-      select coalesce(jsonb_agg(
-        array[jsonb_build_array(r.count || ' ' || r.why)] || r.assets order by r.count desc), '[]')
-      from (
-        select f.stage || ': ' || f.reason as why, count(*),
-          (array_agg(jsonb_build_array(f.asset_id, left(concat(f.image), 2000))
-                     order by f.asset_id))[:20]
-            as assets
-        from embedding_failures f
-        where f.model_version = embedding_gallery.model_version
-          and (embedding_gallery.client is null or f.client = embedding_gallery.client)
-        group by 1 order by 2 desc limit 50) r),
+    from embedding_sources s where s.id = any (ids));
+  return jsonb_build_object(
+    'samples', found,
+    'pictures', embedding_pictures(array(
+      select distinct (jsonb_path_query(found, '$.**.id') #>> '{}')::uuid)),
     'typical', (
       select percentile_cont(0.5) within group (order by 1 - (a.embedding <=> b.embedding))
       from product_embeddings a join product_embeddings b on a.asset_id < b.asset_id
       where a.asset_id = any (ids) and b.asset_id = any (ids)));
+end $$;
+
+-- Pairs of assets that look the same. Copies (their vectors have the same signs) are sought among
+-- 400,000, which takes 5 seconds; then each asset is compared with its nearest, until the seconds
+-- are over: "looked_at" says how many of the "embedded" there was time for. Copies come paired with
+-- the first of their kind alone, and that one stands for them all where assets are compared.
+create or replace function public.embedding_pairs(
+  model_version text, client text default null, min_similarity float8 default 0.99,
+  seconds float8 default 6
+) returns jsonb
+language plpgsql stable security definer
+set search_path = pg_catalog, public, extensions, pg_temp
+set plan_cache_mode = force_custom_plan
+set statement_timeout = '55s'
+as $$
+#variable_conflict use_column
+declare
+  most constant int := 50000;
+  among constant int := 400000;
+  deadline constant timestamptz := clock_timestamp() + seconds * interval '1 s';
+  embedded int;
+  looked_at int;
+  ones uuid[];
+  others uuid[];
+  similarities float8[];
+  asset uuid;
+  near record;
+begin
+  with signs as materialized (
+    select e.asset_id, hashtextextended(binary_quantize(e.embedding)::text, 0::bigint) as sign
+    from product_embeddings e join embedding_sources s on s.id = e.asset_id
+    where e.model_version = embedding_pairs.model_version
+      and (embedding_pairs.client is null or s.client = embedding_pairs.client)
+    limit among
+  ), kinds as (
+    select array_agg(asset_id order by asset_id) as ids
+    from signs where sign in (select sign from signs group by sign having count(*) > 1)
+    group by sign
+  ), copies as (
+    select a.asset_id as one, b.asset_id as other, 1 - (a.embedding <=> b.embedding) as similarity
+    from kinds k cross join unnest(k.ids[2:]) u (id)
+    join product_embeddings a on a.asset_id = k.ids[1]
+    join product_embeddings b on b.asset_id = u.id
+    limit most
+  )
+  select array_agg(one), array_agg(other), array_agg(similarity)
+  into ones, others, similarities
+  from copies where similarity >= min_similarity;
+  looked_at := coalesce(cardinality(others), 0);
+  embedded := (
+    select count(*) from product_embeddings e join embedding_sources s on s.id = e.asset_id
+    where e.model_version = embedding_pairs.model_version
+      and (embedding_pairs.client is null or s.client = embedding_pairs.client));
+
+  for asset in
+    select e.asset_id from product_embeddings e join embedding_sources s on s.id = e.asset_id
+    where e.model_version = embedding_pairs.model_version
+      and (embedding_pairs.client is null or s.client = embedding_pairs.client)
+      and (others is null or e.asset_id <> all (others))
+    order by e.asset_id limit most
+  loop
+    exit when clock_timestamp() > deadline;
+    for near in select * from similar_products(asset, 5, embedding_pairs.client) loop
+      if near.similarity >= min_similarity then
+        ones := ones || asset;
+        others := others || near.asset_id;
+        similarities := similarities || near.similarity;
+      end if;
+    end loop;
+    looked_at := looked_at + 1;
+  end loop;
+  return jsonb_build_object(
+    'embedded', embedded,
+    'sought_among', least(embedded, among),
+    'looked_at', looked_at,
+    'pairs', (
+      select coalesce(jsonb_agg(jsonb_build_object(
+        'one', p.one, 'other', p.other, 'similarity', p.similarity)), '[]')
+      from unnest(ones, others, similarities) p (one, other, similarity)),
+    'pictures', embedding_pictures(array(select unnest(ones) union select unnest(others))));
+end $$;
+
+-- The assets that failed, after an id; go on with "last" until it is null.
+create or replace function public.failed_assets(
+  model_version text, client text default null, after uuid default null, wanted int default 2000
+) returns jsonb
+language plpgsql stable security definer
+set search_path = pg_catalog, public, extensions, pg_temp
+set plan_cache_mode = force_custom_plan
+set statement_timeout = '55s'
+as $$
+#variable_conflict use_column
+declare
+  ids uuid[];
+begin
+  ids := array(
+    select f.asset_id from embedding_failures f
+    where f.model_version = failed_assets.model_version
+      and (failed_assets.client is null or f.client = failed_assets.client)
+      and (after is null or f.asset_id > after)
+    order by f.asset_id limit wanted);
+  return jsonb_build_object(
+    'failures', (
+      select coalesce(jsonb_agg(jsonb_build_object(
+        'id', f.asset_id, 'reason', f.reason, 'permanent', f.permanent) order by f.asset_id), '[]')
+      from product_embedding_failures f where f.asset_id = any (ids)),
+    'pictures', embedding_pictures(ids),
+    'last', case when cardinality(ids) = wanted then ids[wanted] end);
 end $$;
 
 -- Who may call ---------------------------------------------------------------------------------
@@ -884,11 +1000,13 @@ revoke execute on function
   public.embedding_image_hash, public.embedding_shard, public.embedding_back_off,
   public.embedding_status, public.pending_assets, public.store_embedding_rows,
   public.store_embeddings, public.forget_embedding, public.match_products,
-  public.similar_products, public.duplicate_products, public.embedding_gallery
+  public.similar_products, public.duplicate_products, public.embedding_pictures,
+  public.embedding_search, public.embedding_gallery, public.embedding_pairs, public.failed_assets
   from public, anon, authenticated, service_role;
 grant execute on function
   public.embedding_status, public.pending_assets, public.store_embeddings, public.match_products,
-  public.similar_products, public.duplicate_products, public.embedding_gallery,
+  public.similar_products, public.duplicate_products, public.embedding_search,
+  public.embedding_gallery, public.embedding_pairs, public.failed_assets,
   public.embedding_image_hash  -- for embedding_failures
   to service_role;
 
@@ -929,8 +1047,16 @@ comment on function public.similar_products is
   'For the app: the assets that look most like this one, without itself.';
 comment on function public.duplicate_products is
   'For the app''s server: pairs of assets that look the same, a page at a time.';
+comment on function public.embedding_pictures is
+  'Part of the others: what people know assets by.';
+comment on function public.embedding_search is
+  'For generate_embeddings.py --search: the assets nearest to a vector.';
 comment on function public.embedding_gallery is
-  'For generate_embeddings.py --gallery: what the page shows.';
+  'For generate_embeddings.py --gallery: some assets, each with its nearest.';
+comment on function public.embedding_pairs is
+  'For generate_embeddings.py --gallery: pairs of assets that look the same.';
+comment on function public.failed_assets is
+  'For generate_embeddings.py --gallery: the assets without an embedding, and why.';
 
 -- Self-test ------------------------------------------------------------------------------------
 --
@@ -996,7 +1122,8 @@ begin
     perform match_products(some_vector::vector, 1, model_version => '');
     perform similar_products(product_embeddings.asset_id, 0) from product_embeddings
       where model_version = '' limit 1;
-    perform duplicate_products(client => ''), embedding_gallery('', '');
+    perform duplicate_products(client => ''), embedding_gallery('', ''), embedding_pairs('', ''),
+      failed_assets('', ''), embedding_search(some_vector::vector, '');
   exception when insufficient_privilege or undefined_object or undefined_function then
     raise exception 'the search fails for %: %', current_user, sqlerrm using hint =
       'It needs select on each table that embedding_sources reads, and usage on the schema of '

@@ -151,21 +151,26 @@ class _Host:
 
 
 class ImageHost(_Host):
-    """Serves `files`, path -> bytes or callable(handler). Other paths get a 404.
+    """Serves `files`, path -> bytes or callable(handler). Other paths get `otherwise`, or a 404.
 
     Paths begin with a slash and are compared unquoted and without their query. A callable gets
     the BaseHTTPRequestHandler and may misbehave down to the socket: `reset(handler.connection)`.
     Each answer waits `latency` seconds first. `requests` logs (path as sent, headers).
     """
 
-    def __init__(self, files=None, latency=0.0):
+    def __init__(self, files=None, latency=0.0, otherwise=None):
         super().__init__()
         self.files = dict(files or {})
+        self.otherwise = otherwise
         self.latency = latency
         self.requests = []
 
     def url_of(self, path):
         return self.url + path
+
+    def urls(self, count):
+        """The URLs of /0, /1, and so on."""
+        return [self.url_of(f"/{number}") for number in range(count)]
 
     def asked(self):
         """How often each path was asked for, as it was sent."""
@@ -175,7 +180,7 @@ class ImageHost(_Host):
         self.requests.append((handler.path, dict(handler.headers)))
         time.sleep(self.latency)
         path = unquote(urlsplit(handler.path).path)
-        found = self.files.get(path)
+        found = self.files.get(path, self.otherwise)
         if callable(found):
             found(handler)
         elif found is None:

@@ -40,7 +40,7 @@ def piped(twenty_five, tiny, tmp_path_factory):
 
 
 FLAGS = "--limit --client --local --workers --batch-size --dtype --device --shard --retry-failed"
-FLAGS += " --gallery --dry-run --verbose --version --help"
+FLAGS += " --search --gallery --dry-run --verbose --version --help"
 
 
 def test_help_explains_every_flag_and_exit_code(cli):

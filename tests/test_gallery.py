@@ -1,278 +1,732 @@
-"""--gallery: the page that a person looks at, from a folder and from the database."""
+"""--gallery: the page that a person acts on and its table, from a folder and from the database."""
 
+import argparse
 import base64
-import html
+import csv
 import io
 import os
 import re
+import time
 import uuid
+from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
-from conftest import Cli, model_settings, renew, stack_cli
+from conftest import TINY_VERSION, Cli, model_settings, renew, stack_cli
 from PIL import Image
 from stack import ImageHost
 
 import generate_embeddings as script
 
 ODD = '"><script>alert(1)</script> & \u202e\u05d0\u05d1\u05d2 ' + "x" * 180
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
-class Page(HTMLParser):
-    """A gallery taken apart: its pictures, links, boxes, headings and text."""
+@dataclass
+class Card:
+    """One article of a page: a group, a reason, a sample, a question."""
 
-    def __init__(self, path):
-        super().__init__(convert_charrefs=True)
-        self.source = Path(path).read_text()
-        self.tags, self.links, self.pictures, self.boxes = [], [], [], 0
-        self.words, self.boxed = [], False
-        self.feed(self.source)
-
-    def handle_starttag(self, tag, attrs):
-        attrs = dict(attrs)
-        self.tags.append((tag, attrs))
-        if tag == "a":
-            self.links.append(attrs["href"])
-        if tag == "img":
-            self.pictures.append(attrs)
-        self.boxed = tag == "div"
-
-    def handle_data(self, data):
-        self.words.append(data)
-        self.boxes += self.boxed  # the reason, in the place of a picture
-        self.boxed = False
+    section: str
+    title: str = ""
+    names: list = field(default_factory=list)  # of its pictures, in order
+    links: list = field(default_factory=list)
+    marks: list = field(default_factory=list)
+    words: list = field(default_factory=list)
+    pictures: int = 0
+    boxes: int = 0  # where a picture could not be had
 
     @property
     def text(self):
         return " ".join(" ".join(self.words).split())
 
+
+class Page(HTMLParser):
+    """A gallery taken apart: its headings, links, pictures, text, and its cards by section."""
+
+    def __init__(self, source):
+        super().__init__(convert_charrefs=True)
+        self.source = source
+        self.tags, self.cards, self.words, self.inside = [], [], [], []
+        self.section = ""
+        self.feed(source)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.tags.append((tag, attrs))
+        if tag not in ("meta", "img"):
+            self.inside.append(tag)
+        if tag == "h2":
+            self.section = ""
+        if tag == "article":
+            self.cards.append(Card(self.section))
+        if not self.cards:
+            return
+        card = self.cards[-1]
+        if tag == "a":
+            card.links.append(attrs["href"])
+        if tag == "figcaption":
+            card.names.append(attrs["title"])
+        if tag == "img":
+            card.pictures += 1
+        if attrs.get("class") == "none":
+            card.boxes += 1
+
+    def handle_endtag(self, tag):
+        while self.inside and self.inside.pop() != tag:
+            pass
+
+    def handle_data(self, data):
+        self.words.append(data)
+        if "h2" in self.inside:
+            self.section += data
+        elif "article" in self.inside:
+            self.cards[-1].words.append(data)
+            if "mark" in self.inside:
+                self.cards[-1].marks.append(data)
+            elif "h3" in self.inside:
+                self.cards[-1].title += data.strip()
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split())
+
+    def of(self, section):
+        return [card for card in self.cards if card.section == section]
+
+    def named(self, tag):
+        return [attrs for name, attrs in self.tags if name == tag]
+
     def check(self):
         """What holds for every page: it is whole, shows its pictures and loads nothing."""
-        for picture in self.pictures:
+        for picture in self.named("img"):
             kind, _, data = picture["src"].partition(";base64,")
-            assert kind == "data:image/jpeg"
-            assert Image.open(io.BytesIO(base64.b64decode(data))).size == (128, 128)
+            assert kind == "data:image/webp"
+            shown = Image.open(io.BytesIO(base64.b64decode(data)))
+            assert shown.size in ((224, 224), (160, 160), (112, 112))
             assert picture["alt"]
         names = {tag for tag, _ in self.tags}
-        assert names.isdisjoint({"script", "link", "iframe", "object", "form", "video"})
+        assert names.isdisjoint({"script", "link", "iframe", "object", "form", "video", "base"})
         assert not any(name.startswith("on") for _, attrs in self.tags for name in attrs)
-        policies = [attrs["content"] for tag, attrs in self.tags if "http-equiv" in attrs]
-        assert policies == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
+        policies = [attrs["content"] for _, attrs in self.tags if "http-equiv" in attrs]
+        assert policies == [POLICY]
         assert "url(" not in self.source
-        assert all(urlsplit(link).scheme in ("http", "https") for link in self.links)
-        assert [tag for tag, _ in self.tags if tag in ("h1", "h2")] == ["h1", "h2", "h2", "h2"]
+        for link in self.named("a"):
+            assert urlsplit(link["href"]).scheme in ("http", "https", "")
+            if not link["href"].startswith("#"):
+                assert (link["target"], link["rel"]) == ("_blank", "noreferrer")
+        assert len(self.named("h1")) == 1
+        ids = [attrs["id"] for _, attrs in self.tags if "id" in attrs]
+        assert [link["href"] for link in self.named("a")][:3] == ["#same", "#failed", "#alike"]
+        assert sorted(ids) == ["alike", "failed", "same"]
         assert len(self.source) < 3_000_000
         return self
 
-    def rows(self, kind):
-        """The sections of this class, each as its pictures' alternative texts."""
-        parts = re.findall(rf'<section class="{kind}">(.*?)</section>', self.source, re.DOTALL)
-        return [re.findall(r' alt="(.*?)">', part) for part in parts]
-
 
 def written(run, path):
-    """The page of a run, which says last on stderr where it is."""
+    """The page of a run, which says last on stderr where it is; and its table's rows."""
     assert run.err.splitlines()[-1].endswith(f"look at {Path(path).as_uri()}"), run.err
-    return Page(path).check()
+    page = Page(Path(path).read_text()).check()
+    with path.with_suffix(".csv").open(encoding="utf-8-sig", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return page, rows
+
+
+def unit(rows):
+    return (rows / np.linalg.norm(rows, axis=-1, keepdims=True)).astype("<f4")
+
+
+def vectors_for(count, seed=1):
+    """Vectors of pictures that have little in common: cosines of 0.5 or so."""
+    return unit(unit(np.random.default_rng(seed).standard_normal((count, 512))) + np.eye(1, 512))
+
+
+def near(vector, cosine, seed=2):
+    """A vector that has this cosine to another."""
+    other = np.random.default_rng(seed).standard_normal(512)
+    other = unit(other - (other @ vector) * vector)
+    return unit(cosine * vector + np.sqrt(1 - cosine**2) * other)
+
+
+def keep(folder, vectors, failures):
+    """Puts vectors and failures (reason, permanent) by path into a folder's file."""
+    store = script.FolderStore(script.Settings(local=folder, model_version=TINY_VERSION))
+    store.status()
+    results = []
+    for asset in (asset for page in store.pages() for asset in page):
+        if asset.id in vectors:
+            results.append(script.Embedded(asset, vectors[asset.id]))
+        else:
+            results.append(script.Failed(asset, "decode", *failures[asset.id]))
+    store.save(results)
+    return store
+
+
+# A folder
 
 
 @pytest.fixture(scope="module")
 def album(photos, tiny, tmp_path_factory):
-    """A folder with photographs, two of them twice, and two files that are none; its page."""
-    folder = tmp_path_factory.mktemp("album")
-    (folder / "sub").mkdir()
+    """A folder: 22 photographs, a file twice, a picture in another format, two that look alike,
+    =odd names, 30 files that are none; its page and its table."""
+    folder = tmp_path_factory.mktemp("secret place") / "Mugs & More"
+    (folder / "new <b>").mkdir(parents=True)
+    names = list(photos)
+    vectors = dict(zip(names, vectors_for(len(names)), strict=True))
     for name, data in photos.items():
         (folder / name).write_bytes(data)
-    for name in ("coffee.png", "rocket.jpg"):
-        (folder / "sub" / name).write_bytes(photos[name])
-    (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff")
-    (folder / "page.jpg").write_bytes(b"<!doctype html>")
+
+    def add(path, data, vector):
+        (folder / path).write_bytes(data)
+        vectors[path] = vector
+
+    add("new <b>/=cmd|'copy'.png", photos["coffee.png"], vectors["coffee.png"])
+    add("new <b>/a:b #1 50%.png", photos["coffee.png"], vectors["coffee.png"])
+    saved = io.BytesIO()
+    Image.open(io.BytesIO(photos["rocket.jpg"])).save(saved, "PNG")
+    add("rocket.png", saved.getvalue(), vectors["rocket.jpg"])
+    add("chelsea-2.png", photos["cell.png"], near(vectors["chelsea.png"], 0.993))
+    failures = {f"broken {n}.jpg": ("an empty file", True) for n in range(25)}
+    failures |= {
+        "page.jpg": ("an HTML page, not an image", True),
+        "svg.jpg": ("an SVG drawing", True),
+    }
+    for path in failures:
+        (folder / path).write_bytes(b"")
+    keep(folder, vectors, failures)
     cli = Cli(model_settings(tiny), tmp_path_factory.mktemp("cwd"))
     path = folder / "gallery.html"
-    run = cli("--local", folder, "--gallery", path)
-    assert run.code == 1
-    return folder, cli, written(run, path)
+    page, rows = written(cli("--local", folder, "--gallery", path), path)
+    return folder, cli, page, rows
 
 
-def test_a_folders_page_shows_each_image_with_its_nearest(album, photos):
-    _, _, page = album
-    rows = page.rows("near")
-    assert len(rows) == len(photos) + 2
-    assert {len(row) for row in rows} == {7}
-    nearest = {row[0]: row[1] for row in rows}
-    assert nearest["coffee.png"] == "sub/coffee.png"
-    assert nearest["sub/rocket.jpg"] == "rocket.jpg"
-    assert page.boxes == 0
+def test_the_head_has_the_folders_name_and_links_to_what_is_counted(album):
+    _, _, page, _ = album
+    assert page.text.startswith("Mugs & More")
+    assert f"26 of 53 pictures embedded · {time.localtime().tm_mday} " in page.text
+    head = page.text[: page.text.index("Looks the same")]
+    assert "3 groups that look the same" in head
+    assert "27 pictures that can't be used" in head
+    assert "16 samples of look-alikes" in head
+    assert "secret place" not in page.source
 
 
-def test_images_that_are_there_twice_come_first_among_the_pairs(album):
-    _, _, page = album
-    pairs = page.rows("pairs")
-    assert len(pairs) == 24
-    twice = [["coffee.png", "sub/coffee.png"], ["rocket.jpg", "sub/rocket.jpg"]]
-    assert sorted(map(sorted, pairs[:2])) == twice
+def test_copies_are_marked_and_come_first(album):
+    _, _, page, _ = album
+    first, second, third = page.of("Looks the same")
+    assert sorted(first.names) == ["=cmd|'copy'.png", "a:b #1 50%.png", "coffee.png"]
+    assert (first.title, first.marks) == ("3 copies, in 2 folders", ["same file"] * 3)
+    assert sorted(second.names) == ["rocket.jpg", "rocket.png"]
+    assert (second.title, second.marks) == ("2 copies", ["same picture"] * 2)
+    assert sorted(third.names) == ["chelsea-2.png", "chelsea.png"]
+    assert (third.title, third.marks) == ("2 look the same", [])
+    assert third.text.count("0.993") == 2
+    assert "427 x 640, " in second.text or "640 x 427, " in second.text
 
 
-def test_the_page_counts_and_names_what_failed(album, photos):
-    _, _, page = album
-    count = len(photos) + 2
-    assert f"{count + 2} assets: {count} embedded, 2 failed, 0 left" in page.text
-    assert "1 decode: an HTML page, not an image page.jpg" in page.text
-    assert "1 decode: broken or truncated image file broken.jpg" in page.text
-    assert re.search(r"unrelated products here have 0\.\d\d", page.text)
+def test_the_page_says_what_counts_as_the_same(album):
+    _, _, page, _ = album
+    assert "A similarity of 0.99 or more" in page.text
+    assert re.search(r"little in common have 0\.[45]\d here", page.text)
+    assert "Time was short" not in page.text
 
 
-def test_a_page_may_be_of_a_subfolder_and_with_nothing_left_to_do(album, tmp_path):
-    folder, cli, _ = album
-    run = cli("--local", folder, "--client", "sub", "--gallery", tmp_path / "sub.html")
-    assert run.code == 0
-    page = written(run, tmp_path / "sub.html")
-    assert page.rows("near") == [
-        ["sub/coffee.png", "sub/rocket.jpg"],
-        ["sub/rocket.jpg", "sub/coffee.png"],
-    ]
-    assert page.text.startswith("Embeddings of sub")
+def test_each_sample_has_its_six_nearest(album):
+    _, _, page, _ = album
+    rows = page.of("Looks alike")
+    assert len(rows) == 16
+    assert {len(row.names) for row in rows} == {7}
+    assert {row.pictures for row in rows} == {7}
+    coffee = next(row for row in rows if "coffee.png" in row.names[0] or "=cmd" in row.names[0])
+    assert coffee.text.count("1.000") == 2
 
 
-def test_an_image_that_broke_since_is_a_box_with_the_reason(cli, photos, tmp_path):
-    for name, photo in (("a.jpg", "coffee.png"), ("b.jpg", "rocket.jpg")):
-        (tmp_path / name).write_bytes(photos[photo])
-    assert cli("--local", tmp_path).code == 0
-    changed = (tmp_path / "b.jpg").stat().st_mtime_ns
-    (tmp_path / "b.jpg").write_bytes(b"")
-    os.utime(tmp_path / "b.jpg", ns=(changed, changed))
-    page = written(cli("--local", tmp_path, "--gallery", tmp_path / "x.html"), tmp_path / "x.html")
-    assert page.boxes == 3  # in two rows and a pair
-    assert "an empty file" in page.text
+def test_what_can_not_be_used_is_counted_and_named_with_advice(album):
+    _, _, page, _ = album
+    empty, web, svg = page.of("Can't be used")
+    assert empty.text.startswith("An empty file 25 The file is damaged or was cut off")
+    assert "Not tried again until the image changes." in empty.text
+    assert "broken 9.jpg" not in empty.text  # the twenty first: 0, 1, 10, ... in order
+    assert empty.text.endswith("and 5 more: see gallery.csv")
+    assert "An HTML page, not an image 1 This is a web page" in web.text
+    assert "page.jpg page.jpg" in web.text
+    assert svg.links == ["svg.jpg"]
 
 
-@pytest.fixture
-def catalog(tmp_path):
-    """A folder's store with generated vectors on record and 30 failures; its names, the vectors."""
-    vectors = np.random.default_rng(1).standard_normal((400, 512)) + 1
-    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype("<f4")
-    names = [f"{n:03}.jpg" for n in range(430)]
+def test_pictures_lead_to_the_files_beside_the_page(album):
+    folder, _, page, _ = album
+    links = {link for card in page.cards for link in card.links}
+    assert "new%20%3Cb%3E/a%3Ab%20%231%2050%25.png" in links
+    assert all((folder / unquote(link)).is_file() for link in links)
+
+
+def test_the_table_has_every_group_and_every_failure(album, photos):
+    _, _, _, rows = album
+    groups = [row for row in rows if row["what"] == "looks the same"]
+    failed = [row for row in rows if row["what"] == "can't be used"]
+    assert [row["group"] for row in groups] == ["1", "1", "1", "2", "2", "3", "3"]
+    assert [row["copy"] for row in groups[:5]] == ["same file"] * 3 + ["same picture"] * 2
+    assert len(failed) == 27
+    assert {row["reason"] for row in failed} == {
+        "an empty file",
+        "an HTML page, not an image",
+        "an SVG drawing",
+    }
+    rocket = next(row for row in groups if row["id"] == "rocket.jpg")
+    size = str(len(photos["rocket.jpg"]))
+    assert (rocket["width"], rocket["height"], rocket["bytes"]) == ("640", "427", size)
+
+
+def test_no_cell_of_the_table_is_a_formula(album):
+    _, _, _, rows = album
+    assert "'=cmd|'copy'.png" in {row["name"] for row in rows}
+    assert not [text for row in rows for text in row.values() if text[:1] in tuple("=+-@\t\r")]
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@x", "\tx", "\rx"])
+def test_a_cell_that_begins_like_a_formula_is_quoted(text):
+    assert script.cell(text) == f"'{text}"
+    assert script.cell(f"a{text}") == f"a{text}"
+
+
+def test_a_page_may_be_of_a_subfolder_and_elsewhere(album, tmp_path):
+    folder, cli, _, _ = album
+    path = tmp_path / "x" / "sub.html"
+    path.parent.mkdir()
+    page, rows = written(cli("--local", folder, "--client", "new <b>", "--gallery", path), path)
+    assert page.text.startswith("new <b> · Mugs & More")
+    assert {name for card in page.cards for name in card.names} == {
+        "=cmd|'copy'.png",
+        "a:b #1 50%.png",
+    }
+    assert [row["what"] for row in rows] == ["looks the same"] * 2
+    for card in page.cards:
+        assert all((path.parent / unquote(link)).is_file() for link in card.links)
+
+
+def test_an_image_that_broke_since_is_a_box_with_the_reason(photos, tmp_path):
+    names = ("a.jpg", "b.jpg")
     for name in names:
-        (tmp_path / name).touch()
-    store = script.FolderStore(script.Settings(local=tmp_path), None)
-    store.status()
-    assets = [asset for page in store.pages() for asset in page]
-    store.save([script.Embedded(*pair) for pair in zip(assets[:400], vectors, strict=True)])
-    store.save([script.Failed(asset, "decode", "an empty file") for asset in assets[400:]])
-    return store, names, vectors
+        (tmp_path / name).write_bytes(photos["rocket.jpg"])
+    vector = vectors_for(1)[0]
+    store = keep(tmp_path, dict.fromkeys(names, vector), {})
+    (tmp_path / "b.jpg").write_bytes(b"")
+    settings = script.Settings(
+        local=tmp_path, model_version=TINY_VERSION, gallery=tmp_path / "x.html"
+    )
+    script.write_gallery(store, settings, script.Status(2, 2, 0))
+    page = Page((tmp_path / "x.html").read_text()).check()
+    (group,) = page.of("Looks the same")
+    assert (group.pictures, group.boxes, group.marks) == (1, 1, [])
+    assert "an empty file" in group.text
 
 
-def test_a_folders_rows_are_the_nearest_of_all(catalog):
-    store, names, vectors = catalog
-    made, cosines = store.gallery(), vectors @ vectors.T
-    every = cosines[np.triu_indices(400, 1)]
-    np.fill_diagonal(cosines, -1)
-    assert 20 < len(made["near"]) <= 31
-    for (own, _), *others in made["near"]:
-        at = names.index(own)
-        assert [name for name, *_ in others] == [names[n] for n in np.argsort(-cosines[at])[:6]]
-        assert np.allclose([x for *_, x in others], np.sort(cosines[at])[:-7:-1])
-    assert np.allclose([pair[1][2] for pair in made["pairs"]], np.sort(every)[:-25:-1])
-    assert len({frozenset((a[0], b[0])) for a, b in made["pairs"]}) == 24
-    assert made["typical"] == pytest.approx(np.median(every), abs=0.01)
-
-
-def test_failures_are_counted_and_some_are_named(catalog):
-    store, names, _ = catalog
-    expected = [("30 decode: an empty file",), *((name,) for name in names[400:420])]
-    assert store.gallery()["failed"] == [expected]
-
-
-@pytest.mark.parametrize("name", ["there/is/none.html", "page.txt", "."])
-def test_a_page_that_can_not_be_written_is_said_before_the_run(cli, tmp_path, name, photos):
-    (tmp_path / "a.jpg").write_bytes(photos["coffee.png"])
-    run = cli("--local", tmp_path, "--gallery", tmp_path / name)
-    assert run.code == 2
-    assert "--gallery" in run.err.splitlines()[-1]
-    assert [path.name for path in tmp_path.iterdir()] == ["a.jpg"]
-
-
-def test_an_empty_folder_of_failures_has_a_page_too(cli, tmp_path):
+def test_a_folder_of_failures_alone_has_a_page_too(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"")
-    run = cli("--local", tmp_path, "--gallery", tmp_path / "x.html")
-    assert run.code == 1
-    page = written(run, tmp_path / "x.html")
-    assert (page.pictures, page.rows("near"), page.rows("pairs")) == ([], [], [])
-    assert "None yet." in page.text
+    store = keep(tmp_path, {}, {"a.jpg": ("HTTP 503 Service Unavailable", False)})
+    settings = script.Settings(
+        local=tmp_path, model_version=TINY_VERSION, gallery=tmp_path / "x.html"
+    )
+    script.write_gallery(store, settings, script.Status(1, 0, 1))
+    page = Page((tmp_path / "x.html").read_text()).check()
+    assert [card.section for card in page.cards] == ["Can't be used"]
+    assert "Later runs try again." in page.text
+    assert "No two pictures do." in page.text
+
+
+def test_the_page_stays_below_3_mb_whatever_is_to_be_shown(tmp_path):
+    levels = np.random.default_rng(1).integers(0, 256, (224, 224, 3), np.uint8)  # packs badly
+    noise = script.View(levels, b"", b"", 1, None)
+    pictures = [script.Picture(n, f"https://x/{n}.jpg", ODD, f"{n} {ODD}") for n in range(600)]
+    views = dict.fromkeys(range(600), noise)
+    matches = [script.Match(picture, 0.995) for picture in pictures]
+    groups = [matches[n : n + 6] for n in range(0, 600, 6)]
+    samples = [script.Sample(pictures[n], matches[:6]) for n in range(16)]
+    failures = [
+        script.FailedPicture(picture, f"{picture.id} {ODD}", True) for picture in pictures * 5
+    ]
+    catalog = script.Catalog([], 9, 9, 9, samples, 0.5, failures)
+    settings = script.Settings(url="https://abc.supabase.co", gallery=tmp_path / "x.html")
+    answers = [script.Answer(ODD, matches)] * 3
+    page = script.Page(settings, views).whole(script.Status(9, 9, 0), catalog, groups, answers)
+    page = Page(page).check()
+    assert len(page.source) > 1_500_000
+    shown = len(page.of("Looks the same"))
+    assert 5 < shown < 60
+    assert f"And {100 - shown} more groups, for which there is no room: see x.csv" in page.text
+    assert "more reasons" in page.text
+
+
+def test_no_host_keeps_the_page_waiting(tmp_path):
+    def hang(handler):
+        handler.connection.recv(1)
+        handler.close_connection = True
+
+    class Anywhere:
+        def locate(self, asset):
+            return script.Place(asset.image, {})
+
+    files = {f"/{n}.jpg": hang for n in range(6)}
+    settings = script.Settings(private_hosts=True, fetch_seconds=1, workers=1)
+    with ImageHost(files) as host:
+        pictures = {script.Picture(n, host.url_of(path)) for n, path in enumerate(files)}
+        began = time.monotonic()
+        views = script.views_of(pictures, script.Loader(Anywhere(), settings), settings)
+        assert time.monotonic() - began < 4  # one after the other they take six seconds
+    assert len(views) == 6
+    assert {view.split(" (")[0] for view in views.values()} == {
+        "not in time",
+        "not complete within 1 s",
+    }
+
+
+# What look the same, of numbers alone
+
+
+def clustered(count, seed=3):
+    """Vectors, some of which are equal and some nearly."""
+    rng = np.random.default_rng(seed)
+    vectors = vectors_for(count, seed)
+    for row in range(0, count, 7):
+        vectors[row] = near(vectors[rng.integers(count)], rng.uniform(0.98, 0.9999), row)
+    vectors[::11] = vectors[1]
+    return vectors
+
+
+@pytest.mark.parametrize("block", [16, 1000])
+def test_all_pairs_above_the_line_are_found_and_no_other(monkeypatch, block):
+    monkeypatch.setattr(script, "BLOCK", block)
+    monkeypatch.setattr(script, "LOOK_SECONDS", 600)  # however busy the machine is
+    vectors = clustered(300)
+    pairs, looked_at = script.rows_alike(vectors)
+    assert looked_at == 300
+    assert all(vectors[one] @ vectors[other] >= script.SAME - 1e-6 for one, other, _ in pairs)
+
+    def groups(pairs):
+        pictures = [script.Picture(n, str(n)) for n in range(300)]
+        pairs = [script.Pair(pictures[a], pictures[b], cosine) for a, b, cosine in pairs]
+        made = script.groups_of(pairs)
+        return {frozenset(match.picture.id for match in group) for group in made}
+
+    cosines = np.triu(vectors @ vectors.T, 1)
+    expected = [(int(a), int(b), 1.0) for a, b in np.argwhere(cosines >= script.SAME)]
+    assert groups(pairs) == groups(expected)
+    assert len(groups(pairs)) > 10
+
+
+def test_copies_are_found_even_where_time_is_short(monkeypatch):
+    monkeypatch.setattr(script, "LOOK_SECONDS", 0)
+    monkeypatch.setattr(script, "BLOCK", 16)
+    vectors = clustered(300)
+    pairs, looked_at = script.rows_alike(vectors)
+    copies = {(one, other) for one, other, cosine in pairs if cosine == 1}
+    assert copies >= {(0, row) for row in range(11, 300, 11)}
+    assert len(copies) <= looked_at < len(copies) + 2 * 16
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_folder_of_nothing_has_no_pairs(count):
+    assert script.rows_alike(vectors_for(count)) == ([], count)
+
+
+def test_pairs_that_share_a_picture_are_one_group():
+    a, b, c, d, e = (script.Picture(name, name) for name in "abcde")
+    pairs = [script.Pair(a, b, 0.991), script.Pair(d, e, 0.999), script.Pair(c, b, 0.995)]
+    first, second = script.groups_of(pairs)
+    assert {match.picture.id: match.similarity for match in first} == {"d": 0.999, "e": 0.999}
+    assert [match.picture.id for match in second] in (["b", "c", "a"], ["c", "b", "a"])
+    assert second[-1].similarity == 0.991
+
+
+# Words
+
+
+@pytest.mark.parametrize(
+    ("image", "title", "name"),
+    [
+        ("https://cdn.example/a/Tasse%20blau.jpg?v=3#x", "", "Tasse blau.jpg"),
+        ("https://cdn.example/a/mug/", "", "mug"),
+        ("https://cdn.example/a/%D7%A9.jpg", "", "\u05e9.jpg"),
+        ("https://cdn.example/a/mug.jpg", "Blue mug", "Blue mug"),
+        ("data:image/png;base64,AAAA/BBBB", "", "17"),
+        ("", "", "17"),
+        ("https://[broken/x.jpg", "", "x.jpg"),
+    ],
+)
+def test_a_picture_without_a_title_is_called_by_its_url(image, title, name):
+    assert script.Picture(17, image, "", title).name == name
+
+
+REASONS = {
+    "HTTP 403 Forbidden": "refuses us",
+    "HTTP 404 Not Found": "Nothing is at this address",
+    "HTTP 503 Service Unavailable": "run again later",
+    "not complete within 30 s": "run again later",
+    "connection lost": "run again later",
+    "host not found": "No host has this name",
+    "the host's certificate is not valid": "renew",
+    "no image URL": "Give the product an image",
+    "not a valid URL": "Correct the address",
+    "only http, https and data URLs are fetched": "Correct the address",
+    script.BROKEN: "ask for it again",
+    script.TOO_LARGE: "Save it smaller",
+    script.TOO_MUCH: "Save it smaller",
+    script.TOO_SLOW: "Save it smaller",
+    f"smaller than {script.MIN_SIDE} pixels a side": "larger image",
+    "an SVG drawing, which has no pixels": "JPEG or PNG",
+    "a PDF, not an image": "JPEG or PNG",
+    "an HTML page, not an image": "web page",
+}
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_a_reason_has_its_advice(reason):
+    assert REASONS[reason] in script.advice(reason)
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "new row violates check constraint",
+        f"HTTP 403 Forbidden, a check for robots: {script.ROBOT_ADVICE}",
+        "HEIC: pip install pillow-heif, then run again",
+        'no full URL: see "Your tables" in schema.sql',
+    ],
+)
+def test_there_is_no_advice_where_we_do_not_know_or_it_is_in_the_reason(reason):
+    assert script.advice(reason) == ""
+
+
+# Where it is written to
+
+
+@pytest.mark.parametrize("name", ["there/is/none.html", "page.txt", ".", "pipe.html", "piped.html"])
+def test_a_page_that_can_not_be_written_is_refused_at_once(tmp_path, name):
+    os.mkfifo(tmp_path / "pipe.html")
+    os.mkfifo(tmp_path / "piped.csv")
+    with pytest.raises(argparse.ArgumentTypeError):
+        script.page_file(str(tmp_path / name))
+
+
+def test_somebodys_own_table_is_not_overwritten(tmp_path):
+    (tmp_path / "products.csv").write_text("sku,price\n1,2\n")
+    with pytest.raises(argparse.ArgumentTypeError, match=r"products\.csv' is yours"):
+        script.page_file(str(tmp_path / "products.html"))
+
+
+def test_a_table_of_an_earlier_page_is(album):
+    folder, _, _, _ = album
+    assert script.page_file(str(folder / "gallery.html")) == folder / "gallery.html"
+    assert (folder / "gallery.csv").exists()
 
 
 # From the database
 
 
+def text_of(vector):
+    return script.vector_text(vector)
+
+
+def put(stack, rows, version=TINY_VERSION):
+    """Puts (id, url, client, vector) into the catalog, as if they had been embedded."""
+    rows = list(rows)
+    stack.add_assets(row[:3] for row in rows)
+    for asset, *_, vector in rows:
+        stack.sql(
+            "insert into product_embeddings (asset_id, embedding, model_version) "
+            "values (%s, %s, %s)",
+            (asset, text_of(vector), version),
+        )
+
+
 @pytest.fixture(scope="module")
 def shop(_stack, photos, tiny, tmp_path_factory):
-    """A catalog of two clients with odd names and ids of text, and its page."""
+    """A catalog of two clients with ids of text, odd names and titles; its page and its table, and
+    those of one client."""
     renew(_stack, id_type="text")
+    _stack.sql("alter table assets add column name text")
+    _stack.sql(
+        "create or replace view embedding_sources with (security_invoker = true) as "
+        "select id, image_url as image, client_name as client, name as title from assets"
+    )
+    names = [name for name in photos if name != "chelsea.png"]
+    vectors = vectors_for(len(names))
     cli = stack_cli(_stack, tiny, tmp_path_factory.mktemp("cwd"))
-    path = cli.folder / "gallery.html"
-    files = {f"/{name}": data for name, data in photos.items()}
-    with ImageHost(files) as host:
-        urls = [host.url_of(name) for name in files]
-        rows = [(f"{n:02} {ODD}", url, ODD if n % 2 else "other") for n, url in enumerate(urls)]
+    with ImageHost({f"/a/{name}": photos[name] for name in names}) as host:
+        rows = [
+            (f"{n:02} {ODD}", host.url_of(f"/a/{name}"), ODD if n % 2 else "other", vector)
+            for n, (name, vector) in enumerate(zip(names, vectors, strict=True))
+        ]
         inline = "data:image/png;base64," + base64.b64encode(photos["rocket.jpg"]).decode()
-        rows.append(("inline", inline, "other"))
-        rows.append(("gone", host.url_of("/gone.jpg"), ODD))
-        rows.append(("bad", "javascript:alert(1)", "other"))
-        rows.append(("none", None, "other"))
-        _stack.add_assets(rows)
-        run = cli("--gallery", path)
-        assert run.code == 1, run.err
-        page = written(run, path)
-        mine = cli("--gallery", cli.folder / "mine.html", "--client", ODD, "--limit", 1)
-        yield rows, page, written(mine, cli.folder / "mine.html")
+        rocket = rows[names.index("rocket.jpg")]
+        rows.append(("inline", inline, f"not {rocket[2]}", rocket[3]))
+        put(_stack, rows)
+        _stack.sql("update assets set name = %s where id = %s", (f"Rocket {ODD}", rocket[0]))
+        failed = [
+            ("gone", host.url_of("/gone%20now.jpg"), ODD, "HTTP 404 Not Found"),
+            ("bad", "javascript:alert(1)", "other", "only http, https and data URLs are fetched"),
+            ("none", None, "other", "no image URL"),
+        ]
+        _stack.add_assets(row[:3] for row in failed)
+        for asset, *_, reason in failed:
+            note_failure(_stack, asset, reason)
+        path = cli.folder / "gallery.html"
+        whole = written(cli("--gallery", path), path)
+        mine = cli.folder / "mine.html"
+        yield rocket, whole, written(cli("--gallery", mine, "--client", ODD), mine)
 
 
-def test_the_page_of_a_database_shows_the_nearest_by_its_own_functions(shop, photos):
-    rows, page, _ = shop
-    shown = page.rows("near")
-    assert len(shown) == min(30, len(rows) - 3)
-    assert {len(row) for row in shown} <= {6, 7}  # the index may miss one
-    rocket = next(i for i, url, _ in rows if url.endswith("/rocket.jpg"))
-    nearest = {html.unescape(row[0]): html.unescape(row[1]) for row in shown}
-    assert nearest["inline"] == rocket
-    assert sorted(map(html.unescape, page.rows("pairs")[0])) == sorted(["inline", rocket])
+def note_failure(stack, asset, reason):
+    stack.sql(
+        "insert into product_embedding_failures (asset_id, model_version, stage, reason, permanent)"
+        " values (%s, %s, 'fetch', %s, true)",
+        (asset, TINY_VERSION, reason),
+    )
+
+
+def test_a_database_s_page_has_titles_and_clients(shop):
+    rocket, (page, rows), _ = shop
+    (group,) = page.of("Looks the same")
+    assert sorted(group.names) == sorted([script.shorten(f"Rocket {ODD}", 200), "inline"])
+    assert (group.title, group.marks) == ("2 copies, in 2 clients", ["same file"] * 2)
+    assert group.links == [rocket[1]]  # a data: URL is no address
+    names = {row["name"] for row in rows}
+    assert names == {f"Rocket {ODD}", "inline", "gone now.jpg", "javascript:alert(1)", "none"}
+
+
+def test_a_database_s_samples_have_their_nearest(shop):
+    _, (page, _), _ = shop
+    rows = page.of("Looks alike")
+    assert len(rows) == 16
+    assert {len(row.names) for row in rows} <= {6, 7}  # the index may miss one
 
 
 def test_names_of_any_kind_are_escaped(shop):
-    _, page, _ = shop
+    _, (page, _), _ = shop
     assert "<script" not in page.source
     assert any("<script>alert(1)</script>" in word for word in page.words)
 
 
-def test_only_web_addresses_become_links(shop, photos):
-    _, page, _ = shop
-    names = {Path(unquote(urlsplit(link).path)).name for link in page.links}
-    assert names == {*photos, "gone.jpg"}
-    assert "fetch: HTTP 404 Not Found gone" in page.text
-    assert "1 fetch: no image URL none" in page.text
-    assert "1 fetch: only http, https and data URLs are fetched bad" in page.text
+def test_only_web_addresses_become_links(shop):
+    _, (page, _), _ = shop
+    failed = {card.title: card for card in page.of("Can't be used")}
+    assert [len(card.links) for card in failed.values()].count(1) == 1
+    assert failed["HTTP 404 Not Found"].links[0].endswith("/gone%20now.jpg")
+    assert "javascript:alert(1)" in failed["Only http, https and data URLs are fetched"].text
 
 
 def test_a_clients_page_shows_that_clients_images_alone(shop):
-    rows, _, mine = shop
-    of_client = {i for i, _, client in rows if client == ODD}
-    shown = {
-        html.unescape(name) for kind in ("near", "pairs") for row in mine.rows(kind) for name in row
-    }
-    assert shown == of_client - {"gone"}
+    _, _, (page, rows) = shop
+    assert page.text.startswith(ODD.split("\u202e")[0])
+    assert {row["id"] for row in rows} == {"gone"}
+    assert "0 groups that look the same" in page.text
+    clients = {word for card in page.of("Looks alike") for word in card.words}
+    assert "other" not in clients
 
 
-def test_an_image_that_is_gone_since_is_a_box(cli, stack, host, tmp_path):
-    stack.add_assets(
-        (uuid.uuid5(uuid.NAMESPACE_URL, name), host.url_of(name), "x")
-        for name in ("/flower.jpg", "/china.jpg")
+@pytest.fixture
+def similar(stack):
+    """A database with 200 vectors, some of which are equal and some nearly; their ids."""
+    vectors = clustered(200)
+    ids = [str(uuid.UUID(int=n)) for n in range(200)]
+    put(
+        stack,
+        (
+            (ids[n], f"https://cdn.example/{n}.jpg", f"client {n % 2}", vector)
+            for n, vector in enumerate(vectors)
+        ),
     )
-    assert cli().code == 0
-    del host.files["/china.jpg"]
-    run = cli("--gallery", tmp_path / "x.html")
-    page = written(run, tmp_path / "x.html")
-    assert page.boxes == 3  # in two rows and a pair
-    assert "HTTP 404 Not Found" in page.text
+    return ids, vectors
+
+
+def groups_in(answer):
+    pairs, *_ = script.read_pairs(answer)
+    return {frozenset(m.picture.id for m in group) for group in script.groups_of(pairs)}
+
+
+def test_a_database_finds_what_looks_the_same(stack, similar):
+    ids, vectors = similar
+    answer = stack.sql("select embedding_pairs(%s)", [TINY_VERSION])[0][0]
+    assert (answer["embedded"], answer["looked_at"]) == (200, 200)
+    cosines = np.triu(vectors @ vectors.T, 1)
+    pictures = [script.Picture(asset, "") for asset in ids]
+    expected = script.groups_of(
+        [script.Pair(pictures[a], pictures[b], 1.0) for a, b in np.argwhere(cosines >= script.SAME)]
+    )
+    assert groups_in(answer) == {frozenset(m.picture.id for m in group) for group in expected}
+    assert len(expected) > 5
+
+
+def test_copies_are_found_where_the_database_has_no_time(stack, similar):
+    ids, _ = similar
+    answer = stack.sql("select embedding_pairs(%s, seconds => 0)", [TINY_VERSION])[0][0]
+    copies = {row["other"] for row in answer["pairs"]}
+    assert copies >= {ids[n] for n in range(11, 200, 11)}
+    assert answer["looked_at"] == len(copies)
+    none = stack.sql("select embedding_pairs('other')")[0][0]
+    assert (none["pairs"], none["embedded"]) == ([], 0)
+
+
+def test_a_client_has_its_own_pairs_alone(stack, similar):
+    ids, _ = similar
+    answer = stack.sql("select embedding_pairs(%s, 'client 1')", [TINY_VERSION])[0][0]
+    assert answer["embedded"] == 100
+    assert {p["id"] for p in answer["pictures"]} <= {ids[n] for n in range(1, 200, 2)}
+    assert answer["pairs"]
+
+
+def test_all_failures_come_page_by_page_and_a_view_of_three_columns_does(stack, cli, tmp_path):
+    columns = (
+        "select attname from pg_attribute where attrelid = 'embedding_sources'::regclass "
+        "order by attnum"
+    )
+    assert stack.sql(columns) == [("id",), ("image",), ("client",)]  # as people have edited it
+    stack.sql(
+        "insert into assets select md5(n::text)::uuid, 'https://cdn.example/tea%20' || n || '.jpg',"
+        " 'x' from generate_series(1, 4500) n"
+    )
+    stack.sql(
+        "insert into product_embedding_failures (asset_id, model_version, stage, reason, permanent)"
+        " select id, %s, 'fetch', 'HTTP 404 Not Found', true from assets",
+        [TINY_VERSION],
+    )
+    page, rows = written(cli("--gallery", tmp_path / "x.html"), tmp_path / "x.html")
+    assert {row["name"] for row in rows} == {f"tea {n}.jpg" for n in range(1, 4501)}
+    assert len(rows) == 4500
+    assert "HTTP 404 Not Found 4,500 Nothing is at this address" in page.text
+
+
+HOSTILE = [
+    None,
+    [],
+    "text",
+    {},
+    {"pictures": 5, "samples": [], "pairs": [], "failures": [], "matches": []},
+    {"pictures": [{"id": 1}]},
+    {"pictures": [{"id": [], "image": "", "client": "", "title": ""}]},
+    {"pictures": [{"id": 1, "image": None, "client": "", "title": {}}]},
+]
+READERS = [script.read_samples, script.read_pairs, script.read_failures, script.read_matches]
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("answer", HOSTILE, ids=range(len(HOSTILE)))
+def test_an_answer_that_makes_no_sense_is_none(reader, answer):
+    with pytest.raises((AttributeError, LookupError, TypeError, ValueError)):
+        reader(answer)
+
+
+@pytest.mark.parametrize("function", ["embedding_gallery", "embedding_pairs", "failed_assets"])
+def test_a_database_that_talks_nonsense_is_said_to(stack, cli, tmp_path, function):
+    def nonsense(request):
+        if request.path.endswith(f"/rpc/{function}"):
+            return 200, [("Content-Type", "application/json")], b'{"pictures": [[[]]]}'
+        return None
+
+    stack.gateway.fault = nonsense
+    run = cli("--gallery", tmp_path / "x.html", DB_RETRY_SECONDS=0.5)
+    assert run.code == 2
+    assert f"an answer that {function} never gives" in run.error
+    assert not (tmp_path / "x.html").exists()

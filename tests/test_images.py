@@ -345,7 +345,7 @@ TRANSPARENT_COLOURS = {  # what is seen on the left and on the right
     "gray of 1 bit, white": (gray_png(1, [0, 1], 1), 0, 255),
     "gray of 2 bits": (gray_png(2, [1, 2], 2), 0x55, 255),
     "gray of 4 bits": (gray_png(4, [7, 3], 7), 255, 0x33),
-    "gray of 4 bits, more bits than it has": (gray_png(4, [7, 3], 0x107), 255, 0x33),
+    "gray of 4 bits, more bits than it has": (gray_png(4, [7, 3], 0x17), 255, 0x33),
     "gray of 8 bits": (gray_png(8, [10, 77], 10), 255, 77),
     "gray of 16 bits": (gray_png(16, [0x1234, 0x8000], 0x1234), 255, 0x80),
     "gray of 16 bits, nearly the same": (gray_png(16, [0x1235, 0x1234], 0x1234), 0x12, 255),
@@ -796,7 +796,7 @@ def test_a_bitmap_stored_from_the_top_down_is_not_upside_down():
 def test_every_photograph_decodes_to_pillows_own_rgb(photos):
     for data in photos.values():
         expected = opened(data).convert("RGB")
-        if min(expected.size) < 1344:
+        if min(expected.size) < 896:
             assert np.array_equal(seen(data), np.asarray(expected))
 
 
@@ -1124,7 +1124,7 @@ DEFECTS = [
 
 @pytest.mark.parametrize(("owner", "name", "error"), DEFECTS)
 def test_a_defect_is_never_the_files_fault(cat, monkeypatch, owner, name, error):
-    data = saved(cat, "PNG", icc_profile=P3)
+    data = saved(cat.resize((1400, 950)), "PNG", icc_profile=P3)
     to_srgb.cache_clear()
 
     def failing(*arguments, **options):
@@ -1183,7 +1183,7 @@ def test_preprocessing_gives_the_bits_of_transformers_at_any_size(width, height,
 
 
 def test_a_photograph_gives_the_bits_of_transformers_from_the_same_file(photos):
-    small = {name: data for name, data in photos.items() if min(opened(data).size) < 1344}
+    small = {name: data for name, data in photos.items() if min(opened(data).size) < 896}
     assert len(small) > 15
     for data in small.values():
         assert same_bits(preprocess(decode(data)), reference(opened(data).convert("RGB")))
@@ -1211,20 +1211,20 @@ def one_thread():
 
 @pytest.mark.usefixtures("one_thread")
 def test_reducing_large_images_first_hardly_moves_their_vectors(photos, full):
-    """Relative to the distance between photographs; measured: 0.25 % (JPEG), 0.4 % (PNG)."""
+    """Relative to the distance between photographs; measured: up to 0.6 % (JPEG), 0.8 % (PNG)."""
     from models import reference as vectors_of
 
     pictures = [opened(data).convert("RGB") for data in photos.values()]
     large = [
         mosaic(random.Random(n).sample(pictures, 9), side)
-        for n, side in enumerate((1350, 1500, 1800, 2100))
+        for n, side in enumerate((900, 1350, 1500, 2100))
     ]
     jpegs = [saved(image, "JPEG", quality=95) for image in large]
     whole = [opened(data).convert("RGB") for data in jpegs]
     pngs = [saved(image, "PNG", compress_level=0) for image in whole]
     reduced = [decode(data) for data in jpegs + pngs]
     for image, original in zip(reduced, whole * 2, strict=True):
-        assert 3 * 224 <= image.width < original.width
+        assert 2 * 224 <= image.width < original.width
 
     vectors = vectors_of(full, [*pictures, *whole, *reduced])
     different, exact, jpeg, png = np.split(vectors, np.cumsum([len(pictures), 4, 4]))

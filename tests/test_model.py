@@ -119,10 +119,6 @@ class Hub(ImageHost):
         start = int(re.fullmatch(r"bytes=(\d+)-", handler.headers["Range"])[1])
         if fault == "from the start":
             start = 0
-        handler.send_response(206 if start else 200)
-        handler.send_header("Content-Length", str(len(data) - start))
-        handler.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
-        handler.end_headers()
         rest = data[start:]
         if fault == "flip":
             rest = bytes([rest[0] ^ 1]) + rest[1:]
@@ -130,6 +126,10 @@ class Hub(ImageHost):
             rest = rest[: fault[1]]
             handler.close_connection = True
         self.asked.append((name, start, len(rest)))
+        handler.send_response(206 if start else 200)
+        handler.send_header("Content-Length", str(len(data) - start))
+        handler.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+        handler.end_headers()
         for at in range(0, len(rest), 50_000):
             handler.wfile.write(rest[at : at + 50_000])
             time.sleep(self.seconds)
@@ -253,6 +253,7 @@ def test_a_file_of_another_length_is_not_even_taken(hub):
     with pytest.raises(script.RunError, match=r"another pytorch_model\.bin"):
         script.download()
     assert [path.name for path in script.MODEL_CACHE.rglob("pytorch*")] == []
+    assert [name for name, *_ in hub.asked].count(WEIGHTS) == 1
 
 
 def test_a_damaged_file_in_the_cache_is_deleted_and_fetched_once_more(hub, caplog):
@@ -494,12 +495,12 @@ def test_nothing_of_the_libraries_is_printed(cli, folder):
 # What it gives
 
 
-def test_vit_b_32_needs_no_name_and_gives_the_vectors_of_transformers(full, photos):
-    import models
-
-    images = open_photos(photos)
+def test_vit_b_32_needs_no_name_and_gives_the_vectors_of_transformers(
+    full, photos, of_transformers
+):
     encoder = script.ClipEncoder(script.Settings(clip_model=str(full)))
-    assert np.abs(encoder.encode(pixels_of(images)) - models.reference(full, images)).max() < 1e-5
+    made = encoder.encode(pixels_of(open_photos(photos)))
+    assert np.abs(made - [of_transformers[name] for name in NAMES]).max() < 1e-5
 
 
 def test_encode_gives_unit_vectors_alone_and_in_a_batch(tiny, photos):

@@ -247,6 +247,27 @@ def test_leftovers_of_ids_of_another_type_are_named(stack):
     assert api.store(api.pending()["assets"]) == {7: "stored"}
 
 
+def test_the_version_before_is_replaced(stack):
+    stack.sql_as_editor(
+        "select '[1]'::extensions.vector; "  # loads pgvector, without which nobody may set hnsw...
+        "drop view embedding_failures; "
+        "alter table product_embedding_failures drop image_hash; "
+        "drop function embedding_gallery; "
+        "create function embedding_gallery(text, text, samples int default 30) returns jsonb "
+        "language sql return null::jsonb; "
+        "drop function match_products; "
+        "create function match_products(query_embedding extensions.vector(512), "
+        "match_count int default 10, client text default null, model_version text default null) "
+        "returns table (asset_id uuid, image text, similarity float8) language sql "
+        "set hnsw.iterative_scan = strict_order as 'select null::uuid, null, null::float8'"
+    )
+    stack.apply_schema()
+    galleries = "select pronargs from pg_proc where proname = 'embedding_gallery'"
+    assert stack.sql(galleries) == [(2,)]
+    settings = "select proconfig::text from pg_proc where proname = 'match_products'"
+    assert "hnsw" not in stack.sql(settings)[0][0]
+
+
 THEIRS = """
 create function match_products(
   query_embedding extensions.vector, match_count int default 10, filter jsonb default '{}'
@@ -352,10 +373,12 @@ OWN_STORAGE = "/storage/v1/object/authenticated/photos/"
 
 def test_each_variant_of_the_view_runs_as_it_stands(stack):
     variants = [text for text in snippets(" as client") if text.startswith(("select", "with"))]
-    assert len(variants) == 6
+    assert len(variants) == 7
     for variant in variants:
         stack.reset(schema=False, clients=True)
-        stack.sql_as_editor("alter table assets add published bool, add image_path text")
+        stack.sql_as_editor(
+            "alter table assets add published bool, add image_path text, add name text"
+        )
         stack.sql_as_editor("grant select on clients to service_role")
         script = put_in(variant)
         if "image_path" in variant:
@@ -489,7 +512,7 @@ def test_images_and_clients_may_be_of_any_kind_of_text(stack, kind):
         (near,) = api.call("similar_products", asset_id=one, client=client)
         assert near["image"] == f"https://images.invalid/{two}.jpg"
         assert len(api.call("duplicate_products", client=client)["pairs"]) == 1
-        assert api.call("embedding_gallery", model_version=VERSION, client=client)["near"]
+        assert api.call("embedding_gallery", model_version=VERSION, client=client)["samples"]
         assert api.status(client=client)["done"] == 2
     stack.sql("update assets set image_url = 'new'")
     assert len(api.pending(client="x")["assets"]) == 2
@@ -775,8 +798,9 @@ def test_a_dump_is_restored_by_a_role_that_is_no_superuser(stack, api, tmp_path,
         with psycopg.connect(uri, user="editor") as editor:
             found = editor.execute("select asset_id::text from similar_products(%s)", [one])
             assert found.fetchall() == [(two,)]
-            scan = editor.execute("show hnsw.iterative_scan").fetchone()
-            assert scan == ("strict_order",)
+            names = ("iterative_scan", "max_scan_tuples", "scan_mem_multiplier")
+            set_to = [editor.execute(f"show hnsw.{name}").fetchone()[0] for name in names]
+            assert set_to == ["strict_order", "40000", "4"]
     finally:
         stack.sql("drop database restored with (force)")
 
@@ -811,6 +835,10 @@ CALLS = [
     ("POST", "rpc/similar_products", {"asset_id": str(uuid.UUID(int=1))}),
     ("POST", "rpc/duplicate_products", {}),
     ("POST", "rpc/embedding_gallery", {"model_version": VERSION}),
+    ("POST", "rpc/embedding_pairs", {"model_version": VERSION}),
+    ("POST", "rpc/failed_assets", {"model_version": VERSION}),
+    ("POST", "rpc/embedding_search", {"model_version": VERSION, "query_embedding": ONES}),
+    ("POST", "rpc/embedding_pictures", {"ids": []}),
 ]
 
 
@@ -848,7 +876,8 @@ def test_the_script_needs_no_right_on_the_assets(stack, api):
 
 
 @pytest.mark.parametrize(
-    "function", ["store_embedding_rows", "embedding_back_off", "embedding_shard"]
+    "function",
+    ["store_embedding_rows", "embedding_back_off", "embedding_shard", "embedding_pictures"],
 )
 def test_the_parts_of_other_functions_are_not_for_callers(stack, api, function):
     (call,) = (call for call in CALLS if function in call[1])

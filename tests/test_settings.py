@@ -4,6 +4,7 @@ import ast
 import re
 import shutil
 import uuid
+from pathlib import Path
 
 import pytest
 from conftest import CLOSED, REPO, SCRIPT
@@ -14,18 +15,24 @@ import generate_embeddings as script
 GOOD = {"SUPABASE_URL": "https://abc.supabase.co", "SUPABASE_SECRET_KEY": "sb_secret_abc"}
 
 
+NAMES = [name for setting in script.SETTINGS for name in setting.names]
+
+
 @pytest.fixture
-def found(cli, stack):
-    """Whether the settings in a .env, and only those, lead to the stack's one asset."""
-    stack.add_assets([(uuid.uuid4(), "https://images.invalid/1.jpg", "x")])
+def read(tmp_path, monkeypatch):
+    """What the script reads of a .env and an environment, with nothing of the developer's own."""
+    monkeypatch.chdir(tmp_path)
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
 
-    def found(content, **environment):
-        (cli.folder / ".env").write_bytes(content.encode())
-        run = cli("--dry-run", env=environment)
-        assert run.code == 0, run.err
-        return run.out.startswith("Would embed 1 ")
+    def read(content="", **environment):
+        Path(".env").write_bytes(content.encode())
+        for name, value in environment.items():
+            if value is not None:
+                monkeypatch.setenv(name, value)
+        return script.read_settings({})
 
-    return found
+    return read
 
 
 # Where settings come from
@@ -52,13 +59,17 @@ def found(cli, stack):
         "the secret key comes first",
     ],
 )
-def test_a_dotenv_file_in_the_current_folder_is_read(found, stack, content):
-    assert found(content.format(url=stack.url, legacy=stack.service_key, secret=stack.secret_key))
+def test_a_dotenv_file_in_the_current_folder_is_read(read, content):
+    url, secret, legacy = "https://abc.supabase.co", "sb_secret_abc", "eyJh.eyJp.c2ln"
+    settings = read(content.format(url=url, legacy=legacy, secret=secret))
+    assert settings.url == url
+    assert settings.key == (secret if "{secret}" in content else legacy)
 
 
-def test_the_environment_wins_over_the_file(found, stack):
-    wrong = f"SUPABASE_URL={CLOSED}\nSUPABASE_SECRET_KEY={stack.secret_key}\n"
-    assert found(wrong, SUPABASE_URL=stack.url)
+def test_the_environment_wins_over_the_file(read):
+    file = f"SUPABASE_URL={CLOSED}\nSUPABASE_SECRET_KEY=sb_secret_abc\nFETCH_SECONDS=9\n"
+    settings = read(file, SUPABASE_URL="https://abc.supabase.co")
+    assert (settings.url, settings.fetch_seconds) == ("https://abc.supabase.co", 9.0)
 
 
 def test_a_dotenv_file_beside_the_script_is_read_where_the_current_folder_has_none(
@@ -154,29 +165,35 @@ def test_nothing_of_a_dotenv_file_enters_the_environment(cli, tmp_path, photos):
         ({"ALLOW_PRIVATE_IMAGE_HOSTS": "yes"}, "ALLOW_PRIVATE_IMAGE_HOSTS .*0 or 1"),
     ],
 )
-def test_a_wrong_setting_is_named_in_one_line(cli, settings, words):
-    run = cli(env=GOOD, **settings)
+def test_a_wrong_setting_is_named(read, settings, words):
+    with pytest.raises(script.RunError, match=words):
+        read(**GOOD | settings)
+
+
+def test_a_wrong_setting_is_one_line(cli):
+    run = cli(env=GOOD, FETCH_SECONDS="soon")
     assert run.code == 2
-    assert re.search(words, run.error)
+    assert "FETCH_SECONDS (from the environment) is not a number of seconds" in run.error
     assert run.err.splitlines() == [run.error]
     assert run.out == ""
 
 
-def test_a_wrong_setting_is_named_with_the_place_where_it_was_read(cli):
-    file = cli.folder / ".env"
-    file.write_bytes(b"FETCH_SECONDS=so\0on\nDB_RETRY_SECONDS=10\n")
-    assert f"FETCH_SECONDS (from {file})" in cli(env=GOOD).error
-    file.write_text("DB_RETRY_SECONDS=10\n")
-    assert (
-        f"DB_RETRY_SECONDS (from the environment, which hides the one in {file})"
-        in cli(env=GOOD, DB_RETRY_SECONDS="long").error
-    )
+def test_a_wrong_setting_is_named_with_the_place_where_it_was_read(read, tmp_path):
+    file = re.escape(str(tmp_path / ".env"))
+    with pytest.raises(script.RunError, match=rf"FETCH_SECONDS \(from {file}\)"):
+        read("FETCH_SECONDS=so\0on\nDB_RETRY_SECONDS=10\n", **GOOD)
+    hidden = rf"DB_RETRY_SECONDS \(from the environment, which hides the one in {file}\)"
+    with pytest.raises(script.RunError, match=hidden):
+        read("DB_RETRY_SECONDS=10\n", **GOOD, DB_RETRY_SECONDS="long")
 
 
-def test_a_dotenv_local_file_is_mentioned_where_settings_are_missing(cli):
-    assert ".env.local" not in cli(env={}).error
-    (cli.folder / ".env.local").write_text("SUPABASE_URL=https://abc.supabase.co\n")  # Next.js's
-    assert ".env.local, which is not read" in cli(env={}).error
+def test_a_dotenv_local_file_is_mentioned_where_settings_are_missing(read, tmp_path):
+    with pytest.raises(script.RunError) as error:
+        read()
+    assert ".env.local" not in str(error.value)
+    (tmp_path / ".env.local").write_text("SUPABASE_URL=https://abc.supabase.co\n")  # Next.js's
+    with pytest.raises(script.RunError, match=r"\.env\.local, which is not read"):
+        read()
 
 
 def test_a_wrong_key_is_not_shown(cli, stack):
@@ -197,9 +214,6 @@ def test_settings_of_the_database_are_not_looked_at_for_a_folder(cli, tmp_path, 
 
 
 # What is written about them
-
-
-NAMES = [name for setting in script.SETTINGS for name in setting.names]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -303,7 +303,7 @@ def test_data_urls_of_several_megabytes(cli, stack, host):
 # Images that fail: 200 assets, 60 of them bad in 30 ways
 
 
-FETCH_SECONDS = 5  # more than four attempts take, also on a busy machine
+FETCH_SECONDS = 8  # four attempts take 3.5 at most; the rest is for a busy machine
 GOOD, EACH = 140, 2  # images; and bad ones of each kind
 
 
@@ -348,8 +348,8 @@ def some_ways_to_be_bad():
         "400": never("HTTP 400", answer=status(400)),
         "404": never("HTTP 404"),
         "410": never("HTTP 410", answer=status(410)),
-        "loop": never("redirects", answer=redirect("?again")),
-        "to a file": never("only http", answer=redirect("file:///etc/passwd")),
+        "loop": not_now("redirects", answer=redirect("?again")),
+        "to a file": not_now("only http", answer=redirect("file:///etc/passwd")),
         "endless": never("larger than", answer=raw(NO_LENGTH, b"x" * 2**18)),
         "no URL": never("no image URL", image=None),
         "scheme": never("only http", image="ftp://shop.example/a.jpg"),
@@ -367,6 +367,7 @@ def some_ways_to_be_bad():
 
 
 BAD = some_ways_to_be_bad()
+FOR_GOOD = EACH * sum(way.permanent for way in BAD.values())
 
 
 @pytest.fixture(scope="module")
@@ -414,7 +415,7 @@ def test_the_good_ones_are_embedded_and_the_bad_ones_counted(story):
     assert result.code == 1
     assert result.counts == result.counts | {"embedded": GOOD, "failed": 60, "left": 0}
     assert story.embedded == GOOD
-    assert result.seconds < 120  # the slow ones alone: 60 x 5 s, among 8 workers or more
+    assert result.seconds < 120
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -439,9 +440,9 @@ def test_the_report_groups_failures_by_reason_with_examples(story):
 def test_a_second_run_tries_only_what_may_have_passed(story):
     assert story.second.result.code == 1
     assert story.second.asked == on_the_host(story.again, story)
-    counts = story.second.result.counts
-    assert counts == counts | {"embedded": 0, "failed": 14, "skipped": 46, "left": 0}
-    said = "44 failed for good, 2 failed before, tried later, 14 to do"
+    counts, tried = story.second.result.counts, len(story.again)
+    assert counts == counts | {"embedded": 0, "failed": tried, "skipped": 60 - tried, "left": 0}
+    said = f"{FOR_GOOD} failed for good, {EACH} failed before, tried later, {tried} to do"
     assert said in story.second.result.err
 
 
@@ -449,7 +450,9 @@ def test_what_failed_twice_is_left_alone_for_a_while(story):
     assert (story.third.result.code, story.third.asked) == (0, set())
     counts = story.third.result.counts
     assert counts == counts | {"attempted": 0, "skipped": 60, "left": 0}
-    assert "44 failed for good, 16 failed before, tried later, 0 to do" in story.third.result.err
+    later = 60 - FOR_GOOD
+    said = f"{FOR_GOOD} failed for good, {later} failed before, tried later, 0 to do"
+    assert said in story.third.result.err
 
 
 def test_retry_failed_tries_them_all(story):
@@ -462,13 +465,13 @@ def test_retry_failed_tries_them_all(story):
 
 def test_known_failures_keep_no_others_waiting(stack, host, cli):
     add(stack, host, ["/gone"] * 5 + [f"http://127.0.0.1:{closed_port()}/"] * 5)
-    # 5 s are time enough for four attempts: else these would rest as those that took too long
-    assert cli(FETCH_SECONDS=5).counts["failed"] == 10
+    # Time enough for four attempts: else these would rest as those that took too long
+    assert cli(FETCH_SECONDS=30).counts["failed"] == 10
     good = host.url_of("/flower.jpg")
     stack.add_assets((uuid.UUID(int=2**100 + n), good, "x") for n in range(3))
     run = cli("--limit", "2")
     assert run.counts == run.counts | {"embedded": 2, "failed": 0, "skipped": 5, "left": 6}
-    run = cli(FETCH_SECONDS=5)
+    run = cli(FETCH_SECONDS=30)
     assert run.counts == run.counts | {"embedded": 1, "failed": 5, "skipped": 5, "left": 0}
 
 
@@ -656,8 +659,10 @@ def test_the_key_goes_to_a_named_bucket_of_the_own_storage_alone(image, where, w
     [
         (f"{OBJECTS}/other/a.jpg", 0, PRIVATE.format("other"), False),
         (f"{OBJECTS}/authenticated/other/a.jpg", 0, PRIVATE.format("other"), False),
-        (f"{OBJECTS}/public/shop/../other/a.jpg", 0, "a storage path with '..' in it", True),
-        (f"{OBJECTS}/shop/%2e%2e/other/a.jpg", 0, "a storage path with '..' in it", True),
+        (f"{OBJECTS}/public/shop/../other/a.jpg", 0, "a storage path with '..'", True),
+        (f"{OBJECTS}/shop/%2e%2e/other/a.jpg", 0, "a storage path with '..'", True),
+        (f"{OBJECTS}/shop/..\\other/a.jpg", 0, "a storage path with '..'", True),
+        (f"{OBJECTS}/shop/.\t./other/a.jpg", 0, "a storage path with '..'", True),
         ("", 0, "no image URL", True),
         (" \n", 0, "no image URL", True),
         ("data:image/png;base64,AA", 9 * 2**20, "a data: URL of 9 MB", True),

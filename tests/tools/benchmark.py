@@ -292,7 +292,7 @@ def time_parts(folder):
             times = []
             for path in [*host.files] * 3:
                 steps = (
-                    lambda url: fetcher.fetch(url, {}),
+                    lambda url: fetcher.fetch(script.Place(url, {})),
                     decoder.decode,
                     lambda levels: script.normalise(levels)[None],
                     encode,

@@ -1,0 +1,227 @@
+"""--search: what is nearest to words, to a picture's file, to a picture's URL."""
+
+import io
+import sqlite3
+
+import numpy as np
+import pytest
+from conftest import TINY_VERSION, Cli, model_settings, renew, stack_cli
+from PIL import Image
+from stack import ImageHost
+
+import generate_embeddings as script
+
+NAMES = ["astronaut.png", "coffee.png", "rocket.jpg", "chelsea.png", "flower.jpg", "china.jpg"]
+
+
+def lines(run):
+    """What a search printed, column by column."""
+    assert run.code == 0, run.err
+    return [line.split("\t") for line in run.out.splitlines()]
+
+
+def small(data):
+    """A picture at half its size, in another format."""
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    made = io.BytesIO()
+    image.resize((image.width // 2, image.height // 2)).save(made, "WEBP")
+    return made.getvalue()
+
+
+@pytest.fixture(scope="module")
+def folder(photos, tiny, tmp_path_factory):
+    """A folder of six photographs that are embedded, one with a tab in its name; its Cli."""
+    folder = tmp_path_factory.mktemp("shop")
+    (folder / "sub").mkdir()
+    for name in NAMES:
+        (folder / "sub" / name).write_bytes(photos[name])
+    (folder / "a\tb.png").write_bytes(photos["cell.png"])
+    cli = Cli(
+        {**model_settings(tiny), "ALLOW_PRIVATE_IMAGE_HOSTS": "1"}, tmp_path_factory.mktemp("cwd")
+    )
+    assert cli("--local", folder).code == 0
+    (cli.folder / "photo.webp").write_bytes(small(photos["coffee.png"]))
+    (cli.folder / "red mug").write_bytes(photos["rocket.jpg"])
+    (cli.folder / "page.jpg").write_bytes(b"<!doctype html>")
+    return folder, cli
+
+
+def test_a_file_finds_the_pictures_that_look_like_it(folder):
+    folder, cli = folder
+    run = cli("--local", folder, "--search", "photo.webp")
+    rows = lines(run)
+    assert len(rows) == 7
+    assert rows[0][1:] == ["coffee.png", str(folder / "sub" / "coffee.png")]
+    similarities = [float(row[0]) for row in rows]
+    assert 0.9 < similarities[0] <= 1
+    assert similarities == sorted(similarities, reverse=True)
+    assert all(len(row) == 3 for row in rows)
+    assert "a?b.png" in {row[1] for row in rows}  # a tab would be another column
+
+
+def test_several_questions_are_told_apart_and_limit_says_how_many(folder, photos):
+    folder, cli = folder
+    with ImageHost({"/x": photos["rocket.jpg"]}) as host:
+        asked = [host.url_of("/x"), "photo.webp", "red mug"]
+        flags = [word for question in asked for word in ("--search", question)]
+        rows = lines(cli("--local", folder, *flags, "--limit", 2))
+    assert [row[3] for row in rows] == [asked[0]] * 2 + [asked[1]] * 2 + [asked[2]] * 2
+    assert [row[1] for row in rows[::2]] == ["rocket.jpg", "coffee.png", "rocket.jpg"]
+    assert [row[0] for row in rows[::4]] == ["1.000", "1.000"]
+
+
+def test_a_search_embeds_nothing_and_may_be_of_a_subfolder(folder, photos):
+    folder, cli = folder
+    (folder / "new.jpg").write_bytes(photos["rocket.jpg"])
+    rows = lines(cli("--local", folder, "--client", "sub", "--search", "red mug"))
+    assert len(rows) == 6
+    assert rows[0][1] == "rocket.jpg"
+    with sqlite3.connect(folder / "product_embeddings.sqlite3") as database:
+        assert database.execute("select count(*) from images").fetchone() == (7,)
+    (folder / "new.jpg").unlink()
+
+
+def test_answers_are_the_pages_first_section(folder, tmp_path):
+    folder, cli = folder
+    path = tmp_path / "x.html"
+    run = cli("--local", folder, "--search", "photo.webp", "--limit", 3, "--gallery", path)
+    assert len(lines(run)) == 3
+    source = path.read_text()
+    assert source.index("<h2>Asked</h2>") < source.index("Looks the same")
+    asked = source[source.index("<h2>Asked</h2>") : source.index("Looks the same")]
+    assert "<h3>photo.webp</h3>" in asked
+    assert asked.count("<img ") == 3
+
+
+@pytest.mark.parametrize(
+    ("question", "says"),
+    [
+        ("gone.jpg", "--search gone.jpg: there is no such file"),
+        ("page.jpg", "--search page.jpg: an HTML page, not an image"),
+        ("http://127.0.0.1:9/x.jpg", "--search http://127.0.0.1:9/x.jpg: "),
+    ],
+)
+def test_a_picture_that_can_not_be_had_is_said(folder, question, says):
+    folder, cli = folder
+    run = cli("--local", folder, "--search", question, FETCH_SECONDS=1)
+    assert (run.code, run.out) == (2, "")
+    assert says in run.error
+
+
+def test_an_empty_question_is_a_usage_error(capsys):
+    with pytest.raises(SystemExit) as end:
+        script.read_flags(["--search", " "])
+    assert end.value.code == 2
+    assert "there is no question" in capsys.readouterr().err
+
+
+def test_where_nothing_is_embedded_yet_that_is_said(cli, photos, tmp_path):
+    (tmp_path / "a.png").write_bytes(photos["cell.png"])
+    run = cli("--local", tmp_path, "--search", tmp_path / "a.png")
+    assert (run.code, run.out) == (2, "")
+    assert f"nothing is embedded yet as {TINY_VERSION}" in run.error
+
+
+@pytest.mark.parametrize(
+    ("question", "place"),
+    [
+        ("red mug", None),
+        ("HTTPS://shop.example/mug", script.Place("HTTPS://shop.example/mug", {})),
+        ("a mug, 3.5 litres", None),
+        ("mug " * 200, None),
+        (".", None),
+    ],
+)
+def test_what_is_neither_a_url_nor_a_file_is_words(question, place):
+    assert script.picture_place(question) == place
+
+
+def test_all_vectors_of_a_folder_are_compared(tmp_path):
+    count = 12_000  # more than two blocks
+    vectors = np.random.default_rng(1).standard_normal((count, 512)).astype("<f4")
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    store = script.FolderStore(script.Settings(local=tmp_path, model_version=TINY_VERSION))
+    assets = [script.Asset(f"{n:05}.jpg", f"{n:05}.jpg") for n in range(count)]
+    store.save([script.Embedded(*pair) for pair in zip(assets, vectors, strict=True)])
+    question = vectors[:3].sum(axis=0)
+    found = store.search(question / np.linalg.norm(question), 50)
+    expected = np.argsort(-(vectors @ question))[:50]
+    assert [match.picture.name for match in found] == [f"{n:05}.jpg" for n in expected]
+
+
+# Words, by the architecture of ViT-B/32
+
+
+def test_words_are_compared_by_the_text_tower(folder, full, photos):
+    folder, cli = folder
+    names = ["coffee.png", "rocket.jpg", "cell.png"]
+    text = script.TextEncoder(script.Settings(clip_model=str(full))).encode(["red mug, hot"])[0]
+    vectors = {}
+    rng = np.random.default_rng(1)
+    for name, cosine in zip(names, (0.3, 0.2, 0.1), strict=True):
+        other = rng.standard_normal(512)
+        other -= (other @ text) * text
+        other /= np.linalg.norm(other)
+        vectors[name] = cosine * text + np.sqrt(1 - cosine**2) * other
+    place = cli.folder / "words"
+    place.mkdir(exist_ok=True)
+    for name in names:
+        (place / name).write_bytes(photos[name])
+    store = script.FolderStore(script.Settings(local=place))
+    store.status()
+    assets = [asset for page in store.pages() for asset in page]
+    store.save([script.Embedded(asset, vectors[asset.id]) for asset in assets])
+    run = cli("--local", place, "--search", "red mug, hot", env=model_settings(full))
+    assert [row[:2] for row in lines(run)] == [
+        ["0.300", "coffee.png"],
+        ["0.200", "rocket.jpg"],
+        ["0.100", "cell.png"],
+    ]
+    assert "0.2 to 0.35" in run.err
+
+
+# In a database
+
+
+@pytest.fixture(scope="module")
+def shop(_stack, photos, tiny, tmp_path_factory):
+    """Six photographs of two clients that are embedded; one of them has a title. Its Cli."""
+    renew(_stack)
+    _stack.sql(
+        "create or replace view embedding_sources with (security_invoker = true) as "
+        "select id, image_url as image, client_name as client, "
+        "case when image_url ~ 'rocket' then 'Space rocket' end as title from assets"
+    )
+    cli = stack_cli(_stack, tiny, tmp_path_factory.mktemp("cwd"))
+    (cli.folder / "photo.webp").write_bytes(small(photos["coffee.png"]))
+    (cli.folder / "rocket.jpg").write_bytes(photos["rocket.jpg"])
+    with ImageHost({f"/{name}": photos[name] for name in NAMES}) as host:
+        _stack.add_assets(
+            (f"00000000-0000-0000-0000-00000000000{n}", host.url_of(f"/{name}"), f"client {n % 2}")
+            for n, name in enumerate(NAMES)
+        )
+        assert cli().code == 0
+        yield cli
+
+
+def test_a_database_answers_with_names_and_ids(shop):
+    rows = lines(shop("--search", "rocket.jpg", "--search", "photo.webp"))
+    assert len(rows) == 12
+    assert rows[0] == [
+        "1.000",
+        "Space rocket",
+        "00000000-0000-0000-0000-000000000002",
+        "rocket.jpg",
+    ]
+    assert rows[6][1:3] == ["coffee.png", "00000000-0000-0000-0000-000000000001"]
+
+
+def test_a_clients_answers_are_that_clients_alone(shop):
+    rows = lines(shop("--client", "client 0", "--search", "photo.webp", "--limit", 2))
+    assert [row[2][-1] for row in rows] in ([a, b] for a in "024" for b in "024" if a != b)
+
+
+def test_an_unknown_client_is_said(shop):
+    run = shop("--client", "nobody", "--search", "photo.webp")
+    assert run.code == 2
+    assert "no asset is of client 'nobody'" in run.error
