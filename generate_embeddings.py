@@ -32,36 +32,43 @@ Words
     pixels    the same as float32 (3, 224, 224), normalised: what its image tower takes
     vector    a float32 array (512,) of unit length, what that gives
 
-Sections, in the order in which a run meets them
-    The story        main, embed_all, Report: a run from its first question to its report
-    Words            what the sections hand to each other, errors, the Store protocol
+Sections
+    The story        main, embed_all, Report: a run from its start to its printed report
+    Words            what the sections hand to each other, errors, the Store protocol, Settings
     The run          Run (one loop), Task, Hosts, Progress, Stop
     Stores           SupabaseStore, FolderStore
     Fetching         Guard, Fetcher, and what a host's answer means
     Pictures         from a file's bytes to levels
     Decoders         the processes that do this, what they may take, what they can reach
-    Model            the image tower, its weights and their download
-    The page         --gallery
+    Model            the two towers, their weights and the download
+    The page, the question    --gallery and --search
     Command line     flags, settings, what is said on the terminal
 
 Who runs where
-    The main thread runs the loop of Run. It alone touches the Run and the Report.
-    A pool of threads has one task each at a time: load the model, find a page, fetch or decode
-    an image, store a batch. A second pool embeds, one thread a core.
-    Decoders are processes, one a core: what a file claims is not what it holds.
+    Main thread      the loop of Run; it alone touches the Run and the Report
+    Run.background   a pool of threads, a task each: load the model, find a page, fetch or decode
+                     an image (as many as --workers), store a batch (one at a time)
+    Run.embedders    a pool with one thread a core (one in all on a GPU), a batch each
+    Decoders         processes, one a core: a file is not to be trusted, and may crash its decoder
+    --gallery, --search    after the run, or without one: the main thread, and a pool that fetches
 
-What must be called before what
-    Store.status before Store.pages, and pages once. Stop.listen before Run.loop.
+Where the answers to other questions stand
+    What must be called before what, and what a third store must offer: Store
+    When a run ends early, with which exit code, and what bounds memory: Run
+    What a host's answer does: ANSWERS. How to add a setting: Settings
 
 What an upgrade of a package may break, as no documentation promises it
     urllib3     connection._new_conn, pools.pool_classes_by_scheme (Connection, Fetcher)
     http.client _MAXHEADERS (Fetching)
     requests    brings urllib3, certifi and idna, all of which are used here (Fetching)
     torch       torch.ops.mkldnn._linear_pointwise, _reorder_linear_weight (Linear)
+    transformers    brings tokenizers, safetensors and filelock, which are used here (Model)
+    supabase    brings httpx and postgrest, whose errors are known here (SupabaseStore)
     tqdm        bar.initial, bar.start_t (Progress)
     pillow      TiffImagePlugin.OPEN_INFO, READ_LIBTIFF; an image's tile, dispose_extent (Pictures)
 
-Exit codes: 0 all done, 1 some assets failed, 2 could not run, 130 interrupted (143 by SIGTERM).
+Exit codes: 0 all done, 1 some assets failed, 2 could not run, or not go on, 130 interrupted (143 by
+SIGTERM, 129 by a closed terminal).
 """
 
 from __future__ import annotations
@@ -164,8 +171,8 @@ except ImportError as error:
     print(f"error: {error}: {INSTALL}", file=sys.stderr)
     sys.exit(2)
 
-# torch, transformers and supabase are imported where they are used: they take seconds, which
-# a usage error or a run with nothing to do need not wait for.
+# torch and supabase are imported where they are used: they take seconds, which a usage error or a
+# run with nothing to do need not wait for. transformers is not imported: see "What an upgrade".
 
 log = logging.getLogger("generate_embeddings")
 
@@ -173,7 +180,7 @@ VERSION = "2.0"
 MODEL_ID = "openai/clip-vit-base-patch32"
 MODEL_REVISION = "3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268"  # pinned: vectors must not drift
 MODEL_VERSION = "clip-vit-base-patch32"  # what rows carry; another value counts as lacking
-CONTRACT = 1  # the version of schema.sql's functions
+CONTRACT = 2  # the version of schema.sql's functions
 DIMENSIONS = 512  # of a vector
 SIDE = 224  # pixels; CLIP sees a square
 HERE = Path(__file__).resolve().parent
@@ -208,13 +215,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def embed_all(settings: Settings, stop: Stop) -> int:
-    """A run, from the first question to the printed report. Returns the exit code."""
+    """A run, from its start to its printed report. Returns the exit code."""
     store = open_store(settings, stop)
-    if settings.search:
-        return answer_questions(store, settings)
     status = status_in_time(store)
+    if settings.search:
+        return answer_questions(store, settings, status)
     report = Report(status, settings)
-    log.info("%s%s to do", status, f"{report.pending:,}")
+    log.info("%s: %s", counted(status.assets, "asset"), ", ".join(report.beginning()))
     if settings.dry_run:
         say_what_would_be_done(store, settings, report)
         return 0
@@ -232,6 +239,7 @@ def embed_all(settings: Settings, stop: Stop) -> int:
     finally:
         report.print()
 
+    stop.end_at_once()
     if stop.code:
         log.info("stopped: run the same command again to go on")
     elif settings.gallery:
@@ -264,7 +272,7 @@ def say_what_would_be_done(store: Store, settings: Settings, report: Report) -> 
     if settings.limit:
         goal = min(goal, settings.limit)
     print(f"Would embed {counted(goal, 'asset')} as {settings.model_version}")
-    first_page = next(store.pages(), [])
+    first_page = next((page for page in store.pages() if page), [])
     for asset in first_page[: min(5, goal)]:
         print(printable(f"  {asset}"))
 
@@ -283,7 +291,7 @@ class Report:
         self.known_failures = 0  # of earlier runs, which this one does not try
         if not settings.retry_failed:
             self.known_failures = status.failed_for_good + status.waiting
-        self.pending = status.assets - status.done - self.known_failures
+        self.pending = status.assets - status.done - self.known_failures  # to be tried now
         self.found = 0  # pending assets that came by
         self.found_all = False
         self.embedded = 0  # and stored
@@ -327,6 +335,16 @@ class Report:
             self._count_failure(result.asset, str(result))
         else:
             self._count_failure(result.asset, f"store: {outcome.reason}")
+
+    def beginning(self) -> Iterator[str]:
+        """What is said before the run."""
+        if self.status.done:
+            yield f"{self.status.done:,} done"
+        if self.status.failed_for_good:
+            yield f"{self.status.failed_for_good:,} failed for good"
+        if self.status.waiting:
+            yield f"{self.status.waiting:,} failed before, tried later"
+        yield f"{self.pending:,} to do"
 
     def _count_failure(self, asset: Asset, reason: str) -> None:
         self.reasons[reason] += 1
@@ -435,6 +453,13 @@ class Loaded(NamedTuple):
     one_colour: bool  # all over: a placeholder, perhaps
 
 
+class Fetched(NamedTuple):
+    """The bytes of an image's file, and how long their download took."""
+
+    data: bytes
+    seconds: float  # all attempts, and the pauses between them
+
+
 class Embedded(NamedTuple):
     """An asset with its vector, float32 (512,) of unit length."""
 
@@ -485,26 +510,89 @@ class Status(NamedTuple):
     failed_for_good: int
     waiting: int = 0  # failed several times: not yet tried again
 
-    def __str__(self) -> str:
-        told = []
-        if self.done:
-            told.append(f"{self.done:,} done")
-        if self.failed_for_good:
-            told.append(f"{self.failed_for_good:,} failed for good")
-        if self.waiting:
-            told.append(f"{self.waiting:,} failed before, tried later")
-        told.append("")
-        return f"{counted(self.assets, 'asset')}: " + ", ".join(told)
+
+# What a store tells the page, and a question
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An asset as people know it."""
+
+    id: Id
+    image: str  # a URL, or a path below the folder
+    client: str = ""
+    title: str = ""
+
+    @property
+    def name(self) -> str:
+        """Its title, or else the last part of its URL's path."""
+        if self.title:
+            return self.title
+        if self.image[:5].lower() == "data:":
+            return str(self.id)
+        path = re.split("[?#]", self.image)[0].rstrip("/")
+        return unquote(path.rpartition("/")[2]) or str(self.id)
+
+
+@dataclass(frozen=True)
+class Match:
+    """A picture that was found, with its cosine to what was looked for."""
+
+    picture: Picture
+    similarity: float
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture with those nearest to it."""
+
+    picture: Picture
+    nearest: list[Match]
+
+
+@dataclass(frozen=True)
+class FailedPicture:
+    """A picture that has no vector, and why."""
+
+    picture: Picture
+    reason: str
+    permanent: bool
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two pictures that look the same."""
+
+    one: Picture
+    other: Picture
+    similarity: float
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """What a store tells the page."""
+
+    pairs: list[Pair]
+    embedded: int  # pictures, of which
+    sought_among: int  # so many were looked through for copies,
+    looked_at: int  # and so many were compared with all others
+    samples: list[Sample]
+    typical: float | None  # the median cosine of the samples, which have little in common
+    failures: list[FailedPicture]
 
 
 class Store(Protocol):
     """Where assets and embeddings are, and what a run asks and tells there.
 
-    `status` is called first, then `pages`, once. `locate` is called from many threads at once,
-    `save` from one at a time, beside the walk through `pages`. `gallery` and `search` come after
-    `status`, and not beside a run.
-    All may raise RunError, which ends the run. An image may change between `pages` and `save`:
-    the asset's `mark` comes back with its result, and the store answers "changed".
+    A third kind of store is a class with what stands here, a line in `open_store`, and a flag or
+    a setting that chooses it. Order of calls: `status` first, then `pages`, once; `save`, one call
+    at a time, beside the walk through `pages`; `locate` whenever an image is wanted; `gallery` and
+    `search` after a run, or without one. All may raise RunError, which ends the run.
+
+    An image may change between `pages` and `save`. Therefore an asset comes back with the `mark`
+    that the store gave it. SupabaseStore compares: a result for another image is "changed", and
+    the asset is left for the next run. FolderStore stores the result under the old mark: the next
+    run finds that the file has another one, and embeds it anew.
     """
 
     place: str  # in words, for the log
@@ -533,8 +621,12 @@ class Store(Protocol):
 @dataclass(frozen=True)
 class Settings:
     """Everything that a run depends on: the flags of the command line, then the settings that
-    come from the environment or .env (see SETTINGS). A new one: a field here, and an entry in
-    `parser` or SETTINGS."""
+    come from the environment or .env.
+
+    To add one: a field with its default here; for a flag a line in `parser`, for a setting an
+    entry in SETTINGS, which names its form; then `settings.<field>` where it is used (all
+    sections have the Settings), and a line in README.md and .env.example.
+    """
 
     local: Path | None = None
     limit: int | None = None
@@ -605,6 +697,7 @@ REFUSALS = 20  # of vectors, for one reason, with none stored: the rest would fa
 PAGE_ROWS = 250  # assets to a page
 WRITE_ROWS = 50  # results to a call; with an index at a million rows far below the 8 s timeout
 WRITE_SECONDS = 2.0  # a result waits no longer than this, but for the batch before its own
+RESULTS_WAITING = 20_000  # 50 MB; more than a run embeds while it waits for a database
 POLL_SECONDS = 0.2  # how soon Ctrl-C is noticed
 ECHO_SECONDS = 0.5  # signals that are this close count as one: timeout(1) sends each of its twice
 BACKGROUND_THREADS = 9999  # without end: a download that hangs keeps its thread
@@ -637,15 +730,23 @@ class Run:
     """Find, fetch, decode, embed and store: steps in the background, and one loop in this thread
     that takes what they give and starts what is next.
 
-    What is in memory is bounded by the settings: see `room_for_loads`. What is done first goes on
-    first, so that a slow host delays its own images alone. On CPUs each core embeds a batch of
-    its own in one thread: threads that share an image wait for each other at every layer.
+    What is done first goes on first, so that a slow host delays its own images alone. On CPUs each
+    core embeds a batch of its own in one thread: threads that share an image wait for each other
+    at every layer.
 
-    A run ends early, and what is embedded by then is stored, when
+    A run ends early, and what is embedded by then is stored and reported, when
         somebody stops it (Stop): exit code 130, 143 or 129;
         a step raises RunError, or anything unforeseen: exit code 2;
-        the network is gone (Hosts): exit code 2;
-        the database refuses every vector for one reason: exit code 2.
+        HOSTS_DOWN hosts in a row are down (Hosts): exit code 2;
+        the database refuses REFUSALS vectors for one reason, and takes none: exit code 2.
+
+    What bounds memory, beside the model's 350 MB (float32)
+        found       PAGE_ROWS assets, and a page more
+        files       one for each load under way (`room_for_loads`), MAX_BYTES at most; of those
+                    above HEAVY_BYTES no more than HEAVY_FILES are downloaded at once
+        decoders    one a core, DECODE_MB each (Linux)
+        pixels      600 KB an image; no more wait than `room_for_loads` says
+        results     2 KB each; no more images are loaded while RESULTS_WAITING wait for the store
     """
 
     def __init__(self, store: Store, settings: Settings, report: Report, stop: Stop) -> None:
@@ -655,7 +756,7 @@ class Run:
         self.stop = stop
         self.lanes = cores() if settings.device == "cpu" else 1  # batches embedded at once
         self.limit = settings.limit or sys.maxsize
-        self.loader = Loader(store, settings)
+        self.loader = Loader(settings)
         self.pages = store.pages()
         self.encoder: ClipEncoder | None = None  # until the model is loaded
         self.hosts = Hosts()
@@ -663,7 +764,7 @@ class Run:
         self.found: deque[Asset] = deque()  # to be loaded
         self.ready: list[Loaded] = []  # to be embedded
         self.results: list[Result] = []  # to be stored
-        self.store_by = 0.0  # the moment at which they must be; the first of all at once
+        self.store_by = 0.0  # by then a batch is started, full or not; at first: at once
         self.line_is_slow = False  # the last image that came was slow
         self.trouble: Exception | None = None  # what ends the run
         self.storing = True  # until the store gives up
@@ -782,55 +883,72 @@ class Run:
     def room_for_loads(self) -> int:
         """How many more images may be fetched now.
 
-        As many are at work as --workers says, and one more for each download that is slow, unless
-        the line itself is. There are fewer where images wait for the model: that bounds memory.
+        As many are fetched or decoded as --workers says, and one more for each fetch that is slow,
+        unless the line itself is. There are fewer where images wait for the model, and none where
+        results wait for the store: that bounds memory.
         """
+        if len(self.results) >= RESULTS_WAITING:
+            return 0
         loads = self.under_way("fetch", "decode")
         waiting = len(self.ready) + sum(task.images for task in self.under_way("embed"))
         most_waiting = 2 * (self.settings.workers + self.lanes * self.settings.batch_size)
         room = min(self.settings.workers, most_waiting - waiting)
         if not self.line_is_slow:
-            slow = [task for task in loads if task.age > SLOW_SECONDS]
+            fetches = self.under_way("fetch")
+            slow = [task for task in fetches if task.age > SLOW_SECONDS]
             room += min(len(slow), MOST_SLOW)
         return room - len(loads)
 
     def start_fetch(self, asset: Asset) -> None:
+        try:
+            place = self.store.locate(asset)
+        except Exception as error:  # which no host has said
+            self.take_result(self.failure(asset, "fetch", error))
+            return
         seconds = self.settings.fetch_seconds
-        task = Task("fetch", lambda data: None, partial(self.take_failure, asset, "fetch"))
-        task.take = partial(self.take_bytes, asset, task)
+        failed = partial(self.take_fetch_failure, asset)
+        task = Task("fetch", partial(self.take_bytes, asset), failed)
         task.patience = seconds + 1
         task.late = NotNow(not_in_time(seconds))
-        self.start(task, self.loader.fetch, asset)
+        self.start(task, self.loader.fetch, place)
 
-    def take_bytes(self, asset: Asset, fetch: Task, data: bytes) -> None:
-        self.line_is_slow = fetch.age > SLOW_SECONDS
+    def take_fetch_failure(self, asset: Asset, error: Exception) -> None:
+        if isinstance(error, RunError):
+            self.end(error)
+            return
+        failed = self.failure(asset, "fetch", error)
+        self.take_result(failed)
+        if failed.permanent:
+            self.hosts.answered(asset.host)
+        elif self.hosts.failed(asset.host):
+            left = "its other images are left for the next run"
+            log.warning("%s: %s; %s", asset.host, failed, left)
+
+    def take_bytes(self, asset: Asset, fetched: Fetched) -> None:
+        self.line_is_slow = fetched.seconds > SLOW_SECONDS
         self.hosts.answered(asset.host)
-        failed = partial(self.take_failure, asset, "decode")
-        self.start(Task("decode", self.take_loaded, failed), self.loader.load, asset, data)
+        failed = partial(self.take_decode_failure, asset)
+        self.start(Task("decode", self.take_loaded, failed), self.loader.load, asset, fetched.data)
+
+    def take_decode_failure(self, asset: Asset, error: Exception) -> None:
+        if isinstance(error, RunError):
+            self.end(error)
+        else:
+            self.take_result(self.failure(asset, "decode", error))
 
     def take_loaded(self, loaded: Loaded) -> None:
         self.ready.append(loaded)
         if loaded.one_colour:
             self.report.one_colour.append(loaded.asset)
 
-    def take_failure(self, asset: Asset, stage: str, error: Exception) -> None:
-        """Makes the error that a load ended with the asset's failure, or the run's end."""
-        if isinstance(error, RunError):
-            self.end(error)
-            return
+    def failure(self, asset: Asset, stage: str, error: Exception) -> Failed:
+        """An error that concerns one asset as its failure. Only Rejected is for good: what nobody
+        foresaw is our defect, and not the image's."""
         reason = str(error)
         if not isinstance(error, Rejected | NotNow):
             log.debug("%s", asset, exc_info=error)
             reason = f"unexpected {type(error).__name__}"
-        failed = Failed(asset, stage, reason, permanent=isinstance(error, Rejected))
-        self.take_result(failed)
-        if stage != "fetch":
-            return
-        if failed.permanent:
-            self.hosts.answered(asset.host)
-        elif self.hosts.failed(asset.host):
-            left = "its other images are left for the next run"
-            log.warning("%s: %s; %s", asset.host, failed, left)
+        return Failed(asset, stage, reason, permanent=isinstance(error, Rejected))
 
     # Embed
 
@@ -1027,6 +1145,13 @@ class Stop:
         elif now - self._since > ECHO_SECONDS:
             os._exit(self.code)
 
+    def end_at_once(self) -> None:
+        """After the run: there is nothing left to store, so a stop need not wait for anything."""
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number and signal.getsignal(number) == self._handle:
+                signal.signal(number, lambda number, _: os._exit(128 + number))
+
 
 # =================================================================================== Stores
 
@@ -1065,7 +1190,8 @@ class SupabaseStore:
         self.place = f"product_embeddings at {settings.url}"
         answer_seconds = min(ANSWER_SECONDS, max(CHECK_SECONDS, settings.db_retry_seconds))
         self.longest = settings.db_retry_seconds + answer_seconds  # all attempts at a call
-        self._here = threading.local()  # an APIError of a gateway's JSON lacks the HTTP status
+        # Of this thread's last answer: the error that a gateway's JSON becomes lacks it.
+        self._http = threading.local()
         http = httpx.Client(
             timeout=httpx.Timeout(answer_seconds, connect=CONNECT_SECONDS),
             verify=tls_context(),
@@ -1074,13 +1200,15 @@ class SupabaseStore:
         )
         options = supabase.ClientOptions(httpx_client=http)
         self._rpc = supabase.create_client(settings.url, settings.key, options).rpc
+        buckets = {name.strip() for name in settings.storage_buckets.split(",")}
+        self._readable_buckets = buckets - {""}
         self._catalog = {"model_version": settings.model_version, "client": settings.client}
         self._part: dict[str, Any] = {}
         if settings.shard:
             self._part = {"shard": settings.shard.part, "shards": settings.shard.parts}
 
     def _keep_status(self, response: Any) -> None:
-        self._here.status = response.status_code
+        self._http.status = response.status_code
 
     def status(self) -> Status:
         """As Store says. Checks that schema.sql is of this version, and that the client is
@@ -1096,7 +1224,7 @@ class SupabaseStore:
             raise RunError(f"the database's functions are of another version: {RUN_SQL}")
         if not answer["client_exists"]:
             raise RunError(f"no asset is of client {self._settings.client!r}: check the spelling")
-        self._started = answer["time"]
+        self._run_began = answer["time"]  # by the database's clock
         return Status(
             assets=answer["assets"],
             done=answer["done"],
@@ -1108,12 +1236,9 @@ class SupabaseStore:
         """As Store says, in the order of the ids."""
         wanted = min(self._settings.limit or PAGE_ROWS, PAGE_ROWS)
         new = self._catalog | self._part | {"wanted": wanted}
-        failed_before = new | {
-            "failed_before": self._started,
-            "permanent_too": self._settings.retry_failed,
-        }
         yield from self._walk(new)
-        yield from self._walk(failed_before)
+        failed = {"failed_before": self._run_began, "permanent_too": self._settings.retry_failed}
+        yield from self._walk(new | failed)
 
     def _walk(self, which: dict[str, Any]) -> Iterator[list[Asset]]:
         """Pages by keyset: each begins after the last id of the one before."""
@@ -1160,8 +1285,7 @@ class SupabaseStore:
         if ".." in unquote(object_path).split("/") or re.search(r"[\\\t\r\n]", path):
             raise Rejected("a storage path with '..' or '\\' in it")
         bucket = unquote(object_path.partition("/")[0])
-        readable = [name.strip() for name in self._settings.storage_buckets.split(",")]
-        if bucket in readable:
+        if bucket in self._readable_buckets:
             key = self._settings.key
             headers = {"apikey": key, "Authorization": f"Bearer {key}"}
             return Place(f"{self._settings.url}{STORAGE}authenticated/{object_path}", headers)
@@ -1229,7 +1353,7 @@ class SupabaseStore:
             try:
                 return read(self._rpc(function, arguments).execute().data)
             except APIError as error:
-                code = str(error.code or self._here.status)
+                code = str(error.code or self._http.status)
                 message = self._without_key(str(error.message))
                 if not PASSING.fullmatch(code):
                     raise RunError(self._explain(code, message)) from None
@@ -1416,7 +1540,8 @@ class FolderStore:
             ) from None
 
     def status(self) -> Status:
-        """As Store says. Compares the folder's images with what the file knows of them."""
+        """As Store says. Compares the folder's images with what the file knows of them: deletes
+        the rows of files that are gone, and keeps for `pages` what is pending."""
         files = dict(self._files())
         mine = [path for path in sorted(files) if self._is_mine(path)]
         if not mine:
@@ -1542,6 +1667,7 @@ class FolderStore:
                 pictures += more
                 blocks.append(block)
         vectors = np.concatenate(blocks)
+        blocks.clear()  # 200 MB
         rows, looked_at = rows_alike(vectors)
         pairs = [Pair(pictures[one], pictures[other], cosine) for one, other, cosine in rows]
         spread = np.linspace(0, len(pictures) - 1, min(SAMPLES, len(pictures))).astype(int)
@@ -1585,55 +1711,6 @@ def picture_of(path: str) -> Picture:
     """A folder's picture: where it lies stands in the place of a client."""
     folder, _, name = path.rpartition("/")
     return Picture(path, path, folder, name)
-
-
-def rows_alike(vectors: np.ndarray) -> tuple[list[tuple[int, int, float]], int]:
-    """The pairs of rows of unit vectors (n, 512) whose cosine is SAME or more; and how many rows
-    were compared with all others before LOOK_SECONDS were over.
-
-    Equal rows come first, each paired with the first of its kind, which then stands for all. The
-    rest is geometry: a rotation keeps distances (whose square is 2 - 2 cosine), and on a few of
-    its axes no two points are farther apart than on all. So most pairs are ruled out on the AXES
-    that tell most, and by their order along the first of these.
-    """
-    if not len(vectors):
-        return [], 0
-    deadline = time.monotonic() + LOOK_SECONDS
-    pairs = []
-    first: dict[bytes, int] = {}
-    for row, vector in enumerate(vectors):
-        known = first.setdefault(vector.tobytes(), row)
-        if known != row:
-            pairs.append((known, row, 1.0))
-    copies = len(pairs)
-    rows = np.array(list(first.values()), int)
-    mean = vectors.mean(axis=0)
-    spread = vectors.T @ vectors - len(vectors) * np.outer(mean, mean)
-    points = vectors[rows] @ np.linalg.eigh(spread)[1][:, -AXES:]
-    order = np.argsort(points[:, -1])
-    rows = rows[order]
-    points = points[order]
-    vectors = vectors[rows]
-    halves = (points * points).sum(axis=1, keepdims=True) / 2
-    ones = np.ones_like(halves)
-    left = np.hstack([points, -halves, ones])  # left @ right.T is -distance^2 / 2 on these axes
-    right = np.hstack([points, ones, -halves])
-    for start in range(0, len(rows), BLOCK):
-        late = time.monotonic() > deadline or len(pairs) > MOST_PAIRS
-        if start and late:
-            return pairs, copies + start
-        ours = slice(start, start + BLOCK)
-        for other in range(start, len(rows), BLOCK):
-            theirs = slice(other, other + BLOCK)
-            if points[other, -1] - points[ours][-1, -1] > REACH:
-                break
-            if (left[ours] @ right[theirs].T).max() < SAME - 1 - ROUNDING:
-                continue
-            cosines = vectors[ours] @ vectors[theirs].T
-            for i, j in np.argwhere(cosines >= SAME):
-                if start + i < other + j:
-                    pairs.append((int(rows[start + i]), int(rows[other + j]), float(cosines[i, j])))
-    return pairs, len(rows) + copies
 
 
 def is_link(path: Path) -> bool:
@@ -2696,20 +2773,21 @@ PR_SET_NO_NEW_PRIVS = 38
 
 
 class Loader:
-    """The way from an asset to its pixels, for any number of threads.
+    """The way from a place to pixels, for any number of threads.
 
     Raises Rejected and NotNow, and RunError where no decoder can be started.
     """
 
-    def __init__(self, store: Store, settings: Settings) -> None:
-        self._store = store
+    def __init__(self, settings: Settings) -> None:
         self._fetcher = Fetcher(settings)
         self._decoders: queue.LifoQueue[Decoder] = queue.LifoQueue()
         for _ in range(cores()):
             self._decoders.put(Decoder())
 
-    def fetch(self, asset: Asset) -> bytes:
-        return self._fetcher.fetch(self._store.locate(asset))
+    def fetch(self, place: Place) -> Fetched:
+        started = time.monotonic()
+        data = self._fetcher.fetch(place)
+        return Fetched(data, time.monotonic() - started)
 
     def load(self, asset: Asset, data: bytes) -> Loaded:
         levels = self.decode(data)
@@ -3269,7 +3347,7 @@ def read_layers(weights: Weights, name: str, config: Mapping[str, Any]) -> list[
         for start in numbers[::LAYERS_AT_ONCE]:
             some = numbers[start : start + LAYERS_AT_ONCE]
             layers += pool.map(lambda number: Layer(weights, f"{name}{number}.", heads), some)
-            weights.let_go()
+            weights.map_anew()
     return layers
 
 
@@ -3283,9 +3361,9 @@ class Weights:
         self.device = settings.device
         self.dtype = getattr(torch, settings.dtype)
         self.can_pack = can_pack(self.device, self.dtype)
-        self.let_go()
+        self.map_anew()
 
-    def let_go(self) -> None:
+    def map_anew(self) -> None:
         """Maps the file, whose parts are read once they are asked for: not the tower that is not
         used. Mapped anew, it gives back the memory of what was read."""
         import torch
@@ -3582,73 +3660,6 @@ def advice(reason: str) -> str:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """An asset as people know it."""
-
-    id: Id
-    image: str  # a URL, or a path below the folder
-    client: str = ""
-    title: str = ""
-
-    @property
-    def name(self) -> str:
-        """Its title, or else the last part of its URL's path."""
-        if self.title:
-            return self.title
-        if self.image[:5].lower() == "data:":
-            return str(self.id)
-        path = re.split("[?#]", self.image)[0].rstrip("/")
-        return unquote(path.rpartition("/")[2]) or str(self.id)
-
-
-@dataclass(frozen=True)
-class Match:
-    """A picture that was found, with its cosine to what was looked for."""
-
-    picture: Picture
-    similarity: float
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A picture with those nearest to it."""
-
-    picture: Picture
-    nearest: list[Match]
-
-
-@dataclass(frozen=True)
-class FailedPicture:
-    """A picture that has no vector, and why."""
-
-    picture: Picture
-    reason: str
-    permanent: bool
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two pictures that look the same."""
-
-    one: Picture
-    other: Picture
-    similarity: float
-
-
-@dataclass(frozen=True)
-class Catalog:
-    """What a store tells the page."""
-
-    pairs: list[Pair]
-    embedded: int  # pictures, of which
-    sought_among: int  # so many were looked through for copies,
-    looked_at: int  # and so many were compared with all others
-    samples: list[Sample]
-    typical: float | None  # the median cosine of the samples, which have little in common
-    failures: list[FailedPicture]
-
-
-@dataclass(frozen=True)
 class Answer:
     """A question with the pictures nearest to it."""
 
@@ -3686,15 +3697,14 @@ Views = Mapping[Id, View | str]  # of pictures that were to be fetched; text: wh
 Group = list[Match]  # pictures that look the same, each with its cosine to the nearest of them
 
 
-def answer_questions(store: Store, settings: Settings) -> int:
+def answer_questions(store: Store, settings: Settings, status: Status) -> int:
     """What --search does: prints the pictures nearest to each question, best first. Embeds nothing
     else. Returns the exit code; raises RunError."""
-    vectors = question_vectors(settings)
-    status = status_in_time(store)
     if not status.done:
         raise RunError(
             f"nothing is embedded yet as {settings.model_version}: run without --search first"
         )
+    vectors = question_vectors(settings)
     answers = []
     for question, vector in zip(settings.search, vectors, strict=True):
         answers.append(Answer(question, store.search(vector, settings.limit or MATCHES)))
@@ -3770,7 +3780,7 @@ def write_gallery(
     for sample in catalog.samples:
         shown.add(sample.picture)
         shown.update(match.picture for match in sample.nearest)
-    views = views_of(shown, Loader(store, settings), settings)
+    views = views_of(shown, store, settings)
     groups.sort(key=lambda group: not are_copies(group, views))  # these first
     page = Page(settings, views)
     written = settings.gallery or Path()
@@ -3781,6 +3791,55 @@ def write_gallery(
         raise RunError(f"{error.filename} can't be written: {error.strerror}") from None
     log.info("for a spreadsheet: %s", table_beside(written))
     log.info("look at %s", written.as_uri())
+
+
+def rows_alike(vectors: np.ndarray) -> tuple[list[tuple[int, int, float]], int]:
+    """The pairs of rows of unit vectors (n, 512) whose cosine is SAME or more; and how many rows
+    were compared with all others before LOOK_SECONDS were over.
+
+    Equal rows come first, each paired with the first of its kind, which then stands for all. The
+    rest is geometry: a rotation keeps distances (whose square is 2 - 2 cosine), and on a few of
+    its axes no two points are farther apart than on all. So most pairs are ruled out on the AXES
+    that tell most, and by their order along the first of these.
+    """
+    if not len(vectors):
+        return [], 0
+    deadline = time.monotonic() + LOOK_SECONDS
+    pairs = []
+    first: dict[bytes, int] = {}
+    for row, vector in enumerate(vectors):
+        known = first.setdefault(vector.tobytes(), row)
+        if known != row:
+            pairs.append((known, row, 1.0))
+    copies = len(pairs)
+    rows = np.array(list(first.values()), int)
+    mean = vectors.mean(axis=0)
+    spread = vectors.T @ vectors - len(vectors) * np.outer(mean, mean)
+    points = vectors[rows] @ np.linalg.eigh(spread)[1][:, -AXES:]
+    order = np.argsort(points[:, -1])
+    rows = rows[order]
+    points = points[order]
+    vectors = vectors[rows]
+    halves = (points * points).sum(axis=1, keepdims=True) / 2
+    ones = np.ones_like(halves)
+    left = np.hstack([points, -halves, ones])  # left @ right.T is -distance^2 / 2 on these axes
+    right = np.hstack([points, ones, -halves])
+    for start in range(0, len(rows), BLOCK):
+        late = time.monotonic() > deadline or len(pairs) > MOST_PAIRS
+        if start and late:
+            return pairs, copies + start
+        ours = slice(start, start + BLOCK)
+        for other in range(start, len(rows), BLOCK):
+            theirs = slice(other, other + BLOCK)
+            if points[other, -1] - points[ours][-1, -1] > REACH:
+                break
+            if (left[ours] @ right[theirs].T).max() < SAME - 1 - ROUNDING:
+                continue
+            cosines = vectors[ours] @ vectors[theirs].T
+            for i, j in np.argwhere(cosines >= SAME):
+                if start + i < other + j:
+                    pairs.append((int(rows[start + i]), int(rows[other + j]), float(cosines[i, j])))
+    return pairs, len(rows) + copies
 
 
 def groups_of(pairs: list[Pair]) -> list[Group]:
@@ -3807,11 +3866,12 @@ def groups_of(pairs: list[Pair]) -> list[Group]:
     return groups
 
 
-def views_of(pictures: set[Picture], loader: Loader, settings: Settings) -> Views:
+def views_of(pictures: set[Picture], store: Store, settings: Settings) -> Views:
     """What the fetch of each picture gave, or why it gave nothing. All together they get the time
     of one image: no host keeps the page waiting."""
+    loader = Loader(settings)
     pool = ThreadPoolExecutor(settings.workers)
-    futures = {picture.id: pool.submit(view_of, picture, loader) for picture in pictures}
+    futures = {picture.id: pool.submit(view_of, picture, store, loader) for picture in pictures}
     wait(futures.values(), settings.fetch_seconds + 1)
     views: dict[Id, View | str] = {}
     for asset, future in futures.items():
@@ -3825,9 +3885,9 @@ def views_of(pictures: set[Picture], loader: Loader, settings: Settings) -> View
     return views
 
 
-def view_of(picture: Picture, loader: Loader) -> View:
+def view_of(picture: Picture, store: Store, loader: Loader) -> View:
     """Fetches a picture and looks at it; raises Rejected, NotNow."""
-    data = loader.fetch(Asset(picture.id, picture.image))
+    data = loader.fetch(store.locate(Asset(picture.id, picture.image))).data
     levels = loader.decode(data)
     sight = hashlib.sha256(levels.tobytes()).digest()
     return View(levels, sight, hashlib.sha256(data).digest(), len(data), pixels_of(data))

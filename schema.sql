@@ -434,7 +434,7 @@ as $$
 begin
   return (
     select jsonb_build_object(
-      'contract', 1,  -- CONTRACT in generate_embeddings.py
+      'contract', 2,  -- CONTRACT in generate_embeddings.py
       'time', now(),
       'client_exists', embedding_status.client is null or exists (
         select from embedding_sources c where c.client = embedding_status.client),

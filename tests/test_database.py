@@ -38,7 +38,7 @@ def test_the_status_of_an_empty_catalog(stack, api):
     assert abs(time.time() - api_time(status)) < 60
     del status["time"]
     assert status == {
-        "contract": 1,
+        "contract": 2,
         "client_exists": True,
         "assets": 0,
         "done": 0,

@@ -373,7 +373,7 @@ def test_no_host_keeps_the_page_waiting(tmp_path):
     with ImageHost(files) as host:
         pictures = {script.Picture(n, host.url_of(path)) for n, path in enumerate(files)}
         began = time.monotonic()
-        views = script.views_of(pictures, script.Loader(Anywhere(), settings), settings)
+        views = script.views_of(pictures, Anywhere(), settings)
         assert time.monotonic() - began < 4  # one after the other they take six seconds
     assert len(views) == 6
     assert {view.split(" (")[0] for view in views.values()} == {
@@ -414,6 +414,20 @@ def test_all_pairs_above_the_line_are_found_and_no_other(monkeypatch, block):
     expected = [(int(a), int(b), 1.0) for a, b in np.argwhere(cosines >= script.SAME)]
     assert groups(pairs) == groups(expected)
     assert len(groups(pairs)) > 10
+
+
+@pytest.mark.parametrize("block", [16, 1000])
+def test_no_pair_is_missed_where_one_axis_tells_them_all_apart(monkeypatch, block):
+    monkeypatch.setattr(script, "BLOCK", block)
+    angles = np.random.default_rng(4).permutation(np.linspace(0, np.pi / 2, 200))
+    vectors = np.zeros((200, 512), np.float32)
+    vectors[:, 0], vectors[:, 1] = np.cos(angles), np.sin(angles)
+    pairs, _ = script.rows_alike(vectors)
+    apart = np.abs(angles[:, None] - angles)
+    near = np.argwhere(np.triu(apart < np.arccos(script.SAME) - 1e-4, 1))
+    found = {frozenset((one, other)) for one, other, _ in pairs}
+    assert found >= {frozenset(map(int, pair)) for pair in near}
+    assert all(apart[one, other] < np.arccos(script.SAME) + 1e-4 for one, other, _ in pairs)
 
 
 def test_copies_are_found_even_where_time_is_short(monkeypatch):
@@ -698,24 +712,31 @@ def test_all_failures_come_page_by_page_and_a_view_of_three_columns_does(stack, 
     assert "HTTP 404 Not Found 4,500 Nothing is at this address" in page.text
 
 
-HOSTILE = [
-    None,
-    [],
-    "text",
-    {},
-    {"pictures": 5, "samples": [], "pairs": [], "failures": [], "matches": []},
-    {"pictures": [{"id": 1}]},
-    {"pictures": [{"id": [], "image": "", "client": "", "title": ""}]},
-    {"pictures": [{"id": 1, "image": None, "client": "", "title": {}}]},
-]
+EMPTY = {
+    **{"samples": [], "typical": None, "matches": [], "failures": [], "last": None},
+    **{"pairs": [], "embedded": 0, "sought_among": 0, "looked_at": 0, "pictures": []},
+}
+PICTURE = {"id": 1, "image": "", "client": "", "title": ""}
+HOSTILE = {
+    "nothing": None,
+    "a list": [],
+    "a text": "text",
+    "no key": {},
+    "a number": EMPTY | {"pictures": 5},
+    "no name": EMPTY | {"pictures": [{"id": 1}]},
+    "an id that is none": EMPTY | {"pictures": [PICTURE | {"id": []}]},
+    "no text": EMPTY | {"pictures": [PICTURE | {"image": None}]},
+    "a title that is none": EMPTY | {"pictures": [PICTURE | {"title": {}}]},
+}
 READERS = [script.read_samples, script.read_pairs, script.read_failures, script.read_matches]
 
 
 @pytest.mark.parametrize("reader", READERS)
-@pytest.mark.parametrize("answer", HOSTILE, ids=range(len(HOSTILE)))
+@pytest.mark.parametrize("answer", HOSTILE)
 def test_an_answer_that_makes_no_sense_is_none(reader, answer):
+    reader(EMPTY)
     with pytest.raises((AttributeError, LookupError, TypeError, ValueError)):
-        reader(answer)
+        reader(HOSTILE[answer])
 
 
 @pytest.mark.parametrize("function", ["embedding_gallery", "embedding_pairs", "failed_assets"])

@@ -87,8 +87,7 @@ def dead():
         host.stop()
 
 
-def test_a_store_that_is_written_from_the_protocol_alone_will_do(ride, good, monkeypatch):
-    monkeypatch.setattr(script, "WRITE_ROWS", 7)
+def test_a_store_that_is_written_from_the_protocol_alone_will_do(ride, good):
     images = [*good.urls(30), "https://[::1", "data:,no", good.url_of("/last")]
     store = MemoryStore(images)
     report, error = ride(store)
@@ -96,7 +95,21 @@ def test_a_store_that_is_written_from_the_protocol_alone_will_do(ride, good, mon
     assert (report.embedded, report.failed, report.left, report.exit_code) == (31, 2, 0, 1)
     assert store.embedded() == {*range(30), 32}
     assert {store.saved[i].permanent for i in (30, 31)} == {True}
-    assert sum(map(len, store.batches)) == len(images)  # nothing twice
+
+
+def test_a_batch_to_store_is_bounded_and_nothing_comes_twice(ride, good, monkeypatch):
+    monkeypatch.setattr(script, "WRITE_ROWS", 7)
+    save = MemoryStore.save
+
+    def slow(self, results):
+        time.sleep(0.3)  # while more than a batch is embedded
+        return save(self, results)
+
+    monkeypatch.setattr(MemoryStore, "save", slow)
+    store = MemoryStore(good.urls(60))
+    report, error = ride(store)
+    assert error is None
+    assert report.embedded == sum(map(len, store.batches)) == 60
     assert max(map(len, store.batches)) == 7
 
 
@@ -366,10 +379,10 @@ def test_an_unexpected_error_costs_one_image_and_nothing_for_good(ride, good, mo
 def test_a_download_that_hangs_below_every_deadline_is_given_up(ride, good, monkeypatch):
     whole, opened = script.Loader.fetch, threading.Event()
 
-    def hang(self, asset):
-        if asset.id == 0:
+    def hang(self, place):
+        if place.where == store.assets[0].image:
             opened.wait(PERSON)
-        return whole(self, asset)
+        return whole(self, place)
 
     monkeypatch.setattr(script.Loader, "fetch", hang)
     store = MemoryStore(good.urls(4))
@@ -431,6 +444,7 @@ def test_a_store_that_can_not_go_on_ends_the_run(ride, good, monkeypatch, call, 
 
     def fail(*_):
         calls.append(call)
+        time.sleep(0.5)  # while more is embedded
         raise error
 
     def fail_later(*_):

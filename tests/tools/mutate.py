@@ -222,7 +222,7 @@ MUTATIONS = [
         "run: a batch to store has no bound",
         "batch = self.results[:WRITE_ROWS]",
         "batch = self.results[:]",
-        "tests/test_scheduling.py -k protocol",
+        "tests/test_scheduling.py -k batch_to_store",
     ),
     Mutation(
         "run: the first vector waits for others",
