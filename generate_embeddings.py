@@ -954,8 +954,11 @@ class Run:
 
     def start_embeds(self) -> None:
         """Gives each core a batch, and one to follow it. Batches are full ones, but where there
-        is nothing else to do."""
+        is nothing else to do; the last images are shared among the cores."""
         size = self.settings.batch_size
+        if not self.found and not self.under_way("find", "fetch", "decode"):
+            share = math.ceil(len(self.ready) / self.lanes)
+            size = max(1, min(size, share))
         while self.encoder and self.ready:
             batches = len(self.under_way("embed"))
             if batches == 2 * self.lanes:

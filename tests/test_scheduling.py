@@ -337,6 +337,24 @@ def test_what_waits_for_the_model_is_bounded(ride, good, monkeypatch, busy):
     assert counted == [most]
 
 
+def test_what_waits_for_the_store_is_bounded(ride, good, monkeypatch):
+    monkeypatch.setattr(script, "RESULTS_WAITING", 10)
+    monkeypatch.setattr(script, "WRITE_ROWS", 5)
+    save, counted = MemoryStore.save, []
+
+    def slow(self, results):
+        if not counted:
+            wait_until(lambda: len(good.requests) >= 11)
+            time.sleep(2)  # for more than there should be
+            counted.append(len(good.requests))
+        return save(self, results)
+
+    monkeypatch.setattr(MemoryStore, "save", slow)
+    report, _ = ride(MemoryStore(good.urls(100)))
+    assert report.embedded == 100
+    assert counted[0] <= 5 + 10 + 2 * (4 + 2)  # being stored, waiting for that, under way
+
+
 def test_a_batch_is_full_where_there_is_enough(ride, good, monkeypatch):
     sizes, whole = [], script.ClipEncoder.embed
 
@@ -350,6 +368,30 @@ def test_a_batch_is_full_where_there_is_enough(ride, good, monkeypatch):
     assert report.embedded == 60
     assert max(sizes) == 4
     assert sizes.count(4) >= 3
+
+
+def test_the_last_images_are_shared_among_the_cores(ride, good, monkeypatch):
+    sizes, load, loaded = [], script.Loader.load, []
+
+    class SlowEncoder(script.ClipEncoder):
+        def __init__(self, settings):
+            super().__init__(settings)
+            wait_until(lambda: len(loaded) == 10)
+            time.sleep(1)  # until the loop has all of them
+
+        def embed(self, batch):
+            sizes.append(len(batch))
+            return super().embed(batch)
+
+    def counted(self, asset, data):
+        made = load(self, asset, data)
+        loaded.append(made)
+        return made
+
+    monkeypatch.setattr(script, "ClipEncoder", SlowEncoder)
+    monkeypatch.setattr(script.Loader, "load", counted)
+    report, _ = ride(MemoryStore(good.urls(10)), batch_size=8)
+    assert (report.embedded, sizes) == (10, [5, 5])
 
 
 def test_a_limit_bounds_what_is_asked_for(ride, good):

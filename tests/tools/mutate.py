@@ -130,14 +130,14 @@ MUTATIONS = [
     ),
     Mutation(
         "run: what fails in a decoder counts against the host",
-        '        if stage != "fetch":\n            return',
-        "        if False:\n            return",
+        'self.take_result(self.failure(asset, "decode", error))',
+        "self.take_fetch_failure(asset, error)",
         "tests/test_scheduling.py -k after_the_download",
     ),
     Mutation(
         "run: an image is no answer of its host",
-        "fetch.age > SLOW_SECONDS\n        self.hosts.answered(asset.host)",
-        "fetch.age > SLOW_SECONDS",
+        "fetched.seconds > SLOW_SECONDS\n        self.hosts.answered(asset.host)",
+        "fetched.seconds > SLOW_SECONDS",
         "tests/test_scheduling.py -k one_dead_host",
     ),
     Mutation(
@@ -154,7 +154,7 @@ MUTATIONS = [
     ),
     Mutation(
         "run: slow downloads make no room",
-        "slow = [task for task in loads if task.age > SLOW_SECONDS]",
+        "slow = [task for task in fetches if task.age > SLOW_SECONDS]",
         "slow = []",
         "tests/test_scheduling.py -k slow_download",
     ),
@@ -184,8 +184,8 @@ MUTATIONS = [
     ),
     Mutation(
         "run: a machine's trouble is an image's failure",
-        "if isinstance(error, RunError):\n            self.end(error)",
-        "if False:\n            self.end(error)",
+        "if isinstance(error, RunError):\n            self.end(error)\n        else:",
+        "if False:\n            self.end(error)\n        else:",
         "tests/test_scheduling.py -k machines_trouble",
     ),
     Mutation(
@@ -223,6 +223,12 @@ MUTATIONS = [
         "batch = self.results[:WRITE_ROWS]",
         "batch = self.results[:]",
         "tests/test_scheduling.py -k batch_to_store",
+    ),
+    Mutation(
+        "run: what waits for the store has no bound",
+        "if len(self.results) >= RESULTS_WAITING:",
+        "if False:",
+        "tests/test_scheduling.py -k waits_for_the_store",
     ),
     Mutation(
         "run: the first vector waits for others",
@@ -288,7 +294,7 @@ MUTATIONS = [
     ),
     Mutation(
         "stores: the key goes to every bucket",
-        "if bucket in readable:",
+        "if bucket in self._readable_buckets:",
         "if True:",
         "tests/test_supabase.py -k named_bucket",
     ),
@@ -306,7 +312,7 @@ MUTATIONS = [
     ),
     Mutation(
         "stores: what failed before is never found",
-        "        yield from self._walk(failed_before)\n",
+        "        yield from self._walk(new | failed)\n",
         "",
         "tests/test_supabase.py -k known_failures",
     ),
