@@ -1226,7 +1226,11 @@ class SupabaseStore:
         if answer["contract"] != CONTRACT:
             raise RunError(f"the database's functions are of another version: {RUN_SQL}")
         if not answer["client_exists"]:
-            raise RunError(f"no asset is of client {self._settings.client!r}: check the spelling")
+            client = str(self._settings.client)
+            others = [str(name) for name in answer["other_clients"] or []]
+            near = difflib.get_close_matches(client, others, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "check the spelling"
+            raise RunError(f"no asset is of client {client!r}: {hint}")
         self._run_began = answer["time"]  # by the database's clock
         return Status(
             assets=answer["assets"],
@@ -1357,7 +1361,7 @@ class SupabaseStore:
                 return read(self._rpc(function, arguments).execute().data)
             except APIError as error:
                 code = str(error.code or self._http.status)
-                message = self._without_key(str(error.message))
+                message = self._without_key(said_in(error))
                 if not PASSING.fullmatch(code):
                     raise RunError(self._explain(code, message)) from None
                 trouble = f"{code}, {message}"
@@ -1399,6 +1403,17 @@ class SupabaseStore:
 
 
 STORAGE = "/storage/v1/object/"  # an image that begins so is the project's own
+
+
+def said_in(error: Any) -> str:
+    """The words of an APIError, and of the page that a gateway sent in the place of JSON."""
+    message = str(error.message)
+    if not re.fullmatch(r"\d\d\d", str(error.code)):
+        return message
+    page = re.sub(
+        r"<(style|script).*?</\1>|<[^>]*>", " ", str(error.details or ""), flags=re.DOTALL
+    )
+    return " ".join([message, *page.split()])
 
 
 def key_role(key: str) -> str:

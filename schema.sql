@@ -421,7 +421,7 @@ end $$;
 
 -- What there is of one client and shard, counted exactly; "waiting" are those that failed for now
 -- and are not due again yet. A failure row says more than a vector beside it: see
--- forget_embedding.
+-- forget_embedding. Where there is no such client: the names of others, for a hint.
 create or replace function public.embedding_status(
   model_version text, client text default null, shard int default 1, shards int default 1
 ) returns jsonb
@@ -438,6 +438,12 @@ begin
       'time', now(),
       'client_exists', embedding_status.client is null or exists (
         select from embedding_sources c where c.client = embedding_status.client),
+      'other_clients', (
+        select jsonb_agg(name) from (
+          select distinct c.client as name from embedding_sources c
+          where embedding_status.client is not null and not exists (
+            select from embedding_sources d where d.client = embedding_status.client)
+          limit 1000) names),
       'assets', count(*),
       'done', count(*) filter (where e.asset_id is not null and f.asset_id is null),
       'waiting', count(*) filter (where not f.permanent and f.updated_at

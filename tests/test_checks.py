@@ -149,9 +149,17 @@ def test_a_view_or_table_that_is_lost(cli, complaint, trio, lost):
 # Clients
 
 
-@pytest.mark.parametrize("client", ["client-7", ""])
-def test_a_client_without_assets_is_not_all_done(trio, client):
-    with pytest.raises(script.RunError, match=f"no asset is of client '{client}': check the sp"):
+@pytest.mark.parametrize(
+    ("client", "hint"),
+    [
+        ("nobody", "check the spelling"),
+        ("", "check the spelling"),
+        ("Client-True", r"did you mean 'client-True'\?"),
+        ("client-Fals", r"did you mean 'client-False'\?"),
+    ],
+)
+def test_a_client_without_assets_is_not_all_done(trio, client, hint):
+    with pytest.raises(script.RunError, match=f"no asset is of client '{client}': {hint}"):
         open_store(trio, client=client).status()
 
 

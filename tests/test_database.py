@@ -40,6 +40,7 @@ def test_the_status_of_an_empty_catalog(stack, api):
     assert status == {
         "contract": 2,
         "client_exists": True,
+        "other_clients": None,
         "assets": 0,
         "done": 0,
         "waiting": 0,

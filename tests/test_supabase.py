@@ -434,7 +434,8 @@ def test_the_report_groups_failures_by_reason_with_examples(story):
     (at,) = [n for n, line in enumerate(lines) if "HTTP 404" in line]
     assert lines[at].split()[0] == "2"
     examples = {asset for asset, name in story.bad.items() if name == "404"}
-    assert {uuid.UUID(line.split()[0]) for line in lines[at + 1 : at + 3]} == examples
+    assert lines[at + 1].strip() == script.advice("fetch: HTTP 404 Not Found")
+    assert {uuid.UUID(line.split()[0]) for line in lines[at + 2 : at + 4]} == examples
 
 
 def test_a_second_run_tries_only_what_may_have_passed(story):
@@ -534,7 +535,8 @@ CODES = {
     **dict.fromkeys(["401", "403", "PGRST301", "PGRST302", "PGRST303"], "was refused"),
     "42501": "the database lacks a grant",
     "PGRST106": "the schema public is not exposed",
-    **{code: f"answers with HTTP {code}" for code in ("301", "404", "410")},
+    **{code: f"answers with HTTP {code}" for code in ("301", "402", "404", "410")},
+    "402": "answers with HTTP 402, Payment Required it's paused",
     **dict.fromkeys(["22P02", "42601", "P0001"], "the database says"),
 }
 
@@ -551,7 +553,7 @@ def meant(_stack):
         if asked[code] > 1:
             return None
         if len(code) == 3:
-            return int(code), HTML, b"<html>no</html>"
+            return int(code), HTML, b"<html><body>\r\n<p>it's <b>paused</b></p></body></html>"
         answer = {"code": code, "message": f"no, {_stack.service_key}"}
         return 400, JSON, json.dumps(answer).encode()
 
