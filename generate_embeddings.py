@@ -24,9 +24,14 @@
 
     find pending assets -> fetch -> decode -> embed -> store -> report
 
+main reads flags and settings; embed_all asks the store for its status, and --search or --dry-run
+end there. Else all steps overlap in Run.loop, while the model still loads. Then comes the report,
+then --gallery.
+
 Words
     asset     one product image to embed: an id and where its image is
-    pending   without an embedding of this model version; the store says which assets are
+    pending   without an embedding of this model version; the store says which assets are, and
+              leaves out those that failed for good, or too often to be tried again already
     store     where assets and embeddings are: a Supabase database, or a folder
     levels    a uint8 array (224, 224, 3), what CLIP sees of an image
     pixels    the same as float32 (3, 224, 224), normalised: what its image tower takes
@@ -45,15 +50,17 @@ Sections
     Command line     flags, settings, what is said on the terminal
 
 Who runs where
-    Main thread      the loop of Run; it alone touches the Run and the Report
-    Run.background   a pool of threads, a task each: load the model, find a page, fetch or decode
-                     an image (as many as --workers), store a batch (one at a time)
+    Main thread      the loop of Run, which alone touches the Run and the Report; Store.locate
+    Run.background   a pool of threads, a task each: load the model, find a page, store a batch,
+                     fetch an image, wait for its decoder (together as many as --workers, and up to
+                     MOST_SLOW more while some are slow). Before the run: Store.status
     Run.embedders    a pool with one thread a core (one in all on a GPU), a batch each
     Decoders         processes, one a core: a file is not to be trusted, and may crash its decoder
     --gallery, --search    after the run, or without one: the main thread, and a pool that fetches
 
 Where the answers to other questions stand
     What must be called before what, and what a third store must offer: Store
+    What happens to an image that changes meanwhile: Store
     When a run ends early, with which exit code, and what bounds memory: Run
     What a host's answer does: ANSWERS. How to add a setting: Settings
 
@@ -299,7 +306,7 @@ class Report:
         self.reasons: Counter[str] = Counter()  # of what failed
         self.examples: dict[str, list[Asset]] = {}  # by reason
         self.set_aside: Counter[str] = Counter()  # what was not attempted, by why
-        self.one_colour: list[Asset] = []  # embedded, though there is nothing to see
+        self.one_colour = 0  # of those embedded: there is nothing to see in them
         self.started = time.monotonic()
 
     @property
@@ -327,6 +334,9 @@ class Report:
         """Takes what the store says became of a result."""
         if outcome.name == "stored":
             self.embedded += 1
+            if isinstance(result, Embedded) and result.one_colour:
+                self.one_colour += 1
+                self._keep_example("one colour", result.asset)
         elif outcome.name in SET_ASIDE:
             self.set_aside[SET_ASIDE[outcome.name]] += 1
             if outcome.name in GONE:
@@ -348,6 +358,9 @@ class Report:
 
     def _count_failure(self, asset: Asset, reason: str) -> None:
         self.reasons[reason] += 1
+        self._keep_example(reason, asset)
+
+    def _keep_example(self, reason: str, asset: Asset) -> None:
         examples = self.examples.setdefault(reason, [])
         if len(examples) < self.MOST_EXAMPLES:
             examples.append(asset)
@@ -370,9 +383,9 @@ class Report:
             for asset in self.examples[reason]:
                 yield f"          {asset}"
         if self.one_colour:
-            are = "image is" if len(self.one_colour) == 1 else "images are"
-            yield f"  {len(self.one_colour):>6,}  embedded {are} one colour all over"
-            for asset in self.one_colour[: self.MOST_EXAMPLES]:
+            are = "image is" if self.one_colour == 1 else "images are"
+            yield f"  {self.one_colour:>6,}  embedded {are} one colour all over"
+            for asset in self.examples["one colour"]:
                 yield f"          {asset}"
         if self.known_failures:
             known = plural(self.known_failures, "known failure")
@@ -425,13 +438,6 @@ class Asset(NamedTuple):
     mark: int = 0  # the store's, of this very image: a hash of the URL, or the file's time
     size: int = 0  # bytes of the text `image`, which comes cut short where it is too large
 
-    @property
-    def host(self) -> str:
-        """The image host; empty for files and for data: URLs."""
-        with contextlib.suppress(ValueError):
-            return urlsplit(self.image[:2000]).netloc.rpartition("@")[2]
-        return ""
-
     def __str__(self) -> str:
         if self.id == self.image:
             return self.image
@@ -444,13 +450,22 @@ class Place(NamedTuple):
     where: str | Path  # a URL, or a file
     headers: Mapping[str, str]
 
+    @property
+    def host(self) -> str:
+        """The image host; empty for files and data: URLs."""
+        if isinstance(self.where, Path):
+            return ""
+        with contextlib.suppress(ValueError):
+            return urlsplit(self.where[:2000]).netloc.rpartition("@")[2]
+        return ""
+
 
 class Loaded(NamedTuple):
     """An asset with its pixels, float32 (3, 224, 224)."""
 
     asset: Asset
     pixels: np.ndarray
-    one_colour: bool  # all over: a placeholder, perhaps
+    one_colour: bool = False  # all over: a placeholder, perhaps
 
 
 class Fetched(NamedTuple):
@@ -465,6 +480,7 @@ class Embedded(NamedTuple):
 
     asset: Asset
     vector: np.ndarray
+    one_colour: bool = False  # all over: a placeholder, perhaps
 
 
 class Failed(NamedTuple):
@@ -584,15 +600,20 @@ class Catalog:
 class Store(Protocol):
     """Where assets and embeddings are, and what a run asks and tells there.
 
-    A third kind of store is a class with what stands here, a line in `open_store`, and a flag or
-    a setting that chooses it. Order of calls: `status` first, then `pages`, once; `save`, one call
-    at a time, beside the walk through `pages`; `locate` whenever an image is wanted; `gallery` and
-    `search` after a run, or without one. All may raise RunError, which ends the run.
+    A third kind of store is a class with what stands here (outcomes: see Outcome), a line in
+    `open_store`, a flag or a setting that chooses it, and a look at each `settings.local`, above
+    all in `read_settings`, which wants Supabase's settings for every store but a folder.
+
+    Order of calls: `status` first, then `pages`, once; `save`, one call at a time, in another
+    thread than `pages`; `locate` for each image, in the loop, so that it must not wait, and by
+    the page in several threads; `gallery` and `search` after a run, or without one. All may raise
+    RunError, which ends the run.
 
     An image may change between `pages` and `save`. Therefore an asset comes back with the `mark`
-    that the store gave it. SupabaseStore compares: a result for another image is "changed", and
-    the asset is left for the next run. FolderStore stores the result under the old mark: the next
-    run finds that the file has another one, and embeds it anew.
+    that the store gave it. SupabaseStore compares URLs: a result for another one is "changed", and
+    the asset is left for the next run; other bytes behind the same URL nobody notices. FolderStore
+    stores the result under the old mark, the file's time: the next run sees another one, and
+    embeds it anew.
     """
 
     place: str  # in words, for the log
@@ -624,8 +645,9 @@ class Settings:
     come from the environment or .env.
 
     To add one: a field with its default here; for a flag a line in `parser`, for a setting an
-    entry in SETTINGS, which names its form; then `settings.<field>` where it is used (all
-    sections have the Settings), and a line in README.md and .env.example.
+    entry in SETTINGS, which says how it must look, and its name in EXAMPLES; then
+    `settings.<field>` where it is used (Run, the stores, Fetcher, the encoders and Page have the
+    Settings; decoders and the download do not); a line in README.md and .env.example.
     """
 
     local: Path | None = None
@@ -736,9 +758,12 @@ class Run:
 
     A run ends early, and what is embedded by then is stored and reported, when
         somebody stops it (Stop): exit code 130, 143 or 129;
-        a step raises RunError, or anything unforeseen: exit code 2;
-        HOSTS_DOWN hosts in a row are down (Hosts): exit code 2;
+        a step raises RunError, or anything unforeseen (in fetch and decode that is one asset's
+            failure): exit code 2;
+        HOSTS_DOWN hosts in a row are down: exit code 2, as at the end of a run in which a host
+            went down and none ever answered (Hosts);
         the database refuses REFUSALS vectors for one reason, and takes none: exit code 2.
+    Else it ends with 1 if images failed, and with 0 if none did.
 
     What bounds memory, beside the model's 350 MB (float32)
         found       PAGE_ROWS assets, and a page more
@@ -747,6 +772,7 @@ class Run:
         decoders    one a core, DECODE_MB each (Linux)
         pixels      600 KB an image; no more wait than `room_for_loads` says
         results     2 KB each; no more images are loaded while RESULTS_WAITING wait for the store
+    Not bounded: a folder's list of files, and the Report's reasons.
     """
 
     def __init__(self, store: Store, settings: Settings, report: Report, stop: Stop) -> None:
@@ -872,20 +898,15 @@ class Run:
     def start_loads(self) -> None:
         room = self.room_for_loads()
         while self.found and room > 0:
-            asset = self.found.popleft()
-            if self.hosts.is_down(asset.host):
-                why = f"of {asset.host}, which failed {HOST_FAILURES} times in a row"
-                self.report.set_aside[why] += 1
-                continue
-            self.start_fetch(asset)
-            room -= 1
+            if self.start_fetch(self.found.popleft()):
+                room -= 1
 
     def room_for_loads(self) -> int:
         """How many more images may be fetched now.
 
         As many are fetched or decoded as --workers says, and one more for each fetch that is slow,
-        unless the line itself is. There are fewer where images wait for the model, and none where
-        results wait for the store: that bounds memory.
+        unless the line itself is. There are fewer where images wait for the model, and none while
+        RESULTS_WAITING or more wait for the store: that bounds memory.
         """
         if len(self.results) >= RESULTS_WAITING:
             return 0
@@ -899,56 +920,54 @@ class Run:
             room += min(len(slow), MOST_SLOW)
         return room - len(loads)
 
-    def start_fetch(self, asset: Asset) -> None:
+    def start_fetch(self, asset: Asset) -> bool:
+        """False where there is nothing to fetch, or the host is down."""
         try:
             place = self.store.locate(asset)
-        except Exception as error:  # which no host has said
-            self.take_result(self.failure(asset, "fetch", error))
-            return
+        except Exception as error:
+            self.take_failure(asset, "fetch", "", error)  # which no host has said
+            return False
+        if self.hosts.is_down(place.host):
+            why = f"of {place.host}, which failed {HOST_FAILURES} times in a row"
+            self.report.set_aside[why] += 1
+            return False
         seconds = self.settings.fetch_seconds
-        failed = partial(self.take_fetch_failure, asset)
-        task = Task("fetch", partial(self.take_bytes, asset), failed)
+        task = Task(
+            "fetch",
+            partial(self.take_bytes, asset, place.host),
+            partial(self.take_failure, asset, "fetch", place.host),
+        )
         task.patience = seconds + 1
         task.late = NotNow(not_in_time(seconds))
         self.start(task, self.loader.fetch, place)
+        return True
 
-    def take_fetch_failure(self, asset: Asset, error: Exception) -> None:
-        if isinstance(error, RunError):
-            self.end(error)
-            return
-        failed = self.failure(asset, "fetch", error)
-        self.take_result(failed)
-        if failed.permanent:
-            self.hosts.answered(asset.host)
-        elif self.hosts.failed(asset.host):
-            left = "its other images are left for the next run"
-            log.warning("%s: %s; %s", asset.host, failed, left)
-
-    def take_bytes(self, asset: Asset, fetched: Fetched) -> None:
+    def take_bytes(self, asset: Asset, host: str, fetched: Fetched) -> None:
         self.line_is_slow = fetched.seconds > SLOW_SECONDS
-        self.hosts.answered(asset.host)
-        failed = partial(self.take_decode_failure, asset)
+        self.hosts.answered(host)
+        failed = partial(self.take_failure, asset, "decode", "")
         self.start(Task("decode", self.take_loaded, failed), self.loader.load, asset, fetched.data)
-
-    def take_decode_failure(self, asset: Asset, error: Exception) -> None:
-        if isinstance(error, RunError):
-            self.end(error)
-        else:
-            self.take_result(self.failure(asset, "decode", error))
 
     def take_loaded(self, loaded: Loaded) -> None:
         self.ready.append(loaded)
-        if loaded.one_colour:
-            self.report.one_colour.append(loaded.asset)
 
-    def failure(self, asset: Asset, stage: str, error: Exception) -> Failed:
-        """An error that concerns one asset as its failure. Only Rejected is for good: what nobody
-        foresaw is our defect, and not the image's."""
+    def take_failure(self, asset: Asset, stage: str, host: str, error: Exception) -> None:
+        """Makes an error that concerns one asset its failure, and lets Hosts know; RunError ends
+        the run. Only Rejected is for good: what nobody foresaw is our defect, not the image's."""
+        if isinstance(error, RunError):
+            self.end(error)
+            return
         reason = str(error)
         if not isinstance(error, Rejected | NotNow):
             log.debug("%s", asset, exc_info=error)
             reason = f"unexpected {type(error).__name__}"
-        return Failed(asset, stage, reason, permanent=isinstance(error, Rejected))
+        failed = Failed(asset, stage, reason, permanent=isinstance(error, Rejected))
+        self.take_result(failed)
+        if failed.permanent:
+            self.hosts.answered(host)
+        elif self.hosts.failed(host):
+            left = "its other images are left for the next run"
+            log.warning("%s: %s; %s", host, failed, left)
 
     # Embed
 
@@ -1790,7 +1809,9 @@ class Meaning(Enum):
 
 
 # What an answer means, by its status. NEVER is only what is about the URL itself. All that is not
-# listed means LATER.
+# listed means LATER. NEVER becomes Rejected, a failure for good. AGAIN, and any other answer with
+# Retry-After, becomes TryAgain: up to FETCH_ATTEMPTS within FETCH_SECONDS, each after the seconds
+# that it says. What is left becomes NotNow. Of a host's failures all but NEVER count in Hosts.
 ANSWERS = {
     200: Meaning.PICTURE,
     203: Meaning.PICTURE,  # RFC 9110: a proxy on the way has changed something
@@ -2301,8 +2322,10 @@ class Guard:
             return addresses
         public = [address for address in addresses if self.is_public(address)]
         if not public:
-            allow = "ALLOW_PRIVATE_IMAGE_HOSTS=1 with --retry-failed allows it"
-            raise Rejected(f"private address {addresses[0]} ({allow})")
+            reason = f"private address {addresses[0]} (ALLOW_PRIVATE_IMAGE_HOSTS=1 allows it)"
+            if is_name(host):  # it leads there now, as all do behind a network's login page
+                raise NotNow(reason)
+            raise Rejected(f"{reason}; --retry-failed tries it again")
         return public
 
     @classmethod
@@ -2317,6 +2340,17 @@ class Guard:
         if any(ip in ipaddress.ip_network(network) for network in cls.NOT_PUBLIC):
             return False
         return ip.is_global and not ip.is_multicast
+
+
+def is_name(host: str) -> bool:
+    """Whether a host is neither an address, in whatever spelling, nor this machine."""
+    if host == "localhost" or ":" in host:
+        return False
+    try:
+        socket.inet_aton(host)
+    except OSError:
+        return True
+    return False
 
 
 class SocksProxy:
@@ -2559,7 +2593,7 @@ def opened(data: bytes) -> Image.Image:
     if re.match(rb"....ftyp(hei|hev|mif|msf)", data, re.DOTALL):
         try:
             import pillow_heif
-        except ImportError:
+        except (ImportError, OSError):  # OSError: it was installed meanwhile (see shut_in)
             raise NotNow("HEIC: pip install pillow-heif, then run again") from None
         pillow_heif.register_heif_opener()
         formats = ["HEIF"]
@@ -3104,7 +3138,7 @@ class ClipEncoder:
         results: list[Result] = []
         for loaded, vector in zip(batch, vectors, strict=True):
             if np.isfinite(vector).all():
-                results.append(Embedded(loaded.asset, vector))
+                results.append(Embedded(loaded.asset, vector, loaded.one_colour))
             else:
                 results.append(Failed(loaded.asset, "embed", NOT_FINITE, permanent=False))
         return results
@@ -3939,8 +3973,9 @@ def copies_in(group: Group, views: Views) -> dict[Id, str]:
 
 
 def are_copies(group: Group, views: Views) -> bool:
-    """Whether all pictures of a group that are shown are copies of others in it."""
-    return len(copies_in(group, views)) == min(len(group), SHOWN_MEMBERS)
+    """Whether all pictures of a group that are shown are copies of others among these."""
+    shown = group[:SHOWN_MEMBERS]
+    return len(copies_in(shown, views)) == len(shown)
 
 
 STYLE = """
@@ -4403,6 +4438,8 @@ def read_flags(argv: list[str] | None) -> dict[str, Any]:
     """The flags that were given; exits with 2 where they are of no use."""
     usage = parser()
     flags = vars(usage.parse_args(argv))
+    if "search" in flags and "dry_run" in flags:
+        usage.error("--search changes nothing, so there is no --dry-run of it")
     if "shard" in flags and "local" in flags:
         usage.error("--shard is for a database; for a part of a folder there is --client SUBFOLDER")
     return flags

@@ -128,9 +128,10 @@ create or replace trigger forget_embedding
 -- A path made a URL (the trigger then watches image_path):
 --   select a.id, 'https://cdn.example.com/' || a.image_path as image, a.client_name as client
 --   from public.assets a;
--- A list of URLs, of which the first one counts: "a.jpg, b.jpg", or a JSON array:
+-- A list of URLs, of which the first one counts, as in "a.jpg, b.jpg":
 --   select a.id, trim(split_part(a.images, ',', 1)) as image, a.client_name as client
 --   from public.assets a;
+-- The same as a JSON array (jsonb):
 --   select a.id, a.images ->> 0 as image, a.client_name as client from public.assets a;
 -- A path in a bucket of the project's own storage, here "photos". There is no host in it, so that
 -- one file does for local development, branches and production:

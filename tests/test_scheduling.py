@@ -148,7 +148,7 @@ def test_a_report_says_so_where_all_failed_for_one_reason():
     ],
 )
 def test_the_host_of_an_image_is_whom_its_url_leads_to(image, host):
-    assert Asset(1, image).host == host
+    assert Place(image, {}).host == host
 
 
 # Hosts

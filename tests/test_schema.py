@@ -373,21 +373,25 @@ OWN_STORAGE = "/storage/v1/object/authenticated/photos/"
 
 def test_each_variant_of_the_view_runs_as_it_stands(stack):
     variants = [text for text in snippets(" as client") if text.startswith(("select", "with"))]
-    assert len(variants) == 7
+    assert len(variants) == 9
+    lists = {"text": "{0}, https://cdn.example.com/2.jpg", "jsonb": '["{0}", "2.jpg"]'}
     for variant in variants:
         stack.reset(schema=False, clients=True)
+        kind = "jsonb" if "->>" in variant else "text"
+        stack.sql_as_editor(f"alter table assets add images {kind}")
         stack.sql_as_editor(
             "alter table assets add published bool, add image_path text, add name text"
         )
         stack.sql_as_editor("grant select on clients to service_role")
         script = put_in(variant)
-        if "image_path" in variant:
-            script = re.sub(r"(update of |old\.|new\.)image_url", r"\1image_path", script)
+        column = re.search(r"a\.(image\w+)", variant)[1]
+        script = re.sub(r"(update of |old\.|new\.)image_url", rf"\1{column}", script)
         stack.apply_schema(script=script)
         stack.reload_schema()
         stack.sql("insert into clients values (1, 'x')")
         ids = fill(stack, 2)
         stack.sql("update assets set client_id = 1, image_path = 'a.jpg'")
+        stack.sql("update assets set images = %s", [lists[kind].format("https://a.example/1.jpg")])
         stack.sql("update assets set published = id = %s", [ids[0]])
         api = Api(stack, stack.service_key)
         client = None if "null::text" in variant else "x"
@@ -397,10 +401,12 @@ def test_each_variant_of_the_view_runs_as_it_stands(stack):
             start = re.search("'(.*)'", variant)[1]
             assert start in ("https://cdn.example.com/", OWN_STORAGE)
             assert pending[0]["image"] == start + "a.jpg"
+        if "images" in variant:
+            assert pending[0]["image"] == "https://a.example/1.jpg"
         assert set(api.store(pending, []).values()) == {"stored"}
         assert api.status(client=client)["done"] == len(pending)
-        column = "image_path" if "image_path" in variant else "image_url"
-        stack.sql(f"update assets set {column} = 'b.jpg'")
+        changed = lists[kind].format("b.jpg") if column == "images" else "b.jpg"
+        stack.sql(f"update assets set {column} = %s", [changed])
         assert rows(stack) == []
 
 
