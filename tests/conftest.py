@@ -292,6 +292,15 @@ def wait_until(condition, seconds=60):
         time.sleep(0.02)
 
 
+SLOWEST = ("test_run", "test_supabase", "test_soak", "test_fetch", "test_shards", "test_gallery")
+
+
+def pytest_collection_modifyitems(items):
+    """The slowest files first: they are given out whole, and one that came last would run alone."""
+    places = {name: place for place, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(SLOWEST)))
+
+
 @pytest.fixture(scope="session")
 def _stack():
     with Stack() as stack:

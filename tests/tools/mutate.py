@@ -130,19 +130,19 @@ MUTATIONS = [
     ),
     Mutation(
         "run: what fails in a decoder counts against the host",
-        'self.take_result(self.failure(asset, "decode", error))',
-        "self.take_fetch_failure(asset, error)",
+        'failed = partial(self.take_failure, asset, "decode", "")',
+        'failed = partial(self.take_failure, asset, "decode", host)',
         "tests/test_scheduling.py -k after_the_download",
     ),
     Mutation(
         "run: an image is no answer of its host",
-        "fetched.seconds > SLOW_SECONDS\n        self.hosts.answered(asset.host)",
+        "fetched.seconds > SLOW_SECONDS\n        self.hosts.answered(host)",
         "fetched.seconds > SLOW_SECONDS",
         "tests/test_scheduling.py -k one_dead_host",
     ),
     Mutation(
         "run: a host that is down is asked on",
-        "if self.hosts.is_down(asset.host):",
+        "if self.hosts.is_down(place.host):",
         "if False:",
         "tests/test_scheduling.py -k one_dead_host",
     ),
@@ -184,8 +184,8 @@ MUTATIONS = [
     ),
     Mutation(
         "run: a machine's trouble is an image's failure",
-        "if isinstance(error, RunError):\n            self.end(error)\n        else:",
-        "if False:\n            self.end(error)\n        else:",
+        "if isinstance(error, RunError):\n            self.end(error)",
+        "if False:\n            self.end(error)",
         "tests/test_scheduling.py -k machines_trouble",
     ),
     Mutation(
@@ -196,9 +196,15 @@ MUTATIONS = [
     ),
     Mutation(
         "run: batches of one",
-        "size = self.settings.batch_size\n        while self.encoder",
-        "size = 1\n        while self.encoder",
+        "size = self.settings.batch_size\n        if not self.found",
+        "size = 1\n        if not self.found",
         "tests/test_scheduling.py -k batch_is_full",
+    ),
+    Mutation(
+        "run: the last images are one core's",
+        "size = max(1, min(size, share))",
+        "size = max(1, size)",
+        "tests/test_scheduling.py -k shared_among",
     ),
     Mutation(
         "run: a download that hangs is waited for",
