@@ -25,13 +25,14 @@
     find pending assets -> fetch -> decode -> embed -> store -> report
 
 main reads flags and settings; embed_all asks the store for its status, and --search or --dry-run
-end there. Else all steps overlap in Run.loop, while the model still loads. Then comes the report,
-then --gallery.
+end there. Else, if anything is pending, the steps overlap in Run.loop; the first images are fetched
+while the model is loaded. Then comes the report, then --gallery.
 
 Words
     asset     one product image to embed: an id and where its image is
     pending   without an embedding of this model version; the store says which assets are, and
-              leaves out those that failed for good, or too often to be tried again already
+              leaves out those that failed for good, or too often to be tried again yet
+              (--retry-failed takes them in)
     store     where assets and embeddings are: a Supabase database, or a folder
     levels    a uint8 array (224, 224, 3), what CLIP sees of an image
     pixels    the same as float32 (3, 224, 224), normalised: what its image tower takes
@@ -51,9 +52,10 @@ Sections
 
 Who runs where
     Main thread      the loop of Run, which alone touches the Run and the Report; Store.locate
-    Run.background   a pool of threads, a task each: load the model, find a page, store a batch,
-                     fetch an image, wait for its decoder (together as many as --workers, and up to
-                     MOST_SLOW more while some are slow). Before the run: Store.status
+    Run.background   a pool of threads, a task each: load the model, find a page, store a batch (one
+                     at a time), fetch an image or wait for its decoder (as many as --workers, and
+                     up to MOST_SLOW more while some are slow)
+    Before the run   Store.status, in a thread of its own, as it may hang
     Run.embedders    a pool with one thread a core (one in all on a GPU), a batch each
     Decoders         processes, one a core: a file is not to be trusted, and may crash its decoder
     --gallery, --search    after the run, or without one: the main thread, and a pool that fetches
@@ -601,13 +603,14 @@ class Store(Protocol):
     """Where assets and embeddings are, and what a run asks and tells there.
 
     A third kind of store is a class with what stands here (outcomes: see Outcome), a line in
-    `open_store`, a flag or a setting that chooses it, and a look at each `settings.local`, above
-    all in `read_settings`, which wants Supabase's settings for every store but a folder.
+    `open_store`, a flag or a setting that chooses it, and a look at each `settings.local` and at
+    `read_settings`, which wants Supabase's settings for every store but a folder. It heeds
+    client, shard, model_version, retry_failed and dry_run of the Settings by itself.
 
-    Order of calls: `status` first, then `pages`, once; `save`, one call at a time, in another
-    thread than `pages`; `locate` for each image, in the loop, so that it must not wait, and by
-    the page in several threads; `gallery` and `search` after a run, or without one. All may raise
-    RunError, which ends the run.
+    Order of calls: `status` first, then `pages`, once; `save`, one call at a time, perhaps while
+    `pages` is at work in another thread; `locate` for each image, in the loop, so that it must not
+    wait, and for --gallery in several threads; `gallery` and `search` after a run, or without one.
+    All may raise RunError, which ends the run.
 
     An image may change between `pages` and `save`. Therefore an asset comes back with the `mark`
     that the store gave it. SupabaseStore compares URLs: a result for another one is "changed", and
@@ -641,8 +644,9 @@ class Store(Protocol):
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that a run depends on: the flags of the command line, then the settings that
-    come from the environment or .env.
+    """What a run depends on: the flags of the command line, then the settings that come from the
+    environment or .env. (Proxies, certificates, the hub's variables and OMP_NUM_THREADS are read
+    where they are used, as the libraries do.)
 
     To add one: a field with its default here; for a flag a line in `parser`, for a setting an
     entry in SETTINGS, which says how it must look, and its name in EXAMPLES; then
@@ -756,7 +760,8 @@ class Run:
     core embeds a batch of its own in one thread: threads that share an image wait for each other
     at every layer.
 
-    A run ends early, and what is embedded by then is stored and reported, when
+    A run ends early, and what is embedded by then is stored (if the store still takes it) and
+    reported, when
         somebody stops it (Stop): exit code 130, 143 or 129;
         a step raises RunError, or anything unforeseen (in fetch and decode that is one asset's
             failure): exit code 2;
@@ -1809,9 +1814,9 @@ class Meaning(Enum):
 
 
 # What an answer means, by its status. NEVER is only what is about the URL itself. All that is not
-# listed means LATER. NEVER becomes Rejected, a failure for good. AGAIN, and any other answer with
-# Retry-After, becomes TryAgain: up to FETCH_ATTEMPTS within FETCH_SECONDS, each after the seconds
-# that it says. What is left becomes NotNow. Of a host's failures all but NEVER count in Hosts.
+# listed means LATER. NEVER becomes Rejected, a failure for good. AGAIN, and LATER or ROBOTS with
+# Retry-After, become TryAgain: up to FETCH_ATTEMPTS within settings.fetch_seconds, each after the
+# seconds that it says. What is left becomes NotNow. Of failures all but NEVER count in Hosts.
 ANSWERS = {
     200: Meaning.PICTURE,
     203: Meaning.PICTURE,  # RFC 9110: a proxy on the way has changed something
