@@ -67,7 +67,7 @@ Where the answers to other questions stand
     What a host's answer does: ANSWERS. How to add a setting: Settings
 
 What an upgrade of a package may break, as no documentation promises it
-    urllib3     connection._new_conn, pools.pool_classes_by_scheme (Connection, Fetcher)
+    urllib3     connection._new_conn, pools.pool_classes_by_scheme (pool_classes, Fetcher)
     http.client _MAXHEADERS (Fetching)
     requests    brings urllib3, certifi and idna, all of which are used here (Fetching)
     torch       torch.ops.mkldnn._linear_pointwise, _reorder_linear_weight (Linear)
@@ -87,11 +87,12 @@ import signal
 import sys
 
 AS_DECODER = "--decode"  # the one argument of a Decoder's process
+IN_DECODER = __name__ == "__main__" and sys.argv[1:] == [AS_DECODER]
 if __name__ == "__main__":
     # A stop while the imports go on ends at once, without a traceback.
     for _number in (signal.SIGINT, signal.SIGTERM):
         # A background job's are ignored, and stay so. A decoder's are the run's to heed.
-        if sys.argv[1:] == [AS_DECODER]:
+        if IN_DECODER:
             signal.signal(_number, signal.SIG_IGN)
         elif signal.getsignal(_number) != signal.SIG_IGN:
             signal.signal(_number, lambda number, _: os._exit(128 + number))
@@ -110,7 +111,6 @@ import difflib
 import hashlib
 import html
 import http.client
-import importlib
 import io
 import ipaddress
 import itertools
@@ -154,12 +154,6 @@ INSTALL = (
     "(python3 -m venv .venv makes it, . .venv/bin/activate activates it)"
 )
 try:
-    import certifi
-    import dotenv
-    import idna
-    import numpy as np
-    import requests
-    import urllib3
     from PIL import (
         AvifImagePlugin,
         ExifTags,
@@ -170,12 +164,20 @@ try:
         TiffImagePlugin,
         UnidentifiedImageError,
     )
-    from requests.exceptions import ChunkedEncodingError
-    from tqdm import tqdm
-    from tqdm.contrib.logging import logging_redirect_tqdm
-    from urllib3.exceptions import HTTPError
-    from urllib3.response import BaseHTTPResponse
-    from urllib3.util.connection import create_connection
+
+    if not IN_DECODER:  # which has no use for these, and starts in half the time without them
+        import certifi
+        import dotenv
+        import idna
+        import numpy as np
+        import requests
+        import urllib3
+        from requests.exceptions import ChunkedEncodingError
+        from tqdm import tqdm
+        from tqdm.contrib.logging import logging_redirect_tqdm
+        from urllib3.exceptions import HTTPError
+        from urllib3.response import BaseHTTPResponse
+        from urllib3.util.connection import create_connection
 except ImportError as error:
     print(f"error: {error}: {INSTALL}", file=sys.stderr)
     sys.exit(2)
@@ -1889,7 +1891,7 @@ MANY_URLS = 'a list or JSON, not one URL: see "Your tables" in schema.sql'
 BLANKS = "".join(map(chr, range(33)))  # what browsers strip from a URL's ends
 PATH_CHARACTERS = "%!$&'()*+,-./:;=@[]_|~"  # those that browsers leave as they are
 QUERY_CHARACTERS = PATH_CHARACTERS.replace("'", "") + "?^`{}\\"
-TARGET = ":path"  # a header of our own, as in HTTP/2, that is never sent: see Connection
+TARGET = ":path"  # a header of our own, as in HTTP/2, that is never sent: see pool_classes
 
 
 class Fetcher:
@@ -1995,11 +1997,7 @@ class Fetcher:
                 login = urllib3.make_headers(proxy_basic_auth=f"{user}:{password}")
                 options["proxy_headers"] = login
             pools = urllib3.ProxyManager(proxy, **options)
-        kinds: Any = {
-            "http": partial(Pool, connect=connect),
-            "https": partial(TlsPool, connect=connect),
-        }
-        pools.pool_classes_by_scheme = kinds
+        pools.pool_classes_by_scheme = pool_classes(connect)
         return pools
 
     def _picture(self, answer: BaseHTTPResponse, deadline: Deadline) -> bytes:
@@ -2379,42 +2377,34 @@ class SocksProxy:
         return self._open((host, port), seconds, socket_options=options, **self._proxy)
 
 
-class Connection(urllib3.connection.HTTPConnection):
-    """A connection that `connect` opened, and that sends URLs as they are written: urllib3 writes
-    `%2F` for `%2f`, and `%25` for a percent sign that stands alone."""
+def pool_classes(connect: Connect | None) -> dict[str, type[urllib3.HTTPConnectionPool]]:
+    """urllib3's pools, with connections that `connect` opens, and that send URLs as they are
+    written: urllib3 writes `%2F` for `%2f`, and `%25` for a percent sign that stands alone."""
 
-    def __init__(self, *where: Any, connect: Connect | None, **options: Any) -> None:
-        super().__init__(*where, **options)
-        self._connect = connect
+    class Connection(urllib3.connection.HTTPConnection):
+        def _new_conn(self) -> socket.socket:
+            if connect is None:  # to a proxy
+                return super()._new_conn()
+            return connect(self.host, self.port, self.timeout, self.socket_options)
 
-    def _new_conn(self) -> socket.socket:
-        if self._connect is None:  # to a proxy
-            return super()._new_conn()
-        return self._connect(self.host, self.port, self.timeout, self.socket_options)
+        def request(
+            self, method: str, url: str, body: Any = None, headers: Any = None, **options: Any
+        ) -> None:
+            headers = dict(headers)
+            # The URL that urllib3 gives is the origin, for a proxy, and a slash.
+            target = url.removesuffix("/") + headers.pop(TARGET)
+            super().request(method, target, body, headers, **options)
 
-    def request(
-        self, method: str, url: str, body: Any = None, headers: Any = None, **options: Any
-    ) -> None:
-        headers = dict(headers)
-        # The URL that urllib3 gives is the origin, for a proxy, and a slash.
-        target = url.removesuffix("/") + headers.pop(TARGET)
-        super().request(method, target, body, headers, **options)
+    class TlsConnection(Connection, urllib3.connection.HTTPSConnection):
+        pass
 
+    class Pool(urllib3.HTTPConnectionPool):
+        ConnectionCls = Connection
 
-class TlsConnection(Connection, urllib3.connection.HTTPSConnection):
-    """The same with TLS."""
+    class TlsPool(urllib3.HTTPSConnectionPool):
+        ConnectionCls = TlsConnection
 
-
-class Pool(urllib3.HTTPConnectionPool):
-    """Such connections to one host, kept open."""
-
-    ConnectionCls = Connection
-
-
-class TlsPool(urllib3.HTTPSConnectionPool):
-    """The same with TLS."""
-
-    ConnectionCls = TlsConnection
+    return {"http": Pool, "https": TlsPool}
 
 
 def certificates() -> str:
@@ -2470,13 +2460,13 @@ TiffImagePlugin.READ_LIBTIFF = True
 TiffImagePlugin.OPEN_INFO[b"MM", 0, (1,), 1, (16,), ()] = ("I;16B", "I;16B")
 
 
-def levels_of(data: bytes) -> np.ndarray:
-    """What CLIP sees of an image file, as a browser shows it: levels (224, 224, 3).
+def levels_of(data: bytes) -> bytes:
+    """What CLIP sees of an image file, as a browser shows it: levels (224, 224, 3), a byte each.
 
     Raises Rejected; NotNow for a format that needs another package; MemoryError. Any other
     exception is a defect, of ours or of Pillow's, and not the file's.
     """
-    return np.asarray(in_srgb(square(decode(data))))
+    return in_srgb(square(decode(data))).tobytes()
 
 
 def decode(data: bytes) -> Image.Image:
@@ -2676,17 +2666,20 @@ def gif_on_its_canvas(image: Any) -> Image.Image:
 
 def gray_of_16_bits(image: Image.Image) -> Image.Image:
     """A gray image of 16 bits a pixel (or of 12, in TIFF) in 8. Pillow would cut off at 255."""
-    values = np.asarray(image)
     bits = 16
+    zero_is_white = False
     if image.format == "TIFF":
         tags: Any = image
         bits = tags.tag_v2[TiffImagePlugin.BITSPERSAMPLE][0]
-        if tags.tag_v2[TiffImagePlugin.PHOTOMETRIC_INTERPRETATION] == 0:
-            values = 2**bits - 1 - values  # zero is white
-    gray = Image.fromarray((values >> (bits - 8)).astype(np.uint8))
+        zero_is_white = tags.tag_v2[TiffImagePlugin.PHOTOMETRIC_INTERPRETATION] == 0
+    grays = [(value >> (bits - 8)) & 255 for value in range(2**16)]
+    if zero_is_white:
+        grays = [255 - gray for gray in grays]
+    image = image.convert("I")
+    gray = image.point(grays, "L")
     if "transparency" in image.info:
-        opaque = values != image.info["transparency"]
-        gray.putalpha(Image.fromarray(opaque))
+        transparent = image.info["transparency"]
+        gray.putalpha(image.point([255 * (value != transparent) for value in range(2**16)], "L"))
     return gray
 
 
@@ -2779,14 +2772,19 @@ def is_one_colour(levels: np.ndarray) -> bool:
     return bool((levels == levels[0, 0]).all())
 
 
-# One value per channel and level: the arithmetic of transformers' processor, same bits
-_LEVELS = (np.arange(256) * (1 / 255)).astype(np.float32)
-_PIXELS = [(_LEVELS - np.float32(m)) / np.float32(s) for m, s in zip(MEAN, STD, strict=True)]
+@lru_cache
+def pixels_by_level() -> np.ndarray:
+    """The pixel of each channel and level (3, 256), by the arithmetic of transformers' processor:
+    the same bits."""
+    levels = (np.arange(256) * (1 / 255)).astype(np.float32)
+    channels = zip(MEAN, STD, strict=True)
+    return np.stack([(levels - np.float32(mean)) / np.float32(std) for mean, std in channels])
 
 
 def normalise(levels: np.ndarray) -> np.ndarray:
     """Levels (224, 224, 3) -> pixels (3, 224, 224), as transformers' CLIPImageProcessor."""
-    return np.stack([_PIXELS[channel][levels[:, :, channel]] for channel in range(3)])
+    pixels = pixels_by_level()
+    return np.stack([pixels[channel][levels[:, :, channel]] for channel in range(3)])
 
 
 # ============================================================================= Decoders
@@ -2819,7 +2817,6 @@ DECODER_SETTINGS = {
     # glibc would else give memory back after each image and fetch it anew: 2 ms.
     "MALLOC_TRIM_THRESHOLD_": str(64 * 2**20),
     "MALLOC_MMAP_THRESHOLD_": str(64 * 2**20),
-    "OMP_NUM_THREADS": "1",  # numpy would else start a thread for each core
 }
 
 # Numbers of Linux, the same on every processor.
@@ -2972,7 +2969,7 @@ def serve_as_decoder() -> int:
     """Answers what comes until the run closes its pipe. Returns the exit code."""
     warnings.simplefilter("ignore")  # Pillow's, about oddities that do no harm
     # Fails where ulimit -v leaves less than an image may take.
-    np.empty(DECODE_MB * 2**20, np.uint8)
+    bytes(DECODE_MB * 2**20)
     load_codecs()
     answers = os.fdopen(os.dup(1), "wb")
     for stream in (1, 2):  # where libraries print
@@ -2990,7 +2987,7 @@ def serve_as_decoder() -> int:
 def answer_for(data: bytes) -> bytes:
     """The levels of an image file, or why there are none."""
     try:
-        return levels_of(data).tobytes()
+        return levels_of(data)
     except Rejected as reason:
         return REJECTED + str(reason).encode()
     except NotNow as reason:
@@ -3004,11 +3001,13 @@ def answer_for(data: bytes) -> bytes:
 
 def load_codecs() -> None:
     """Imports what Pillow imports when it meets a format: later nothing can be opened."""
-    Image.init()
+    Image.preinit()  # BMP, GIF, JPEG, PNG; AVIF and TIFF are imported above
+    for name in ("Mpo", "WebP"):
+        import_module(f"PIL.{name}ImagePlugin")
     # Each core has a decoder; of 64 threads the stacks alone would take over DECODE_MB.
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1
     with contextlib.suppress(ImportError):
-        importlib.import_module("pillow_heif")
+        import_module("pillow_heif")
 
 
 def own_memory() -> int:
@@ -4655,7 +4654,7 @@ def set_up_output(verbose: bool) -> None:
 
 
 if __name__ == "__main__":
-    code = serve_as_decoder() if sys.argv[1:] == [AS_DECODER] else main()
+    code = serve_as_decoder() if IN_DECODER else main()
     with contextlib.suppress(OSError, AttributeError):  # as in: ... | head, or >&-
         sys.stdout.flush()
     # A download may hang in a thread, and Python would wait for it.

@@ -94,7 +94,7 @@ def test_what_is_decoded_in_a_process_that_can_open_nothing_is_the_same(decoder,
         for options in ({}, {"compression": "tiff_lzw"}, {"compression": "jpeg"}):
             with contextlib.suppress(OSError, KeyError, ValueError, RuntimeError):
                 data = saved(cat.convert(mode), kind, **options)
-                assert np.array_equal(decoder.decode(data), script.levels_of(data)), (kind, mode)
+                assert decoder.decode(data).tobytes() == script.levels_of(data), (kind, mode)
                 tried += 1
     assert tried > 90
 
@@ -259,7 +259,7 @@ CANT_START = {
     "no such program": ("", "No such file or directory"),
     "too little memory": (
         f'ulimit -v 450000; exec {sys.executable} "$@"',  # KB
-        r"Unable to allocate 400\. MiB",
+        "MemoryError",
     ),
     "with words": ("echo Traceback >&2; echo 'ImportError: no libz' >&2; exit 1", "no libz"),
     "without a word": ("exit 7", "exit code 7"),

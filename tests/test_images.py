@@ -56,6 +56,11 @@ def seen(data):
     return np.asarray(image)
 
 
+def levels(data):
+    """What CLIP sees of a file: uint8 (224, 224, 3)."""
+    return np.frombuffer(levels_of(data), np.uint8).reshape(224, 224, 3)
+
+
 def refused(data):
     """The reason for which the product refuses a file for good."""
     with pytest.raises(Rejected) as refusal:
@@ -1104,11 +1109,11 @@ def test_a_strip_is_refused_above_one_hundred_to_one():
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_an_image_of_one_colour_is_told_from_a_picture(cat, kind):
     for colour in ("white", "black", (180, 20, 60)):
-        assert is_one_colour(levels_of(saved(Image.new("RGB", (300, 200), colour), kind)))
+        assert is_one_colour(levels(saved(Image.new("RGB", (300, 200), colour), kind)))
     speck = Image.new("RGB", (300, 200), "white")
     speck.paste("black", (140, 90, 160, 110))
     for picture in (cat, speck):
-        assert not is_one_colour(levels_of(saved(picture, kind)))
+        assert not is_one_colour(levels(saved(picture, kind)))
 
 
 # What an upgrade of Pillow may take away, or a change of ours may miss
@@ -1304,7 +1309,7 @@ while at < len(blob):
     length, = struct.unpack_from("<I", blob, at)
     data, at, started = blob[at + 4 : at + 4 + length], at + 4 + length, time.monotonic()
     try:
-        assert product.levels_of(data).shape == (224, 224, 3)
+        assert len(product.levels_of(data)) == 224 * 224 * 3
         images += 1
     except (product.Rejected, product.NotNow) as reason:
         reasons[str(reason)] = reasons.get(str(reason), 0) + 1
