@@ -21,6 +21,7 @@ from types import SimpleNamespace
 import numpy as np
 import psycopg
 import pytest
+import warm
 from PIL import Image
 from stack import ImageHost, Stack, photographs
 
@@ -103,15 +104,19 @@ class Result:
         return self
 
 
-class Started(subprocess.Popen):
-    """A run in the background. `finish()` waits for it and gives its Result."""
+class Started:
+    """A run in the background: a Popen, or one like it, that writes to files in a folder.
+    `finish()` waits for it and gives its Result."""
 
-    def __init__(self, command, folder, keys, **options):
+    def __init__(self, start, folder, keys):
         self.folder, self.keys, self.began = folder, keys, time.monotonic()
         number = len(list(folder.glob("*.out")))
         self.out_path, self.err_path = folder / f"{number}.out", folder / f"{number}.err"
         with self.out_path.open("wb") as out, self.err_path.open("wb") as err:
-            super().__init__(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, **options)
+            self._process = start(out, err)
+
+    def __getattr__(self, name):
+        return getattr(self._process, name)
 
     @property
     def err(self):
@@ -134,6 +139,8 @@ class Cli:
     """Runs generate_embeddings.py as a process of its own, with nothing of the developer's
     environment: only `settings`, and per call `env` instead of those, and single settings on
     top (None leaves one out). The current folder is an empty one unless `cwd` says otherwise.
+
+    Its packages are imported already (see warm.py); `cold` starts it without.
     """
 
     def __init__(self, settings, folder, keys=()):
@@ -151,15 +158,31 @@ class Cli:
     def command(self, args, script=SCRIPT):
         return [sys.executable, str(script), *map(str, args)]
 
-    def __call__(self, *args, env=None, cwd=None, timeout=TIMEOUT, script=SCRIPT, **overrides):
-        return self.start(*args, env=env, cwd=cwd, script=script, **overrides).finish(timeout)
+    def __call__(self, *args, timeout=TIMEOUT, **options):
+        return self.start(*args, **options).finish(timeout)
 
-    def start(self, *args, env=None, cwd=None, script=SCRIPT, **overrides):
-        """The same, without waiting for its end; its Popen has `finish()`, which does."""
+    def start(self, *args, env=None, cwd=None, script=SCRIPT, cold=False, **overrides):
+        """The same, without waiting for its end."""
         environment = self.environment(env, **overrides)
         keys = {*self.keys, environment.get("SUPABASE_SERVICE_ROLE_KEY")} - {None, ""}
+        folder = cwd or self.folder
         command = self.command(args, script)
-        run = Started(command, self.folder, keys, cwd=cwd or self.folder, env=environment)
+
+        def start_cold(out, err):
+            return subprocess.Popen(
+                command,
+                cwd=folder,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+            )
+
+        def start_warm(out, err):
+            return warm.server().start(command[1:], folder, environment, out, err)
+
+        start = start_cold if cold or warm.needs_cold(environment) else start_warm
+        run = Started(start, self.folder, keys)
         self.started.append(run)
         return run
 
