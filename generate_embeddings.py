@@ -4020,6 +4020,8 @@ nav a:hover { border-color: currentcolor }
 nav b { display: block; color: CanvasText; font-size: 1.5rem; line-height: 1.2 }
 .cards { columns: 20rem; column-gap: .9rem }
 .cards article { break-inside: avoid }
+.cards > h3 { break-after: avoid }
+.cards > ul { margin-bottom: 1.2rem }
 article { margin-bottom: .9rem; padding: .9rem; border: 1px solid var(--line);
   border-radius: .8rem; background: var(--card) }
 article p { margin: 0 }
@@ -4048,12 +4050,13 @@ li { margin-bottom: .45rem; break-inside: avoid }
 li small { display: block; color: var(--dim) }
 @media (max-width: 999px) {
   .sample { grid-template-columns: 1fr 2fr }
-  .nearest { grid-template-columns: repeat(3, minmax(0, 1fr)) }
+  .sample .nearest { grid-template-columns: repeat(3, minmax(0, 1fr)) }
 }
 @media (max-width: 699px) {
   nav a { padding: .5rem .6rem; font-size: .8rem; line-height: 1.25 }
   .sample { grid-template-columns: 1fr }
   .sample > figure { display: grid; gap: .75rem; grid-template-columns: 7rem 1fr }
+  .nearest { grid-template-columns: repeat(3, minmax(0, 1fr)) }
 }
 """
 PAGE = """<!doctype html>
@@ -4165,10 +4168,14 @@ class Page:
         if not numbered:
             return ""
         lines = as_many_as_fit(itertools.starmap(self._group_in_words, numbered), TEXT_ROOM)
+        more = ""
         if len(lines) < len(numbered):
-            lines.append(f"<p>And {len(numbered) - len(lines):,} more: see {self._table}.</p>")
+            more = f"<p>And {len(numbered) - len(lines):,} more: see {self._table}.</p>"
         summary = f"And {counted(len(numbered), 'more group')}, without pictures"
-        return f"<details><summary>{summary}</summary>{''.join(lines)}</details>"
+        return (
+            f"<details><summary>{summary}</summary>"
+            f'<div class="cards">{"".join(lines)}</div>{more}</details>'
+        )
 
     def _group_in_words(self, number: int, group: Group) -> str:
         return f"<h3>{self._title(number, group)}</h3>{self._names(group)}"
