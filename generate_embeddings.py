@@ -3671,16 +3671,20 @@ NEAREST = 6
 SHOWN_GROUPS = 60
 SHOWN_MEMBERS = 6  # of a group
 OPEN_GROUPS = 12  # the others are folded, for whoever scrolls on a phone
-SHOWN_NAMES = 20  # of those that failed for one reason,
-OPEN_NAMES = 4  # which are folded if there are more
-GROUP_ROOM = 1_200_000  # characters: mail programs and phones take a page of 3 MB
+OPEN_REASONS = 12  # likewise
+SHOWN_NAMES = 20  # of those that failed for one reason, or that have no room in their group
+OPEN_NAMES = 4  # of the former; they are folded if there are more
+GROUP_ROOM = 1_200_000  # bytes: mail programs and phones take a page of 3 MB
+TEXT_ROOM = 150_000  # for groups without pictures
 SAMPLE_ROOM = 900_000
-ANSWER_ROOM = 500_000
+ANSWER_ROOM = 400_000
 FAILURE_ROOM = 300_000
 LONGEST_ADDRESS = 2000  # characters of a link; browsers take few more
 LARGE = 224  # pixels
 MEDIUM = 160
 SMALL = 112
+
+NEAR_TO_WORDS = "0.2 to 0.35 is near; pictures are nearer to each other"
 
 SAME_FILE = "same file"
 SAME_PICTURE = "same picture"  # to the last bit of what the model sees
@@ -3688,15 +3692,19 @@ SAME_PICTURE = "same picture"  # to the last bit of what the model sees
 # What to do about a failure, by what its reason says; the first that fits counts.
 ADVICE = {
     r": see |pip install|STORAGE_BUCKETS|robots|belongs": "",  # they say it themselves
-    r"HTTP (401|402|403|407|451)": "The host refuses us: make the image public, or let us in.",
+    r"HTTP (401|402|403|407|451)": "The host refuses us: make the image public, or ask the host to "
+    f"let {AGENT} in.",
     r"HTTP (404|410)": "Nothing is at this address: correct it, or upload the image again.",
-    r"HTTP 429": "The host wants fewer requests: run again later, with fewer --workers.",
-    r"HTTP 5\d\d|in time|not complete": "The host has trouble: run again later.",
-    r"connection|reachable|TLS failed|compress": "The host can't be reached: run again later.",
+    # Supabase's Storage answers 400 where nothing is.
+    r"HTTP (400|414)": "The host has nothing at this address, or can't read it: correct it.",
+    r"HTTP (420|429|430)": "The host wants fewer requests: run again later, with fewer --workers.",
+    r"HTTP (408|423|425|5\d\d)|in time|not complete|compress|headers without end": "The host has "
+    "trouble: run again later.",
+    r"connection|reachable|TLS failed": "The host can't be reached: run again later.",
     r"host not found": "No host has this name: correct the address.",
     r"certificate": "Whoever runs the host must renew its certificate.",
     r"no image URL": "Give the product an image.",
-    r"valid URL|are fetched|redirects|data: URL": "Correct the address.",
+    r"valid URL|are fetched|redirect|data: URL|storage path": "Correct the address.",
     r"HTML": "This is a web page: take the address of the image itself, or save that.",
     r"JSON|PDF|SVG|known format|not supported": "Ask for the image as JPEG or PNG.",
     r"broken|empty file": "The file is damaged or was cut off: ask for it again.",
@@ -3799,7 +3807,7 @@ def question_vectors(settings: Settings) -> list[np.ndarray]:
         made = ClipEncoder(settings).encode(np.stack(list(pixels.values())))
         vectors.update(zip(pixels, made, strict=True))
     if words:
-        log.info("words lie farther from pictures than those from each other: 0.2 to 0.35 is near")
+        log.info("for words %s", NEAR_TO_WORDS)
         vectors.update(zip(words, TextEncoder(settings).encode(words), strict=True))
     return [vectors[question] for question in settings.search]
 
@@ -3828,6 +3836,7 @@ def write_gallery(
     store: Store, settings: Settings, status: Status, answers: Sequence[Answer] = ()
 ) -> None:
     """Writes the page, and the table beside it; raises RunError where that can't be done."""
+    log.info("making the page")
     catalog = store.gallery()
     groups = groups_of(catalog.pairs)
     shown = {match.picture for group in groups[:SHOWN_GROUPS] for match in group[:SHOWN_MEMBERS]}
@@ -3837,7 +3846,7 @@ def write_gallery(
         shown.add(sample.picture)
         shown.update(match.picture for match in sample.nearest)
     views = views_of(shown, store, settings)
-    groups.sort(key=lambda group: not are_copies(group, views))  # these first
+    groups.sort(key=lambda group: not are_copies(group[:SHOWN_MEMBERS], views))  # these first
     page = Page(settings, views)
     written = settings.gallery or Path()
     try:
@@ -3959,7 +3968,8 @@ def pixels_of(data: bytes) -> tuple[int, int] | None:
 
 
 def copies_in(group: Group, views: Views) -> dict[Id, str]:
-    """Which pictures of a group are copies of others in it, as far as they were fetched."""
+    """Which pictures of a group are copies of others in it, as far as they were fetched; with a
+    number where they are copies of different pictures."""
     known = {}
     for match in group:
         view = views.get(match.picture.id)
@@ -3967,19 +3977,26 @@ def copies_in(group: Group, views: Views) -> dict[Id, str]:
             known[match.picture.id] = view
     files = Counter(view.file for view in known.values())
     sights = Counter(view.sight for view in known.values())
+    copied = [sight for sight, count in sights.items() if count > 1]
     copies = {}
     for asset, view in known.items():
-        if files[view.file] > 1:
-            copies[asset] = SAME_FILE
-        elif sights[view.sight] > 1:
-            copies[asset] = SAME_PICTURE
+        if view.sight not in copied:
+            continue
+        copies[asset] = SAME_FILE if files[view.file] > 1 else SAME_PICTURE
+        if len(copied) > 1:
+            copies[asset] += f" {copied.index(view.sight) + 1}"
     return copies
 
 
 def are_copies(group: Group, views: Views) -> bool:
-    """Whether all pictures of a group that are shown are copies of others among these."""
-    shown = group[:SHOWN_MEMBERS]
-    return len(copies_in(shown, views)) == len(shown)
+    """Whether all pictures of a group are known to be copies of one."""
+    sights = set()
+    for match in group:
+        view = views.get(match.picture.id)
+        if not isinstance(view, View):
+            return False
+        sights.add(view.sight)
+    return len(sights) == 1
 
 
 STYLE = """
@@ -4002,6 +4019,8 @@ nav a:hover { border-color: currentcolor }
 nav b { display: block; color: CanvasText; font-size: 1.5rem; line-height: 1.2 }
 .cards { columns: 20rem; column-gap: .9rem }
 .cards article { break-inside: avoid }
+.cards > h3 { break-after: avoid }
+.cards > ul { margin-bottom: 1.2rem }
 article { margin-bottom: .9rem; padding: .9rem; border: 1px solid var(--line);
   border-radius: .8rem; background: var(--card) }
 article p { margin: 0 }
@@ -4017,10 +4036,9 @@ img, .none { display: block; width: 100%; aspect-ratio: 1; border-radius: .5rem;
   font-size: .75rem; text-align: center; overflow: hidden }
 figcaption { margin-top: .35rem; font-size: .8rem; line-height: 1.35 }
 li:last-child { margin: 0 }
-figcaption b { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2;
+figcaption b { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 4;
   overflow: hidden }
-figcaption small { display: block; color: var(--dim); font-size: .72rem; overflow: hidden;
-  text-overflow: ellipsis; white-space: nowrap }
+figcaption small { display: block; color: var(--dim); font-size: .72rem }
 mark { padding: .1rem .45rem; border-radius: 1rem; background: var(--mark); color: var(--ink);
   font-size: .72rem; white-space: nowrap }
 .sample { display: grid; gap: 1.1rem; grid-template-columns: minmax(9rem, 1fr) 4.5fr }
@@ -4029,6 +4047,10 @@ summary { padding: .3rem 0; color: var(--dim); cursor: pointer }
 ul { margin: .5rem 0 0; padding: 0; list-style: none; font-size: .85rem }
 li { margin-bottom: .45rem; break-inside: avoid }
 li small { display: block; color: var(--dim) }
+@media (max-width: 999px) {
+  .sample { grid-template-columns: 1fr 2fr }
+  .sample .nearest { grid-template-columns: repeat(3, minmax(0, 1fr)) }
+}
 @media (max-width: 699px) {
   nav a { padding: .5rem .6rem; font-size: .8rem; line-height: 1.25 }
   .sample { grid-template-columns: 1fr }
@@ -4060,16 +4082,19 @@ class Page:
         self._views = views
         self._file = settings.gallery or Path()
         self._clients = "folders" if settings.local else "clients"
-        self._table = html.escape(table_beside(self._file).name)
+        table = table_beside(self._file).name
+        self._table = (
+            f'<a href="{quote(table)}" target="_blank" rel="noreferrer">{html.escape(table)}</a>'
+        )
 
     def whole(
         self, status: Status, catalog: Catalog, groups: list[Group], answers: Sequence[Answer]
     ) -> str:
         """The page's HTML."""
         links = [
-            ("same", len(groups), "groups that look the same"),
-            ("failed", len(catalog.failures), "pictures that can't be used"),
-            ("alike", len(catalog.samples), "samples of look-alikes"),
+            ("same", len(groups), "group", "looking the same"),
+            ("failed", len(catalog.failures), "picture", "that can't be used"),
+            ("alike", len(catalog.samples), "sample", "of look-alikes"),
         ]
         sections = [
             self._same(catalog, groups),
@@ -4083,20 +4108,21 @@ class Page:
             f"{status.done:,} of {status.assets:,} pictures embedded · "
             f"{now.day} {now:%B %Y, %H:%M} · {self._settings.model_version}"
         )
+        anchors = [
+            f'<a href="#{to}"><b>{count:,}</b>{plural(count, noun)} {rest}</a>'
+            for to, count, noun, rest in links
+        ]
         return PAGE.format(
             title=html.escape(title_of(self._settings)),
             style=STYLE,
             about=html.escape(about),
-            links="".join(f'<a href="#{to}"><b>{n:,}</b>{what}</a>' for to, n, what in links),
+            links="".join(anchors),
             sections="".join(sections),
         )
 
     def _asked(self, answers: Sequence[Answer]) -> str:
         articles = as_many_as_fit(map(self._answer, answers), ANSWER_ROOM)
-        return (
-            "<h2>Asked</h2><p>Nearest first. Words lie farther from pictures (0.2 to 0.35 is near) "
-            f"than pictures from each other.</p>{''.join(articles)}"
-        )
+        return f"<h2>Asked</h2><p>Nearest first. For words {NEAR_TO_WORDS}.</p>{''.join(articles)}"
 
     def _answer(self, answer: Answer) -> str:
         question = html.escape(shorten(answer.question, 100))
@@ -4106,24 +4132,16 @@ class Page:
         )
 
     def _same(self, catalog: Catalog, groups: list[Group]) -> str:
-        cards = as_many_as_fit(map(self._card, groups[:SHOWN_GROUPS]), GROUP_ROOM)
+        numbered = list(enumerate(groups, 1))
+        cards = as_many_as_fit(itertools.starmap(self._card, numbered[:SHOWN_GROUPS]), GROUP_ROOM)
         parts = [
             '<h2 id="same">Looks the same</h2><p>Copies, resized pictures, or variants of one '
-            f"product: look before you delete. All groups are in {self._table}, for a "
-            f"spreadsheet.</p><details><summary>What counts as the same?</summary><p>"
-            f"{self._what_counts(catalog)}</p></details>",
-            f'<div class="cards">{"".join(cards[:OPEN_GROUPS])}</div>',
+            "product: look before you delete. A picture leads to its original. All groups are in "
+            f"{self._table}, for a spreadsheet.</p><details><summary>What counts as the same?"
+            f"</summary><p>{self._what_counts(catalog)}</p></details>",
+            self._cards(cards, OPEN_GROUPS, "group"),
+            self._without_pictures(numbered[len(cards) :]),
         ]
-        folded = cards[OPEN_GROUPS:]
-        if folded:
-            parts.append(
-                f"<details><summary>{counted(len(folded), 'more group')}</summary>"
-                f'<div class="cards">{"".join(folded)}</div></details>'
-            )
-        without_pictures = len(groups) - len(cards)
-        if without_pictures:
-            more = counted(without_pictures, "more group")
-            parts.append(f"<p>And {more}, for which there is no room: see {self._table}.</p>")
         if not groups:
             parts.append("<p>No two pictures do.</p>")
         if catalog.looked_at < catalog.embedded:
@@ -4133,33 +4151,86 @@ class Page:
             )
         return "".join(parts)
 
+    def _cards(self, cards: list[str], shown: int, noun: str) -> str:
+        """Cards side by side, all but the first folded."""
+        text = f'<div class="cards">{"".join(cards[:shown])}</div>'
+        folded = cards[shown:]
+        if not folded:
+            return text
+        return (
+            f"{text}<details><summary>{counted(len(folded), f'more {noun}')}</summary>"
+            f'<div class="cards">{"".join(folded)}</div></details>'
+        )
+
+    def _without_pictures(self, numbered: list[tuple[int, Group]]) -> str:
+        """Groups as text: those whose pictures have no room."""
+        if not numbered:
+            return ""
+        lines = as_many_as_fit(itertools.starmap(self._group_in_words, numbered), TEXT_ROOM)
+        more = ""
+        if len(lines) < len(numbered):
+            more = f"<p>And {len(numbered) - len(lines):,} more: see {self._table}.</p>"
+        summary = f"And {counted(len(numbered), 'more group')}, without pictures"
+        return (
+            f"<details><summary>{summary}</summary>"
+            f'<div class="cards">{"".join(lines)}</div>{more}</details>'
+        )
+
+    def _group_in_words(self, number: int, group: Group) -> str:
+        return f"<h3>{self._title(number, group)}</h3>{self._names(group)}"
+
     def _what_counts(self, catalog: Catalog) -> str:
         text = (
             f"A similarity of {SAME} or more: photo libraries such as immich draw the line there, "
-            "too. 1 is the very same picture, as the model sees it: the square in its middle, as "
-            "shown here."
+            "too. 1.000 may also be a picture that was saved again or resized. What counts is the "
+            f"square in its middle, as shown here: “{SAME_PICTURE}” marks those that are equal in "
+            f"it, “{SAME_FILE}” files that are equal as a whole."
         )
         if catalog.typical is None:
             return text
         return f"{text} Pictures that have little in common have {catalog.typical:.2f} here."
 
-    def _card(self, group: Group) -> str:
+    def _card(self, number: int, group: Group) -> str:
         """A group with its pictures; copies are marked."""
-        title = f"{len(group):,} look the same"
-        if are_copies(group, self._views):
-            title = f"{len(group):,} copies"
-        clients = {match.picture.client for match in group}
-        if len(clients) > 1:
-            title = f"{title}, in {len(clients):,} {self._clients}"
         copies = copies_in(group, self._views)
         figures = [
             self._found(match, MEDIUM, copies.get(match.picture.id, ""))
             for match in group[:SHOWN_MEMBERS]
         ]
+        more = ""
         if len(group) > SHOWN_MEMBERS:
-            figures.append(f"<p>and {len(group) - SHOWN_MEMBERS:,} more</p>")
+            more = (
+                f"<details><summary>and {len(group) - SHOWN_MEMBERS:,} more</summary>"
+                f"{self._names(group[SHOWN_MEMBERS:])}</details>"
+            )
         columns = "twos" if len(group) in (2, 4) else "threes"
-        return f'<article><h3>{title}</h3><div class="{columns}">{"".join(figures)}</div></article>'
+        return (
+            f"<article><h3>{self._title(number, group)}</h3>"
+            f'<div class="{columns}">{"".join(figures)}</div>{more}</article>'
+        )
+
+    def _title(self, number: int, group: Group) -> str:
+        """As in: Group 7: 3 copies, in 2 clients. The number is also the table's."""
+        are = "copies" if are_copies(group, self._views) else "look the same"
+        title = f"Group {number:,}: {len(group):,} {are}"
+        clients = {match.picture.client for match in group}
+        if len(clients) > 1:
+            title = f"{title}, in {len(clients):,} {self._clients}"
+        return title
+
+    def _names(self, group: Group) -> str:
+        """Pictures of a group as text, with their ids."""
+        lines = []
+        for match in group[:SHOWN_NAMES]:
+            name = self._link(match.picture, html.escape(shorten(match.picture.name)))
+            rest = [f"{match.similarity:.3f}", shorten(str(match.picture.id), 160)]
+            if not self._settings.local:  # there the id has the folder in it
+                rest.insert(1, shorten(match.picture.client))
+            small = html.escape(" · ".join(filter(None, rest)))
+            lines.append(f"<li><b>{name}</b><small>{small}</small></li>")
+        if len(group) > SHOWN_NAMES:
+            lines.append(f"<li>and {len(group) - SHOWN_NAMES:,} more: see {self._table}</li>")
+        return f"<ul>{''.join(lines)}</ul>"
 
     def _failed(self, failures: list[FailedPicture]) -> str:
         parts = [
@@ -4172,16 +4243,19 @@ class Page:
         largest_first = sorted(by_reason, key=lambda reason: -len(by_reason[reason]))
         cards = [self._reason(reason, by_reason[reason]) for reason in largest_first]
         cards = as_many_as_fit(cards, FAILURE_ROOM)
-        parts.append(f'<div class="cards">{"".join(cards)}</div>')
+        parts.append(self._cards(cards, OPEN_REASONS, "reason"))
         if len(cards) < len(by_reason):
-            parts.append(f"<p>And {len(by_reason) - len(cards):,} more reasons.</p>")
+            more = counted(len(by_reason) - len(cards), "more reason")
+            parts.append(f"<p>And {more}: see {self._table}.</p>")
         if not failures:
             parts.append("<p>None: what was tried could be used.</p>")
         return "".join(parts)
 
     def _reason(self, reason: str, failures: list[FailedPicture]) -> str:
         """What failed for one reason, with what to do about it."""
-        again = "Not tried again until the image changes."
+        again = "Tried again when the address changes, or with --retry-failed."
+        if self._settings.local:
+            again = "Tried again when the file changes."
         if not all(failure.permanent for failure in failures):
             again = "Later runs try again."
         lines = [self._failure(failure.picture) for failure in failures[:SHOWN_NAMES]]
@@ -4199,7 +4273,10 @@ class Page:
     def _failure(self, picture: Picture) -> str:
         name = html.escape(shorten(picture.name))
         value = html.escape(shorten(picture.image or str(picture.id), 160))
-        return f"<li><b>{self._link(picture, name)}</b><small>{value}</small></li>"
+        client = ""
+        if picture.client and not self._settings.local:  # there the value has the folder in it
+            client = f" · {html.escape(shorten(picture.client))}"
+        return f"<li><b>{self._link(picture, name)}</b>{client}<small>{value}</small></li>"
 
     def _alike(self, samples: list[Sample]) -> str:
         rows = as_many_as_fit(map(self._sample, samples), SAMPLE_ROOM)
@@ -4223,7 +4300,10 @@ class Page:
         view = self._views.get(picture.id, "")
         name = html.escape(shorten(picture.name, 200))
         short = html.escape(shorten(picture.name, 36))
-        notes = [note, shorten(picture.client)]
+        client = picture.client
+        if self._settings.local:
+            client = client or self._settings.local.name
+        notes = [note, shorten(client)]
         if isinstance(view, View):
             shown = f'<img src="{view.thumbnail(side)}" alt="{name}">'
             if side != SMALL:
@@ -4249,7 +4329,7 @@ class Page:
                 address = path.as_uri()
         elif address.startswith("//"):
             address = f"https:{address}"
-        elif address.startswith("/"):  # in the project's storage
+        elif address.startswith(STORAGE):
             address = f"{self._settings.url}{address}"
         elif not re.match("(?i)https?://", address) or len(address) > LONGEST_ADDRESS:
             return shown
@@ -4257,10 +4337,10 @@ class Page:
 
 
 def as_many_as_fit(parts: Iterable[str], room: int) -> list[str]:
-    """The first parts, `room` characters in all at most."""
+    """The first parts, `room` bytes in all at most."""
     taken = []
     for part in parts:
-        room -= len(part)
+        room -= len(part.encode("utf-8", "replace"))
         if room < 0:
             break
         taken.append(part)

@@ -62,7 +62,7 @@ class Page(HTMLParser):
             self.section = ""
         if tag == "article":
             self.cards.append(Card(self.section))
-        if not self.cards:
+        if "article" not in self.inside:
             return
         card = self.cards[-1]
         if tag == "a":
@@ -207,7 +207,7 @@ def test_the_head_has_the_folders_name_and_links_to_what_is_counted(album):
     assert page.text.startswith("Mugs & More")
     assert f"26 of 53 pictures embedded · {time.localtime().tm_mday} " in page.text
     head = page.text[: page.text.index("Looks the same")]
-    assert "3 groups that look the same" in head
+    assert "3 groups looking the same" in head
     assert "27 pictures that can't be used" in head
     assert "16 samples of look-alikes" in head
     assert "secret place" not in page.source
@@ -217,12 +217,14 @@ def test_copies_are_marked_and_come_first(album):
     _, _, page, _ = album
     first, second, third = page.of("Looks the same")
     assert sorted(first.names) == ["=cmd|'copy'.png", "a:b #1 50%.png", "coffee.png"]
-    assert (first.title, first.marks) == ("3 copies, in 2 folders", ["same file"] * 3)
+    assert (first.title, first.marks) == ("Group 1: 3 copies, in 2 folders", ["same file"] * 3)
     assert sorted(second.names) == ["rocket.jpg", "rocket.png"]
-    assert (second.title, second.marks) == ("2 copies", ["same picture"] * 2)
+    assert (second.title, second.marks) == ("Group 2: 2 copies", ["same picture"] * 2)
     assert sorted(third.names) == ["chelsea-2.png", "chelsea.png"]
-    assert (third.title, third.marks) == ("2 look the same", [])
+    assert (third.title, third.marks) == ("Group 3: 2 look the same", [])
     assert third.text.count("0.993") == 2
+    assert "coffee.png 1.000 Mugs & More " in first.text  # the folder itself is one, too
+    assert "1.000 new <b> " in first.text
     assert "427 x 640, " in second.text or "640 x 427, " in second.text
 
 
@@ -247,7 +249,7 @@ def test_what_can_not_be_used_is_counted_and_named_with_advice(album):
     _, _, page, _ = album
     empty, web, svg = page.of("Can't be used")
     assert empty.text.startswith("An empty file 25 The file is damaged or was cut off")
-    assert "Not tried again until the image changes." in empty.text
+    assert "Tried again when the file changes." in empty.text
     assert "broken 9.jpg" not in empty.text  # the twenty first: 0, 1, 10, ... in order
     assert empty.text.endswith("and 5 more: see gallery.csv")
     assert "An HTML page, not an image 1 This is a web page" in web.text
@@ -355,8 +357,83 @@ def test_the_page_stays_below_3_mb_whatever_is_to_be_shown(tmp_path):
     assert len(page.source) > 1_500_000
     shown = len(page.of("Looks the same"))
     assert 5 < shown < 60
-    assert f"And {100 - shown} more groups, for which there is no room: see x.csv" in page.text
-    assert "more reasons" in page.text
+    assert f"And {100 - shown} more groups, without pictures" in page.text
+    assert re.search(r"And [\d,]+ more reasons: see x\.csv", page.text)
+
+
+def page_of(groups, views, tmp_path, **settings):
+    """A database's page with these groups alone."""
+    catalog = script.Catalog([], 9, 9, 9, [], None, [])
+    settings = script.Settings(gallery=tmp_path / "x.html", **settings)
+    return Page(script.Page(settings, views).whole(script.Status(9, 9, 0), catalog, groups, []))
+
+
+def pairs_of(count):
+    """Groups of two, of two clients, with ids that the pages show where there is no picture."""
+    pictures = [
+        script.Picture(f"id-{n}", f"https://x/{n}.jpg", f"client {n % 2}", f"mug {n // 2}")
+        for n in range(2 * count)
+    ]
+    matches = [script.Match(picture, 0.9951) for picture in pictures]
+    return [matches[n : n + 2] for n in range(0, 2 * count, 2)]
+
+
+def test_groups_without_pictures_are_there_as_text_with_ids(tmp_path):
+    page = page_of(pairs_of(70), {}, tmp_path)
+    assert len(page.of("Looks the same")) == 60
+    rest = page.text[page.text.index("And 10 more groups, without pictures") :]
+    assert "Group 61: 2 look the same, in 2 clients" in rest
+    assert "mug 60 0.995 · client 0 · id-120 mug 60 0.995 · client 1 · id-121" in rest
+    assert "id-139" in rest
+    assert "https://x/139.jpg" in {link["href"] for link in page.named("a")}
+    assert rest.count("see x.csv") == 0
+
+
+def test_groups_without_room_as_text_are_counted(tmp_path):
+    page = page_of(pairs_of(5000), {}, tmp_path)
+    assert len(page.source.encode()) < 250_000
+    listed = page.text.count("look the same, in 2 clients")
+    assert 300 < listed < 5000
+    assert f"And {5000 - listed:,} more: see x.csv" in page.text
+
+
+def view(picture, file):
+    return script.View(np.zeros((224, 224, 3), np.uint8), picture, file, 1, None)
+
+
+def test_copies_of_different_pictures_are_told_apart(tmp_path):
+    (one, other), (third, fourth) = pairs_of(2)
+    group = [one, other, third, fourth]
+    files = [view(b"a", b"1"), view(b"a", b"1"), view(b"b", b"2"), view(b"b", b"3")]
+    views = {match.picture.id: view for match, view in zip(group, files, strict=True)}
+    (card,) = page_of([group], views, tmp_path).of("Looks the same")
+    assert card.title == "Group 1: 4 look the same, in 2 clients"
+    assert card.marks == ["same file 1", "same file 1", "same picture 2", "same picture 2"]
+
+
+def test_what_was_not_looked_at_is_not_called_a_copy(tmp_path):
+    group = [match for pair in pairs_of(15) for match in pair]
+    views = {match.picture.id: view(b"a", b"1") for match in group[:6]}
+    (card,) = page_of([group], views, tmp_path).of("Looks the same")
+    assert card.title == "Group 1: 30 look the same, in 2 clients"
+    assert card.marks == ["same file"] * 6
+    assert "and 24 more mug 3 0.995 · client 0 · id-6 " in card.text
+    assert card.text.endswith("id-25 and 4 more: see x.csv")
+
+
+@pytest.mark.parametrize(
+    ("image", "leads_to"),
+    [
+        ("//x/a.jpg", ["https://x/a.jpg"]),
+        ("/storage/v1/object/public/a.jpg", ["https://abc/storage/v1/object/public/a.jpg"]),
+        ("/images/a.jpg", []),
+        ("javascript:alert(1)", []),
+    ],
+)
+def test_a_picture_leads_to_its_original(tmp_path, image, leads_to):
+    group = [script.Match(script.Picture("7", image), 1.0)]
+    (card,) = page_of([group], {}, tmp_path, url="https://abc").of("Looks the same")
+    assert card.links == leads_to
 
 
 def test_no_host_keeps_the_page_waiting(tmp_path):
@@ -476,6 +553,10 @@ def test_a_picture_without_a_title_is_called_by_its_url(image, title, name):
 REASONS = {
     "HTTP 403 Forbidden": "refuses us",
     "HTTP 404 Not Found": "Nothing is at this address",
+    "HTTP 400 Bad Request": "nothing at this address",  # as Supabase's Storage says it
+    "HTTP 420": "fewer requests",
+    "broken compression": "The host has trouble",
+    "a redirect elsewhere: no full URL": "Correct the address",
     "HTTP 503 Service Unavailable": "run again later",
     "not complete within 30 s": "run again later",
     "connection lost": "run again later",
@@ -604,7 +685,7 @@ def test_a_database_s_page_has_titles_and_clients(shop):
     rocket, (page, rows), _ = shop
     (group,) = page.of("Looks the same")
     assert sorted(group.names) == sorted([script.shorten(f"Rocket {ODD}", 200), "inline"])
-    assert (group.title, group.marks) == ("2 copies, in 2 clients", ["same file"] * 2)
+    assert (group.title, group.marks) == ("Group 1: 2 copies, in 2 clients", ["same file"] * 2)
     assert group.links == [rocket[1]]  # a data: URL is no address
     names = {row["name"] for row in rows}
     assert names == {f"Rocket {ODD}", "inline", "gone now.jpg", "javascript:alert(1)", "none"}
@@ -626,6 +707,8 @@ def test_names_of_any_kind_are_escaped(shop):
 def test_only_web_addresses_become_links(shop):
     _, (page, _), _ = shop
     failed = {card.title: card for card in page.of("Can't be used")}
+    assert "Tried again when the address changes, or with --retry-failed." in page.text
+    assert " none · other none" in failed["No image URL"].text
     assert [len(card.links) for card in failed.values()].count(1) == 1
     assert failed["HTTP 404 Not Found"].links[0].endswith("/gone%20now.jpg")
     assert "javascript:alert(1)" in failed["Only http, https and data URLs are fetched"].text
@@ -635,7 +718,8 @@ def test_a_clients_page_shows_that_clients_images_alone(shop):
     _, _, (page, rows) = shop
     assert page.text.startswith(ODD.split("\u202e")[0])
     assert {row["id"] for row in rows} == {"gone"}
-    assert "0 groups that look the same" in page.text
+    assert "0 groups looking the same" in page.text
+    assert "1 picture that can't be used" in page.text
     clients = {word for card in page.of("Looks alike") for word in card.words}
     assert "other" not in clients
 
