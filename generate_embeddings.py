@@ -196,7 +196,7 @@ DIMENSIONS = 512  # of a vector
 SIDE = 224  # pixels; CLIP sees a square
 HERE = Path(__file__).resolve().parent
 
-# ================================================================================ The story
+# ============================================================================ The story
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -408,7 +408,7 @@ class Report:
         )
 
 
-# ==================================================================================== Words
+# ================================================================================ Words
 
 
 class RunError(Exception):
@@ -424,7 +424,7 @@ class NotNow(Exception):  # noqa: N818
 
 
 class TryAgain(NotNow):
-    """An image can't be had now; another attempt in this run may help, after some seconds."""
+    """An image can't be had now; another attempt in this run may help, after a while."""
 
     def __init__(self, reason: str, after: float) -> None:
         super().__init__(reason)
@@ -711,7 +711,7 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {plural(count, noun)}"
 
 
-# ================================================================================== The run
+# ============================================================================== The run
 
 # A core embeds 10 (float32) to 40 images/s, more in batches; a host 300 ms away gives a worker 3
 WORKERS_PER_CORE = 8
@@ -720,11 +720,11 @@ SLOW_SECONDS = 4.0  # a download that takes longer makes room for another
 MOST_SLOW = 64  # downloads that do
 HOST_FAILURES = 20  # in a row, none an image's own: the host counts as down
 HOSTS_DOWN = 3  # one after the other, with no answer between: the network is gone
-REFUSALS = 20  # of vectors, for one reason, with none stored: the rest would fare no better
+REFUSALS = 20  # of vectors, for one reason, with none stored: the rest would be, too
 
 PAGE_ROWS = 250  # assets to a page
-WRITE_ROWS = 50  # results to a call; with an index at a million rows far below the 8 s timeout
-WRITE_SECONDS = 2.0  # a result waits no longer than this, but for the batch before its own
+WRITE_ROWS = 50  # results to a call: at a million rows far below the timeout of 8 s
+WRITE_SECONDS = 2.0  # a result waits no longer, but for the batch before its own
 RESULTS_WAITING = 20_000  # 50 MB; more than a run embeds while it waits for a database
 POLL_SECONDS = 0.2  # how soon Ctrl-C is noticed
 ECHO_SECONDS = 0.5  # signals that are this close count as one: timeout(1) sends each of its twice
@@ -827,7 +827,7 @@ class Run:
 
     @property
     def ending(self) -> bool:
-        """Whether nothing new is begun: what is embedded is stored, and then the run ends."""
+        """Whether nothing new is begun: what is embedded is stored, then the run ends."""
         return bool(self.trouble or self.stop.code or self.hosts.several_in_a_row)
 
     @property
@@ -1182,9 +1182,9 @@ class Stop:
                 signal.signal(number, lambda number, _: os._exit(128 + number))
 
 
-# =================================================================================== Stores
+# =============================================================================== Stores
 
-ANSWER_SECONDS = 58.0  # of the database, for one question: Supabase's API ends calls after 60
+ANSWER_SECONDS = 58.0  # of the database, for a question: Supabase's API ends it after 60
 CONNECT_SECONDS = 10.0  # to the database
 CHECK_SECONDS = 5.0  # patience with the database before the run, when the URL may be wrong
 STOP_SECONDS = 10.0  # patience with it after Ctrl-C
@@ -1459,6 +1459,7 @@ def key_role(key: str) -> str:
 
 
 def read_pictures(answer: Any) -> dict[Id, Picture]:
+    """The pictures that an answer speaks of, by their ids."""
     pictures = {}
     for row in answer["pictures"]:
         texts = [row["image"], row["client"], row["title"]]
@@ -1469,14 +1470,17 @@ def read_pictures(answer: Any) -> dict[Id, Picture]:
 
 
 def read_matches(answer: Any) -> list[Match]:
+    """What a search found, nearest first."""
     return matches_in(answer["matches"], read_pictures(answer))
 
 
 def matches_in(rows: Any, pictures: dict[Id, Picture]) -> list[Match]:
+    """Rows of an id and a similarity."""
     return [Match(pictures[row["id"]], float(row["similarity"])) for row in rows]
 
 
 def read_samples(answer: Any) -> tuple[list[Sample], float | None]:
+    """Samples; and the similarity of unlike pictures, None where too few are embedded."""
     pictures = read_pictures(answer)
     samples = [
         Sample(pictures[row["id"]], matches_in(row["nearest"], pictures))
@@ -1509,6 +1513,7 @@ def read_failures(answer: Any) -> tuple[list[FailedPicture], Id | None]:
 
 
 def failure_columns(failed: Failed) -> dict[str, Any]:
+    """What both stores keep of a failure, by its column."""
     return {"stage": failed.stage, "reason": failed.reason, "permanent": failed.permanent}
 
 
@@ -2001,7 +2006,7 @@ class Fetcher:
         return pools
 
     def _picture(self, answer: BaseHTTPResponse, deadline: Deadline) -> bytes:
-        """The bytes of an answer that holds the image. Raises what any other answer means."""
+        """The bytes of an answer that is the image. Raises what any other answer means."""
         if meaning_of(answer) is not Meaning.PICTURE:
             raise refusal(answer, first_bytes(answer, deadline))
         encodings = set(re.split(r"[\s,]+", answer.headers.get("Content-Encoding", "").lower()))
@@ -2222,7 +2227,7 @@ def parse_url(text: str) -> Url:
 
 
 def without_dots(path: str) -> str:
-    """A path without its segments `.` and `..`, which browsers resolve before they ask."""
+    """A path without segments `.` and `..`, which browsers resolve before they ask."""
     kept: list[str] = []
     name = ""
     for segment in path.split("/")[1:]:
@@ -2318,7 +2323,7 @@ class Guard:
             self._allowed(host, url.port, socket.AI_NUMERICHOST)
 
     def _allowed(self, host: str, port: int, flags: int = 0) -> list[str]:
-        """The addresses of a host that may be connected to; at least one, or it raises."""
+        """The addresses of a host that may be connected to: one at least, or it raises."""
         entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
         addresses = [str(entry[4][0]) for entry in entries]
         if self._all or (host, port) == self._own:
@@ -2440,10 +2445,10 @@ def check_proxies() -> None:
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, by channel
 STD = (0.26862954, 0.26130258, 0.27577711)
 DECODE_SECONDS = 5  # of a core for one image; the largest honest ones take 2
-DECODE_MB = 400  # of memory for one image, on each core: 45 megapixels in four channels, twice
+DECODE_MB = 400  # of memory for one image, on each core: twice 45 megapixels in 4 channels
 MIN_SIDE = 16  # pixels; below it: tracking pixels and spacers
 MAX_ASPECT = 100  # above it: rules and borders, of which CLIP would see a sliver
-KEEP_SCALE = 2  # large images are first reduced, by a whole number, to this many times SIDE
+KEEP_SCALE = 2  # large images are first reduced, by a whole number, to so many times SIDE
 # Other Pillow plugins stay shut: some start programs (EPS), none is a product photo.
 FORMATS = ["JPEG", "PNG", "GIF", "WEBP", "AVIF", "TIFF", "BMP"]
 MOST_ZEROS = 4096  # bytes that may end a JPEG's pixels: in white areas they are zeros
@@ -2501,7 +2506,7 @@ def errors_of_broken_files() -> Iterator[None]:
 
 
 def mended(data: bytes) -> bytes:
-    """The file without what browsers pass over and Pillow stumbles on; raises Rejected."""
+    """The file without what browsers pass over and Pillow stumbles on. Raises Rejected."""
     if data.startswith(b"\x89PNG"):
         return png_of_pixels(data)
     if data.startswith(b"\xff\xd8\xff"):
@@ -2549,8 +2554,8 @@ def jpeg_with_end(data: bytes) -> bytes:
     if len(data) - len(without_zeros) > MOST_ZEROS:
         data = without_zeros + b"\0"
     if data.rstrip(b"\r\n").endswith(b"\xff"):
-        # Half a marker, or the last byte of the pixels, which a zero has to follow. Behind the
-        # last pixel such a byte does no harm.
+        # Half a marker, or the last byte of the pixels, which a zero has to follow. Behind
+        # the last pixel such a byte does no harm.
         data = data.rstrip(b"\r\n") + b"\0"
     more = b"".join(bytes([0xFF, 0xD0 + n]) + b"\xaa\x55" * 32 for n in range(8))
     more = b"\xaa\x55" * 32 + more
@@ -2621,7 +2626,7 @@ def has_tiff_directory(data: bytes) -> bool:
 
 
 def refuse_odd_sizes(image: Image.Image) -> None:
-    """Raises Rejected for an image that is too large, or too small or thin for a picture."""
+    """Raises Rejected for an image that is too large, too small or too thin."""
     width, height = image.size
     if width * height * 4 > DECODE_MB * 2**20 and image.format not in ("JPEG", "MPO"):
         raise Rejected(TOO_MUCH)  # JPEG shrinks while it decodes
@@ -2665,7 +2670,7 @@ def gif_on_its_canvas(image: Any) -> Image.Image:
 
 
 def gray_of_16_bits(image: Image.Image) -> Image.Image:
-    """A gray image of 16 bits a pixel (or of 12, in TIFF) in 8. Pillow would cut off at 255."""
+    """A gray image of 16 bits (in TIFF also 12) in 8. Pillow would cut off at 255."""
     bits = 16
     zero_is_white = False
     if image.format == "TIFF":
@@ -2768,7 +2773,7 @@ def to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform:
 
 
 def is_one_colour(levels: np.ndarray) -> bool:
-    """Whether there is nothing to see in levels: a placeholder, or a file made wrongly."""
+    """Whether levels show nothing at all: a placeholder, or a file made wrongly."""
     return bool((levels == levels[0, 0]).all())
 
 
@@ -2789,7 +2794,7 @@ def normalise(levels: np.ndarray) -> np.ndarray:
 
 # ============================================================================= Decoders
 
-DECODE_PATIENCE = 60.0  # seconds, on however busy a machine; then a decoder counts as hung
+DECODE_PATIENCE = 60.0  # seconds, on a busy machine, too; then a decoder counts as hung
 LEVELS_BYTES = SIDE * SIDE * 3
 MOST_REASON = 200  # characters of a reason that are kept
 MOST_CALLS = 20  # of a traceback that are sent
@@ -2951,7 +2956,7 @@ def send(pipe: IO[bytes], data: bytes) -> None:
 
 
 def receive(pipe: IO[bytes], most: int) -> bytes:
-    """What `send` sent. Raises EOFError if it breaks off, ValueError if it is too much."""
+    """What `send` sent. Raises EOFError if it ends early, ValueError if it is too much."""
     head = pipe.read(8)
     length = int.from_bytes(head, "big")
     if length > most:
@@ -3094,7 +3099,7 @@ Tensor = Any  # torch's
 
 
 class ClipEncoder:
-    """CLIP's image encoder. Raises RunError where the model can't be had, or be used here."""
+    """CLIP's image encoder. Raises RunError where the model can't be had or used here."""
 
     def __init__(self, settings: Settings) -> None:
         import torch
@@ -3114,7 +3119,7 @@ class ClipEncoder:
             )
 
     def try_out(self, config: dict[str, Any]) -> None:
-        """Embeds a black image; raises ValueError if what comes is no vector of CLIP's."""
+        """Embeds a black image. Raises ValueError if what comes is no vector of CLIP's."""
         (vector,) = self.encode(np.zeros((1, 3, SIDE, SIDE), np.float32))
         if vector.size != DIMENSIONS:
             raise ValueError(f"it gives {vector.size} numbers, not {DIMENSIONS}")
@@ -3579,12 +3584,14 @@ def get_file(path: Path) -> None:
 
 
 def delete_damaged(path: Path) -> None:
+    """Deletes a file of the model that is not the pinned one, and says so."""
     log.warning("%s is damaged (its SHA-256): deleted, and fetched once more", path)
     path.resolve().unlink()
     path.unlink(missing_ok=True)  # the hub's own client had made a link of it
 
 
 def hub() -> str:
+    """Where the model comes from: the hub, or the mirror that HF_ENDPOINT names."""
     return (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
 
 
@@ -3650,7 +3657,7 @@ def refusal_of_hub(answer: requests.Response) -> NotNow:
     return NotNow(reason)
 
 
-# ============================================================== The page, the question
+# =============================================================== The page, the question
 
 # Cosine from which pictures look the same. Photo libraries draw the line there: immich's duplicate
 # detection takes a distance of 0.01. What unrelated pictures have depends on the catalog, and is
@@ -3835,7 +3842,7 @@ def question_pixels(question: str, place: Place, settings: Settings) -> np.ndarr
 def write_gallery(
     store: Store, settings: Settings, status: Status, answers: Sequence[Answer] = ()
 ) -> None:
-    """Writes the page, and the table beside it; raises RunError where that can't be done."""
+    """Writes the page, and the table beside it. Raises RunError where that can't be done."""
     log.info("making the page")
     catalog = store.gallery()
     groups = groups_of(catalog.pairs)
@@ -4445,7 +4452,7 @@ def question(text: str) -> str:
     return text
 
 
-# ============================================================================ Command line
+# ========================================================================= Command line
 
 EXAMPLES = """\
 examples:
