@@ -628,7 +628,7 @@ def test_the_key_is_sent_to_supabase_only(stack, bucket, host, cli):
 PROJECT = "https://abc.supabase.co"
 OBJECTS = f"{PROJECT}/storage/v1/object"
 MUG = "shop/products/a%20mug.jpg"
-PRIVATE = "in a private bucket: STORAGE_BUCKETS={} lets this script read it"
+PRIVATE_BUCKET = "in a private bucket: STORAGE_BUCKETS={} lets this script read it"
 
 
 @pytest.mark.parametrize(
@@ -659,8 +659,8 @@ def test_the_key_goes_to_a_named_bucket_of_the_own_storage_alone(image, where, w
 @pytest.mark.parametrize(
     ("image", "size", "reason", "permanent"),
     [
-        (f"{OBJECTS}/other/a.jpg", 0, PRIVATE.format("other"), False),
-        (f"{OBJECTS}/authenticated/other/a.jpg", 0, PRIVATE.format("other"), False),
+        (f"{OBJECTS}/other/a.jpg", 0, PRIVATE_BUCKET.format("other"), False),
+        (f"{OBJECTS}/authenticated/other/a.jpg", 0, PRIVATE_BUCKET.format("other"), False),
         (f"{OBJECTS}/public/shop/../other/a.jpg", 0, "a storage path with '..'", True),
         (f"{OBJECTS}/shop/%2e%2e/other/a.jpg", 0, "a storage path with '..'", True),
         (f"{OBJECTS}/shop/..\\other/a.jpg", 0, "a storage path with '..'", True),
