@@ -219,9 +219,3 @@ def test_a_database_answers_with_names_and_ids(shop):
 def test_a_clients_answers_are_that_clients_alone(shop):
     rows = lines(shop("--client", "client 0", "--search", "photo.webp", "--limit", 2))
     assert [row[2][-1] for row in rows] in ([a, b] for a in "024" for b in "024" if a != b)
-
-
-def test_an_unknown_client_is_said(shop):
-    run = shop("--client", "nobody", "--search", "photo.webp")
-    assert run.code == 2
-    assert "no asset is of client 'nobody'" in run.error
