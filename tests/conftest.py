@@ -66,6 +66,7 @@ if __name__ == "__main__":  # the decoders' processes import this file, too
     os._exit(code)  # as the script itself
 """
 
+STAMPED = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")  # how a line of the log begins
 COUNTS = re.compile(r"embedded=\d+ failed=\d+ left=\d+ attempted=\d+( \w+=[\d.]+)*")
 
 
@@ -93,6 +94,11 @@ class Result:
         lines = [line for line in self.err.splitlines() if line.startswith("error: ")]
         assert len(lines) == 1, self.err
         return lines[0]
+
+    @property
+    def noise(self):
+        """The lines on stderr that are none of the log's; an error is one of them."""
+        return [line for line in self.err.splitlines() if not STAMPED.match(line)]
 
     def check(self, keys):
         """What must hold for every run, whatever it was for."""
@@ -359,6 +365,16 @@ def host(photos):
     """An ImageHost with the photographs."""
     with ImageHost({f"/{name}": data for name, data in photos.items()}) as host:
         yield host
+
+
+@pytest.fixture
+def small(photos, tmp_path):
+    """A folder with three images."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    for name in SMALL:
+        (folder / name).write_bytes(photos[name])
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -102,7 +102,7 @@ def fetched(host, path="/a.png", headers=None, **changes):
     return data
 
 
-def refused(place, headers=None, **changes):
+def failure_of(place, headers=None, **changes):
     """The refusal of a URL or path."""
     data, error = attempt(place, headers, **changes)
     assert data is None
@@ -125,7 +125,7 @@ def for_good(error):
     return not isinstance(error, NotNow)
 
 
-def outcome(error):
+def verdict(error):
     return str(error), for_good(error)
 
 
@@ -221,20 +221,20 @@ def test_a_slow_host_is_left_at_the_deadline(host):
 def test_the_deadline_is_for_all_attempts_together(host):
     host.files["/a.png"] = status(500)
     started = time.monotonic()
-    assert outcome(refused(host.url_of("/a.png"), fetch_seconds=1.0))[1] is False
+    assert verdict(failure_of(host.url_of("/a.png"), fetch_seconds=1.0))[1] is False
     assert time.monotonic() - started < 10
     assert len(host.requests) < 4
 
 
 def test_what_came_before_the_deadline_is_never_taken_for_the_whole(host):
     host.files["/a.png"] = raw(NO_LENGTH + IMAGE, b"", end=hang)
-    assert not for_good(refused(host.url_of("/a.png"), fetch_seconds=1.0))
+    assert not for_good(failure_of(host.url_of("/a.png"), fetch_seconds=1.0))
 
 
 def test_the_failure_names_the_deadline(host):
     host.files["/a.png"] = SLOW["a byte now and then, length unknown"]
-    error = refused(host.url_of("/a.png"), fetch_seconds=1.0)
-    assert outcome(error) == ("not complete within 1 s", False)
+    error = failure_of(host.url_of("/a.png"), fetch_seconds=1.0)
+    assert verdict(error) == ("not complete within 1 s", False)
 
 
 # What no deadline of a single download covers: the loop gives these up
@@ -284,8 +284,8 @@ def test_after_a_deadline_the_next_download_from_that_host_is_well(host):
 def test_an_endless_body_is_left_at_the_byte_cap(host, head):
     piece = b"x" * 2**16
     host.files["/a.png"] = raw(head, b"10000\r\n" + piece + b"\r\n" if head is CHUNKED else piece)
-    error = refused(host.url_of("/a.png"), fetch_seconds=15.0)
-    assert outcome(error) == (f"larger than {MAX_BYTES // 2**20} MB", True)
+    error = failure_of(host.url_of("/a.png"), fetch_seconds=15.0)
+    assert verdict(error) == (f"larger than {MAX_BYTES // 2**20} MB", True)
     assert len(host.requests) == ONCE
 
 
@@ -295,7 +295,7 @@ def test_a_body_of_exactly_the_cap_is_taken_and_one_byte_more_is_not(host, head,
     monkeypatch.setattr(generate_embeddings, "MAX_BYTES", 1000)
     assert fetched(host) == b"x" * 1000
     monkeypatch.setattr(generate_embeddings, "MAX_BYTES", 999)
-    assert "larger than" in str(refused(host.url_of("/a.png")))
+    assert "larger than" in str(failure_of(host.url_of("/a.png")))
 
 
 @pytest.mark.parametrize("size", [HEAVY_BYTES, 5 * HEAVY_BYTES], ids=["not heavy", "heavy"])
@@ -349,14 +349,14 @@ DAMAGED_GZIP = gzip.compress(IMAGE)[:-8] + b"checksum"
 @pytest.mark.parametrize("body", [b"no gzip at all", DAMAGED_GZIP])
 def test_broken_compression_is_a_failure_for_now(host, body):
     host.files["/a.png"] = good(("Content-Encoding", "gzip"), body=body)
-    assert not for_good(refused(host.url_of("/a.png"), fetch_seconds=1.0))
+    assert not for_good(failure_of(host.url_of("/a.png"), fetch_seconds=1.0))
 
 
 # --------------------------------------------------------------------------------------------------
 # Broken answers
 # --------------------------------------------------------------------------------------------------
 
-BROKEN = {
+BROKEN_ANSWERS = {
     "a length that is too long": raw(length(5000), IMAGE, end=hang_up),
     "a reset in the body": raw(length(5000), IMAGE, end=cut),
     "a reset at once": raw(end=cut),
@@ -371,20 +371,20 @@ BROKEN = {
 
 
 def test_a_broken_answer_is_asked_for_again(host):
-    answers = {name: in_turn(answer, good()) for name, answer in BROKEN.items()}
-    assert all_at_once(host, answers) == dict.fromkeys(BROKEN, (IMAGE, None, 2))
+    answers = {name: in_turn(answer, good()) for name, answer in BROKEN_ANSWERS.items()}
+    assert all_at_once(host, answers) == dict.fromkeys(BROKEN_ANSWERS, (IMAGE, None, 2))
 
 
 def test_an_answer_that_stays_broken_is_a_failure_for_now(host):
-    ends = all_at_once(host, BROKEN)
-    found = {name: outcome(error) for name, (_, error, _) in ends.items()}
-    assert found == dict.fromkeys(BROKEN, ("connection lost", False))
+    ends = all_at_once(host, BROKEN_ANSWERS)
+    found = {name: verdict(error) for name, (_, error, _) in ends.items()}
+    assert found == dict.fromkeys(BROKEN_ANSWERS, ("connection lost", False))
 
 
 def test_headers_without_an_end_are_named(host):
     host.files["/a.png"] = raw(OK + b"X: y\r\n" * 500 + b"\r\n", end=hang_up)
     reason = "an answer with headers without end"
-    assert outcome(refused(host.url_of("/a.png"))) == (reason, False)
+    assert verdict(failure_of(host.url_of("/a.png"))) == (reason, False)
 
 
 def test_what_follows_a_length_that_is_too_short_is_no_part_of_anything(host):
@@ -411,18 +411,19 @@ def test_a_page_with_status_200_is_handed_on_as_it_is(host):
 # --------------------------------------------------------------------------------------------------
 
 PAGE = b"<!DOCTYPE html><p>Sorry</p>"
-FOR_GOOD = [400, 404, 410, 414, 451]
+FINAL_STATUSES = [400, 404, 410, 414, 451]
 FOR_NOW = [201, 204, 205, 206, 226, 300, 304, 401, 402, 403, 407, 409, 411, 412, 413, 415, 416]
 FOR_NOW += [417, 422, 424, 426, 428, 431, 499, 600]
-PASSING = [202, 408, 420, 421, 423, 425, 429, 430, 500, 501, 502, 503, 504, 520, 521, 530, 599]
+PASSING_STATUSES = [202, 408, 420, 421, 423, 425, 429, 430]
+PASSING_STATUSES += [500, 501, 502, 503, 504, 520, 521, 530, 599]
 
 
 def test_for_good_is_a_short_list(host):
-    ends = all_at_once(host, {code: status(code, body=PAGE) for code in FOR_GOOD + FOR_NOW})
+    ends = all_at_once(host, {code: status(code, body=PAGE) for code in FINAL_STATUSES + FOR_NOW})
     reasons = [f"HTTP {code} {http.client.responses.get(code, '')}".strip() for code in ends]
     assert [str(error) for _, error, _ in ends.values()] == reasons
     assert {asked for _, _, asked in ends.values()} == {ONCE}
-    assert [code for code, (_, error, _) in ends.items() if for_good(error)] == FOR_GOOD
+    assert [code for code, (_, error, _) in ends.items() if for_good(error)] == FINAL_STATUSES
 
 
 def page(text, pad=0):
@@ -518,7 +519,7 @@ def test_what_holds_an_image_is_taken(host):
 @pytest.mark.parametrize("range", ["bytes 0-99/5000", "bytes 9-99/100", "bytes 0-99/*", "", "x"])
 def test_a_part_of_an_image_is_none(host, range):
     host.files["/a.png"] = status(206, ("Content-Range", range), body=IMAGE)
-    assert outcome(refused(host.url_of("/a.png"))) == ("HTTP 206 Partial Content", False)
+    assert verdict(failure_of(host.url_of("/a.png"))) == ("HTTP 206 Partial Content", False)
 
 
 @pytest.mark.parametrize("encoding", ["br", "zstd", "gzip, br", "dcb"])
@@ -526,7 +527,7 @@ def test_an_encoding_that_was_not_asked_for_is_named(host, encoding):
     host.files["/a.png"] = good(("Content-Encoding", encoding))
     name = encoding.split()[-1]
     reason = f"compressed as {name}, which it was not asked for"
-    assert outcome(refused(host.url_of("/a.png"))) == (reason, False)
+    assert verdict(failure_of(host.url_of("/a.png"))) == (reason, False)
     assert len(host.requests) == ONCE
 
 
@@ -543,27 +544,27 @@ def test_a_hint_before_the_answer_is_a_failure_for_now_and_no_other_images_answe
     one = fetcher()
     with pytest.raises(NotNow) as caught:
         get(one, host.url_of("/hint.png"))
-    assert outcome(caught.value) == ("HTTP 103 Early Hints", False)
+    assert verdict(caught.value) == ("HTTP 103 Early Hints", False)
     assert len(host.requests) > ONCE
     assert get(one, host.url_of("/a.png")) == IMAGE
 
 
 def test_an_answer_that_may_pass_is_asked_for_again(host):
-    answers = {code: in_turn(status(code), good()) for code in PASSING}
-    assert all_at_once(host, answers) == dict.fromkeys(PASSING, (IMAGE, None, 2))
+    answers = {code: in_turn(status(code), good()) for code in PASSING_STATUSES}
+    assert all_at_once(host, answers) == dict.fromkeys(PASSING_STATUSES, (IMAGE, None, 2))
 
 
 @pytest.mark.parametrize("code", [429, 503, 520])
 def test_an_answer_that_does_not_pass_is_a_failure_for_now(host, code):
     host.files["/a.png"] = status(code, ("Retry-After", "3600"))
-    error = refused(host.url_of("/a.png"))
+    error = failure_of(host.url_of("/a.png"))
     assert str(error).startswith(f"HTTP {code}")
     assert not for_good(error)
 
 
 def test_patience_ends_after_four_attempts(host):
     host.files["/a.png"] = status(500)
-    refused(host.url_of("/a.png"), fetch_seconds=15.0)
+    failure_of(host.url_of("/a.png"), fetch_seconds=15.0)
     assert len(host.requests) == 4
 
 
@@ -609,7 +610,7 @@ def test_retry_after_may_be_a_date(host):
 def test_a_retry_after_beyond_the_deadline_ends_it_at_once(host, value):
     host.files["/a.png"] = status(429, ("Retry-After", value))
     started = time.monotonic()
-    error = refused(host.url_of("/a.png"), fetch_seconds=20.0)
+    error = failure_of(host.url_of("/a.png"), fetch_seconds=20.0)
     assert time.monotonic() - started < 10
     assert str(error).startswith("HTTP 429")
     assert not for_good(error)
@@ -693,14 +694,14 @@ def test_redirects_are_followed(host, code):
 
 def test_five_redirects_are_followed_and_six_are_not(host):
     assert fetched(host, chain(host, 5)) == IMAGE
-    error = refused(host.url_of(chain(host, 6)))
-    assert outcome(error) == ("more than 5 redirects", False)
+    error = failure_of(host.url_of(chain(host, 6)))
+    assert verdict(error) == ("more than 5 redirects", False)
 
 
 def test_a_redirect_loop_ends(host):
     host.files["/a.png"] = redirect("/b.png")
     host.files["/b.png"] = redirect("/a.png")
-    assert outcome(refused(host.url_of("/a.png"))) == ("more than 5 redirects", False)
+    assert verdict(failure_of(host.url_of("/a.png"))) == ("more than 5 redirects", False)
     assert len(host.requests) == 6
 
 
@@ -727,7 +728,7 @@ def test_a_redirect_to_a_path_with_spaces_and_accents_is_followed(host):
 )
 def test_a_redirect_leads_to_http_and_https_only(host, target):
     host.files["/a.png"] = redirect(target)
-    error = refused(host.url_of("/a.png"))
+    error = failure_of(host.url_of("/a.png"))
     assert "only http" in str(error)
     assert not for_good(error)
 
@@ -735,14 +736,14 @@ def test_a_redirect_leads_to_http_and_https_only(host, target):
 @pytest.mark.parametrize("target", ["http://[::1", "http://a b/", "http://h:99999/", "http://"])
 def test_a_redirect_to_nowhere_is_a_failure_for_now(host, target):
     host.files["/a.png"] = redirect(target)
-    assert outcome(refused(host.url_of("/a.png"))) == ("a redirect to no valid URL", False)
+    assert verdict(failure_of(host.url_of("/a.png"))) == ("a redirect to no valid URL", False)
     assert len(host.requests) == ONCE
 
 
 @pytest.mark.parametrize("headers", [[], [("Location", "")]], ids=["none", "an empty one"])
 def test_a_redirect_without_a_target_is_a_failure_for_now(host, headers):
     host.files["/a.png"] = status(302, *headers)
-    assert outcome(refused(host.url_of("/a.png"))) == ("HTTP 302 Found", False)
+    assert verdict(failure_of(host.url_of("/a.png"))) == ("HTTP 302 Found", False)
 
 
 def wants_cookie(target, name="seen", code=302):
@@ -891,7 +892,7 @@ def test_a_scheme_in_capitals_is_understood(host):
     ],
 )
 def test_an_invalid_url_is_a_failure_for_good(url):
-    assert outcome(refused(url)) == ("not a valid URL", True)
+    assert verdict(failure_of(url)) == ("not a valid URL", True)
 
 
 NO_URLS = ["a.jpg", "products/a.jpg", "/products/a.jpg", "www.shop.example/a.jpg", "C:\\a.jpg"]
@@ -914,7 +915,7 @@ LISTS = [
 def test_what_is_no_url_is_named_with_the_place_where_that_is_mended():
     reasons = dict.fromkeys(NO_URLS, "no full URL")
     reasons |= dict.fromkeys(LISTS, "a list or JSON, not one URL")
-    found = {text: outcome(refused(text)) for text in reasons}
+    found = {text: verdict(failure_of(text)) for text in reasons}
     place = ': see "Your tables" in schema.sql'
     assert found == {text: (reason + place, True) for text, reason in reasons.items()}
 
@@ -935,7 +936,7 @@ def test_a_url_within_a_url_is_no_list(host):
     ],
 )
 def test_other_schemes_are_a_failure_for_good(url):
-    error = refused(url)
+    error = failure_of(url)
     assert "only http" in str(error)
     assert for_good(error)
 
@@ -948,7 +949,7 @@ def one_attempt(monkeypatch):
 @pytest.mark.parametrize("url", ["http://nope.invalid/a.png", "http://bücher.invalid/a.png"])
 @pytest.mark.usefixtures("one_attempt")
 def test_a_host_that_is_not_there_is_a_failure_for_now(url):
-    assert outcome(refused(url, fetch_seconds=15.0)) == ("host not found", False)
+    assert verdict(failure_of(url, fetch_seconds=15.0)) == ("host not found", False)
 
 
 @pytest.fixture
@@ -980,9 +981,9 @@ def test_a_name_with_many_dead_addresses_costs_no_more_than_the_deadline(names):
             waiting.connect_ex(busy.getsockname())
         started = time.monotonic()
         url = f"http://dead.example:{busy.getsockname()[1]}/a.png"
-        error = refused(url, fetch_seconds=1.0)
+        error = failure_of(url, fetch_seconds=1.0)
         reason = "not complete within 1 s (the host did not answer in time)"
-        assert outcome(error) == (reason, False)
+        assert verdict(error) == (reason, False)
         assert time.monotonic() - started < 15
 
 
@@ -991,13 +992,13 @@ def test_a_refused_connection_is_a_failure_for_now():
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))  # but it does not listen
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/a.png"
-        assert outcome(refused(url)) == ("connection refused", False)
+        assert verdict(failure_of(url)) == ("connection refused", False)
 
 
 @pytest.mark.usefixtures("one_attempt")
 def test_a_host_without_tls_is_a_failure_for_now(host):
     url = host.url_of("/a.png").replace("http:", "https:")
-    assert outcome(refused(url)) == ("TLS failed", False)
+    assert verdict(failure_of(url)) == ("TLS failed", False)
 
 
 @pytest.mark.parametrize("days", [1, -1], ids=["of an unknown issuer", "expired"])
@@ -1006,8 +1007,8 @@ def test_a_certificate_that_is_not_valid_is_a_failure_for_now(tmp_path, days, mo
     with TlsHost(tmp_path, days) as host:
         if days < 0:
             monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(host.certificate))
-        error = refused(host.url_of("/a.png"))
-    assert outcome(error) == ("the host's certificate is not valid", False)
+        error = failure_of(host.url_of("/a.png"))
+    assert verdict(error) == ("the host's certificate is not valid", False)
 
 
 @pytest.mark.parametrize(
@@ -1027,7 +1028,7 @@ def test_a_data_url_holds_its_image(url):
 
 @pytest.mark.parametrize("url", ["data:image/png;base64", "data:", "data:image/png;base64,A"])
 def test_a_broken_data_url_is_a_failure_for_good(url):
-    assert outcome(refused(url)) == ("broken data: URL", True)
+    assert verdict(failure_of(url)) == ("broken data: URL", True)
 
 
 @pytest.mark.parametrize("name", ["REQUESTS_CA_BUNDLE", "SSL_CERT_FILE"])
@@ -1065,7 +1066,7 @@ def test_a_name_that_is_not_found_is_said_to_be_so_by_every_library():
 # What is sent
 # --------------------------------------------------------------------------------------------------
 
-KEY = {"apikey": "sb_secret_x", "Authorization": "Bearer sb_secret_x"}
+KEY_HEADERS = {"apikey": "sb_secret_x", "Authorization": "Bearer sb_secret_x"}
 
 
 def sent(host, path="/a.png"):
@@ -1130,9 +1131,9 @@ def test_the_password_in_a_url_is_sent_to_that_host_and_no_further(host):
 
 
 def test_the_key_is_sent_where_it_is_meant_to_go(host):
-    fetched(host, headers=KEY)
-    assert sent(host)["apikey"] == KEY["apikey"]
-    assert sent(host)["authorization"] == KEY["Authorization"]
+    fetched(host, headers=KEY_HEADERS)
+    assert sent(host)["apikey"] == KEY_HEADERS["apikey"]
+    assert sent(host)["authorization"] == KEY_HEADERS["Authorization"]
 
 
 def test_the_key_goes_along_no_redirect(host):
@@ -1140,7 +1141,7 @@ def test_the_key_goes_along_no_redirect(host):
     with ImageHost({"/a.png": IMAGE}) as other:
         host.files["/away"] = redirect(other.url_of("/a.png"))
         for path, target in (("/here", host), ("/away", other)):
-            assert fetched(host, path, KEY) == IMAGE
+            assert fetched(host, path, KEY_HEADERS) == IMAGE
             assert "apikey" in sent(host, path)
             assert sent(target).keys().isdisjoint(("apikey", "authorization"))
             target.requests.clear()
@@ -1148,7 +1149,7 @@ def test_the_key_goes_along_no_redirect(host):
 
 def test_the_key_is_not_sent_to_the_next_image_on_the_same_connection(host):
     one = fetcher()
-    get(one, host.url_of("/a.png"), KEY)
+    get(one, host.url_of("/a.png"), KEY_HEADERS)
     get(one, host.url_of("/a.png"))
     assert host.connections == 1
     assert sent(host).keys().isdisjoint(("apikey", "authorization"))
@@ -1158,13 +1159,13 @@ def test_the_key_is_not_sent_to_the_next_image_on_the_same_connection(host):
 # The guard
 # --------------------------------------------------------------------------------------------------
 
-PUBLIC = """
+PUBLIC_ADDRESSES = """
     8.8.8.8 1.1.1.1 93.184.216.34 100.63.255.255 100.128.0.1 172.15.0.1 172.32.0.1 192.167.0.1
     11.0.0.1 126.255.255.255 128.0.0.1 169.253.0.1 223.255.255.254
     2606:4700:4700::1111 2a00:1450:4001::1 ::ffff:8.8.8.8 2002:808:808::1 64:ff9b::808:808
     2606:4700::1%eth0
 """
-PRIVATE = """
+PRIVATE_ADDRESSES = """
     127.0.0.1 127.1.2.3 127.255.255.255 0.0.0.0 0.1.2.3 10.0.0.1 10.255.255.255 172.16.0.1
     172.31.255.255 192.168.0.1 169.254.0.1 169.254.169.254 169.254.170.2 100.64.0.1 100.100.100.200
     100.127.255.255 192.0.0.1 192.0.0.192 192.0.2.1 198.18.0.1 198.19.255.255 198.51.100.1
@@ -1177,18 +1178,18 @@ PRIVATE = """
 """
 
 
-@pytest.mark.parametrize("address", PUBLIC.split())
+@pytest.mark.parametrize("address", PUBLIC_ADDRESSES.split())
 def test_addresses_of_the_internet_are_public(address):
     assert Guard.is_public(address)
 
 
-@pytest.mark.parametrize("address", PRIVATE.split())
+@pytest.mark.parametrize("address", PRIVATE_ADDRESSES.split())
 def test_all_other_addresses_are_not(address):
     assert not Guard.is_public(address)
 
 
 def guarded(url, origin="https://project.supabase.co"):
-    return refused(url, url=origin, private_hosts=False, fetch_seconds=2.0)
+    return failure_of(url, url=origin, private_hosts=False, fetch_seconds=2.0)
 
 
 def is_guarded(error):
@@ -1439,7 +1440,7 @@ def test_a_file_is_read(tmp_path):
 def test_a_file_above_the_byte_cap_is_refused_unread(tmp_path):
     with (tmp_path / "a.png").open("wb") as file:
         file.truncate(MAX_BYTES + 1)
-    assert outcome(refused(tmp_path / "a.png")) == (f"larger than {MAX_BYTES // 2**20} MB", True)
+    assert verdict(failure_of(tmp_path / "a.png")) == (f"larger than {MAX_BYTES // 2**20} MB", True)
 
 
 def test_a_file_that_can_not_be_read_is_a_failure_for_now(tmp_path):
@@ -1447,11 +1448,11 @@ def test_a_file_that_can_not_be_read_is_a_failure_for_now(tmp_path):
     (tmp_path / "dangling.jpg").symlink_to(tmp_path / "gone")
     (tmp_path / "loop.jpg").symlink_to(tmp_path / "loop.jpg")
     for name in ("folder.jpg", "dangling.jpg", "loop.jpg", "missing.jpg"):
-        error = refused(tmp_path / name)
+        error = failure_of(tmp_path / name)
         assert "can't be read" in str(error)
         assert not for_good(error)
 
 
 def test_a_pipe_among_the_files_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.jpg")
-    assert not for_good(refused(tmp_path / "a.jpg"))
+    assert not for_good(failure_of(tmp_path / "a.jpg"))

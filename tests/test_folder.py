@@ -42,8 +42,8 @@ IMAGES = {  # path in the folder -> photograph
     'Ünïcødé 日本/O\'Neill & "Co" 100% #1?.png': "coins.png",
     "Ünïcødé 日本/new\nline.png": "brick.png",
 }
-NO_IMAGES = ["two words/.not/hidden.png", ".hidden/photo.jpg", ".hidden.jpg", "notes.txt", "jpg"]
-BROKEN = {"acme/broken.jpg": b"\xff\xd8\xff\xe0 no more", "empty.png": b""}
+LEFT_OUT = ["two words/.not/hidden.png", ".hidden/photo.jpg", ".hidden.jpg", "notes.txt", "jpg"]
+BROKEN_FILES = {"acme/broken.jpg": b"\xff\xd8\xff\xe0 no more", "empty.png": b""}
 UNREADABLE = "x" * 300  # a link that leads there is what even root can't look behind
 
 
@@ -75,8 +75,8 @@ def fail(folder, path, permanent, **settings):
 def every_kind(photos, tiny, tmp_path_factory):
     """A folder of every kind of file, after two runs on it."""
     folder = tmp_path_factory.mktemp("album")
-    files = {path: photos[name] for path, name in IMAGES.items()} | BROKEN
-    for path, data in (files | dict.fromkeys(NO_IMAGES, photos["flower.jpg"])).items():
+    files = {path: photos[name] for path, name in IMAGES.items()} | BROKEN_FILES
+    for path, data in (files | dict.fromkeys(LEFT_OUT, photos["flower.jpg"])).items():
         write(folder / path, data)
     cli = Cli(model_settings(tiny), tmp_path_factory.mktemp("cwd"))
     first = cli("--local", folder)
@@ -84,21 +84,12 @@ def every_kind(photos, tiny, tmp_path_factory):
     return SimpleNamespace(folder=folder, first=first, rows=made, second=cli("--local", folder))
 
 
-@pytest.fixture
-def small(photos, tmp_path):
-    """A folder with three images."""
-    folder = tmp_path / "small"
-    for name in SMALL:
-        write(folder / name, photos[name])
-    return folder
-
-
 # One folder, looked at from all sides
 
 
 def test_every_image_file_below_the_folder_is_an_asset_and_nothing_else(every_kind):
     assert every_kind.rows.keys() == IMAGES.keys()
-    assert folder_rows(every_kind.folder).keys() == IMAGES.keys() | BROKEN.keys()
+    assert folder_rows(every_kind.folder).keys() == IMAGES.keys() | BROKEN_FILES.keys()
 
 
 def test_broken_images_are_counted_and_the_exit_code_is_1(every_kind):
@@ -413,7 +404,7 @@ def test_a_locked_file_is_waited_for(small):
 
 
 @pytest.mark.parametrize("made", ["create table images (name text)", None])
-def test_another_file_of_that_name_is_left_alone(cli, small, made):
+def test_another_file_of_that_name_is_left_alone(small, made):
     if made:
         folder_query(small, made)
     else:

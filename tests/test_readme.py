@@ -104,7 +104,7 @@ def shop(stack):
     return ids
 
 
-def similar(folder, app, stack, key, *arguments):
+def rendered(folder, app, stack, key, *arguments):
     """The component's HTML for (id, client), rendered by node."""
     code = listing("jsx", "similar_products").replace("import 'server-only'\n", "")
     (folder / "similar.jsx").write_text(code)
@@ -124,7 +124,7 @@ def similar(folder, app, stack, key, *arguments):
 
 
 def test_the_component_shows_what_looks_like_a_product(tmp_path, app, stack, shop):
-    page = similar(tmp_path, app, stack, stack.secret_key, shop["Mug"], "acme")
+    page = rendered(tmp_path, app, stack, stack.secret_key, shop["Mug"], "acme")
     shown = re.findall(
         r'<a href="(.+?)"><img src="(.+?)" alt="" width="160" height="160"/> (.+?)</a>', page
     )
@@ -136,7 +136,7 @@ def test_the_component_shows_what_looks_like_a_product(tmp_path, app, stack, sho
 
 def test_the_component_says_when_the_key_does_not_do(tmp_path, app, stack, shop):
     with pytest.raises(RuntimeError, match="permission denied"):
-        similar(tmp_path, app, stack, stack.publishable_key, shop["Mug"], "acme")
+        rendered(tmp_path, app, stack, stack.publishable_key, shop["Mug"], "acme")
 
 
 def test_search_by_words(tmp_path, stack, shop, full):
@@ -158,4 +158,4 @@ def test_search_by_words(tmp_path, stack, shop, full):
 
 
 def test_a_malformed_id_is_like_nothing(tmp_path, app, stack, shop):
-    assert similar(tmp_path, app, stack, stack.secret_key, "no-uuid", "acme").strip() == ""
+    assert rendered(tmp_path, app, stack, stack.secret_key, "no-uuid", "acme").strip() == ""

@@ -1,6 +1,7 @@
 """Settings: from the environment and .env, and what is said of wrong ones."""
 
 import ast
+import os
 import re
 import shutil
 import uuid
@@ -8,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from conftest import CLOSED, REPO, SCRIPT
-from stack import ImageHost
 
 import generate_embeddings as script
 
@@ -25,12 +25,12 @@ def read(tmp_path, monkeypatch):
     for name in NAMES:
         monkeypatch.delenv(name, raising=False)
 
-    def read(content="", **environment):
-        Path(".env").write_bytes(content.encode())
+    def read(content="", flags=None, encoding="utf-8", **environment):
+        Path(".env").write_text(content, encoding, newline="")
         for name, value in environment.items():
             if value is not None:
                 monkeypatch.setenv(name, value)
-        return script.read_settings({})
+        return script.read_settings(flags or {})
 
     return read
 
@@ -85,49 +85,48 @@ def test_a_dotenv_file_beside_the_script_is_read_where_the_current_folder_has_no
     run = cli("--dry-run", env={}, cwd=here, script=copy)
     assert run.out.startswith("Would embed 1 "), run.err
 
-    (here / ".env").write_text(f"SUPABASE_URL={stack.url}\n")  # now the one beside is not read
-    run = cli("--dry-run", env={}, cwd=here, script=copy)
-    assert run.code == 2
-    assert "SUPABASE_SECRET_KEY is not set" in run.error
-    assert str(here / ".env") in run.error
+
+def test_a_dotenv_file_in_the_current_folder_hides_the_one_beside_the_script(
+    read, tmp_path, monkeypatch
+):
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / ".env").write_text("SUPABASE_SECRET_KEY=sb_secret_abc\n")
+    monkeypatch.setattr(script, "HERE", there)
+    missing = rf"SUPABASE_SECRET_KEY is not set: put it into {re.escape(str(tmp_path / '.env'))}"
+    with pytest.raises(script.RunError, match=missing):
+        read("SUPABASE_URL=https://abc.supabase.co\n")
 
 
-def test_where_url_and_key_came_from_is_said_where_that_is_two_places(cli, stack):
+def test_where_url_and_key_came_from_is_said_where_that_is_two_places(read, tmp_path, caplog):
     # A folder's .env must not get the environment's key in silence
-    (cli.folder / ".env").write_text(f"SUPABASE_URL={stack.url}\n")
-    run = cli("--dry-run", env={"SUPABASE_SECRET_KEY": stack.secret_key})
-    file = cli.folder / ".env"
-    assert f"SUPABASE_URL (from {file}), SUPABASE_SECRET_KEY (from the environment)" in run.err
-    assert "SUPABASE_URL" not in cli("--dry-run", SUPABASE_URL=stack.url).err
+    caplog.set_level("INFO")
+    read(f"SUPABASE_URL={GOOD['SUPABASE_URL']}\n", SUPABASE_SECRET_KEY="sb_secret_abc")
+    said = f"SUPABASE_URL (from {tmp_path / '.env'}), SUPABASE_SECRET_KEY (from the environment)"
+    assert caplog.messages == [said]
+    read(**GOOD)
+    assert caplog.messages == [said]
 
 
 @pytest.mark.parametrize("value", ["v-${HOME}", "v-$HOME", "v-${NOT_SET:-x}"])
-def test_nothing_is_filled_in_where_a_value_has_a_dollar_sign(cli, tmp_path, value):
-    (tmp_path / "a.png").touch()
-    (cli.folder / ".env").write_text(f"MODEL_VERSION={value}\n")
-    run = cli("--local", tmp_path, "--dry-run", MODEL_VERSION=None)
-    assert run.out.startswith(f"Would embed 1 asset as {value}\n")
+def test_nothing_is_filled_in_where_a_value_has_a_dollar_sign(read, value):
+    assert read(f"MODEL_VERSION={value}\n", **GOOD).model_version == value
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
-def test_a_dotenv_file_in_another_encoding_is_named(cli, encoding):
-    (cli.folder / ".env").write_bytes("SUPABASE_URL=https://x.supabase.co # é\n".encode(encoding))
-    run = cli("--dry-run", env={})
-    assert run.code == 2
-    assert str(cli.folder / ".env") in run.error
-    assert "UTF-8" in run.error
+def test_a_dotenv_file_in_another_encoding_is_named(read, tmp_path, encoding):
+    named = rf"{re.escape(str(tmp_path / '.env'))} can't be read.*UTF-8"
+    with pytest.raises(script.RunError, match=named):
+        read("SUPABASE_URL=https://x.supabase.co # é\n", encoding=encoding)
 
 
-def test_nothing_of_a_dotenv_file_enters_the_environment(cli, tmp_path, photos):
+def test_nothing_of_a_dotenv_file_enters_the_environment(read, monkeypatch):
     # A file that came with a folder would else send the user's token for the hub elsewhere
-    copy = shutil.copy(SCRIPT, tmp_path)
-    (tmp_path / "a.png").write_bytes(photos["coffee.png"])
-    with ImageHost() as elsewhere:
-        (cli.folder / ".env").write_text(f"HF_ENDPOINT={elsewhere.url}\nHF_TOKEN=hf_abc\n")
-        out_of_reach = {"HF_ENDPOINT": None, "HTTPS_PROXY": CLOSED}
-        run = cli("--local", tmp_path, script=copy, env=out_of_reach, timeout=60)
-    assert "could not be downloaded" in run.error
-    assert elsewhere.requests == []
+    for name in ("HF_ENDPOINT", "HF_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    before = dict(os.environ)
+    read("HF_ENDPOINT=https://elsewhere.example\nHF_TOKEN=hf_abc\n", flags={"local": Path()})
+    assert dict(os.environ) == before
 
 
 # Wrong settings
@@ -196,21 +195,25 @@ def test_a_dotenv_local_file_is_mentioned_where_settings_are_missing(read, tmp_p
         read()
 
 
-def test_a_wrong_key_is_not_shown(cli, stack):
-    swapped = cli(SUPABASE_URL=stack.secret_key, SUPABASE_SECRET_KEY=stack.url)
-    assert swapped.code == 2
-    assert "SUPABASE_URL" in swapped.error
-    key = stack.secret_key
-    broken = cli(SUPABASE_SECRET_KEY=f"{key[:-20]}\n{key[-20:]}")
-    assert "SUPABASE_SECRET_KEY" in broken.error
-    assert key[:-20] not in broken.err
-    assert key[-20:] not in broken.err
+@pytest.mark.parametrize(
+    ("named", "settings"),
+    [
+        ("SUPABASE_URL", {"SUPABASE_URL": "sb_secret_hush"}),  # swapped
+        ("SUPABASE_SECRET_KEY", {"SUPABASE_SECRET_KEY": "sb_secret_hush\nhush"}),
+    ],
+)
+def test_a_wrong_key_is_not_shown(read, named, settings):
+    with pytest.raises(script.RunError, match=named) as error:
+        read(**GOOD | settings)
+    assert "hush" not in str(error.value)
+
+
+def test_a_key_is_not_shown_with_the_settings():
     assert "hidden" not in repr(script.Settings(key="hidden"))
 
 
-def test_settings_of_the_database_are_not_looked_at_for_a_folder(cli, tmp_path, photos):
-    (tmp_path / "a.png").write_bytes(photos["coffee.png"])
-    assert cli("--local", tmp_path, "--dry-run", SUPABASE_URL="nonsense").code == 0
+def test_settings_of_the_database_are_not_looked_at_for_a_folder(read):
+    assert read(flags={"local": Path()}, SUPABASE_URL="nonsense").url == script.Settings().url
 
 
 # What is written about them
@@ -239,14 +242,12 @@ def test_every_message_in_the_readmes_troubleshooting_is_one_of_the_script():
                 assert any(piece in text for text in texts), message
 
 
-def test_every_flag_is_in_the_readme(cli):
+def test_every_flag_is_in_the_readme():
     readme = (REPO / "README.md").read_text()
-    flags = set(re.findall(r"--[a-z-]+", cli("--help").out))
+    flags = set(re.findall(r"--[a-z-]+", script.parser().format_help()))
     assert [flag for flag in sorted(flags - {"--help"}) if flag not in readme] == []
 
 
-def test_the_example_as_it_is_is_refused_by_name(cli):
-    shutil.copy(REPO / ".env.example", cli.folder / ".env")
-    run = cli("--dry-run", env={})
-    assert run.code == 2
-    assert "SUPABASE_URL (from " in run.error
+def test_the_example_as_it_is_is_refused_by_name(read):
+    with pytest.raises(script.RunError, match=r"SUPABASE_URL \(from "):
+        read((REPO / ".env.example").read_text())

@@ -18,8 +18,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from answers import NO_LENGTH, cut, hang_up, in_turn, length, raw, redirect, status
-from conftest import REPO, TINY_VERSION, open_store, renew, stack_cli
+from answers import NO_LENGTH, cut, hang_up, length, raw, redirect, status
+from conftest import REPO, TINY_VERSION, open_store, pending, renew, stack_cli, survey
 from PIL import Image
 from samples import exif, png, saved
 from stack import HTML, JSON, ImageHost
@@ -104,7 +104,7 @@ def test_every_photograph_gets_a_vector(whole):
     assert whole.rows.keys() == whole.ids.keys()
 
 
-REDUCED_FROM = 2 * 3 * 224  # pixels of the shorter side; README, "Which images"
+REDUCED_FROM = 2 * 3 * 224  # pixels of the shorter side; README, "Decisions"
 
 
 def test_vectors_are_those_of_transformers(whole, of_transformers, photos):
@@ -203,12 +203,12 @@ CLIENTS = [
 ]
 
 
-def test_client_names_may_hold_anything(stack, cli):
+def test_client_names_may_hold_anything(stack):
     stack.add_assets((uuid.uuid4(), f"https://images.invalid/{n}.jpg", name)
                      for n, name in enumerate(CLIENTS) for _ in range(n + 1))  # fmt: skip
-    starts = [cli.start("--client", name, "--dry-run") for name in CLIENTS]
-    said = [start.finish().out.split(" asset")[0] for start in starts]
-    assert said == [f"Would embed {n + 1}" for n in range(len(CLIENTS))]
+    for n, name in enumerate(CLIENTS):
+        status, assets = survey(open_store(stack, client=name))
+        assert (status.assets, len(assets)) == (n + 1, n + 1)
 
 
 ODD_IDS = [
@@ -477,13 +477,12 @@ def test_known_failures_keep_no_others_waiting(stack, host, cli):
 
 
 @pytest.fixture
-def broken(stack, host, cli, photos):
-    """One asset with a broken image at /a.jpg, tried once; its id."""
-    host.files["/a.jpg"] = photos["flower.jpg"][:5000]
+def broken(stack, host):
+    """The id of one asset, whose image at /a.jpg failed for good."""
     (asset,) = add(stack, host, ["/a.jpg"])
-    assert cli().code == 1
+    store = open_store(stack)
+    store.save([script.Failed(*pending(store), "decode", script.BROKEN, True)])
     assert stack.failures()[asset][2] is True
-    host.requests.clear()
     return asset
 
 
@@ -499,27 +498,14 @@ def test_an_image_repaired_at_the_same_url_is_embedded_by_retry_failed(
     assert broken in stack.embedded()
 
 
-def test_a_changed_image_url_clears_the_failure(broken, stack, host, cli):
+def test_a_failure_is_that_of_an_image_and_a_model_version(broken, stack, host):
+    assert pending(open_store(stack)) == []
+    assert [asset.id for asset in pending(open_store(stack, model_version="other"))] == [
+        str(broken)
+    ]
     stack.sql("update assets set image_url = %s", [host.url_of("/flower.jpg")])
     assert stack.failures() == {}
-    assert cli().counts["embedded"] == 1
-    assert broken in stack.embedded()
-
-
-def test_a_failure_of_another_model_version_does_not_count(broken, cli):
-    counts = cli(MODEL_VERSION="other").counts
-    assert (counts["failed"], counts["skipped"]) == (1, 0)
-
-
-def test_a_transient_failure_is_gone_after_a_success(stack, host, cli, photos):
-    host.files["/a.jpg"] = in_turn(
-        status(429, ("Retry-After", "3600")), status(200, body=photos["flower.jpg"])
-    )
-    add(stack, host, ["/a.jpg"])
-    assert cli().code == 1
-    assert len(stack.failures()) == 1
-    assert cli().code == 0
-    assert stack.failures() == {}
+    assert [asset.id for asset in pending(open_store(stack))] == [str(broken)]
 
 
 # What the database's answers mean
@@ -628,7 +614,7 @@ def test_the_key_is_sent_to_supabase_only(stack, bucket, host, cli):
 PROJECT = "https://abc.supabase.co"
 OBJECTS = f"{PROJECT}/storage/v1/object"
 MUG = "shop/products/a%20mug.jpg"
-PRIVATE = "in a private bucket: STORAGE_BUCKETS={} lets this script read it"
+PRIVATE_BUCKET = "in a private bucket: STORAGE_BUCKETS={} lets this script read it"
 
 
 @pytest.mark.parametrize(
@@ -659,8 +645,8 @@ def test_the_key_goes_to_a_named_bucket_of_the_own_storage_alone(image, where, w
 @pytest.mark.parametrize(
     ("image", "size", "reason", "permanent"),
     [
-        (f"{OBJECTS}/other/a.jpg", 0, PRIVATE.format("other"), False),
-        (f"{OBJECTS}/authenticated/other/a.jpg", 0, PRIVATE.format("other"), False),
+        (f"{OBJECTS}/other/a.jpg", 0, PRIVATE_BUCKET.format("other"), False),
+        (f"{OBJECTS}/authenticated/other/a.jpg", 0, PRIVATE_BUCKET.format("other"), False),
         (f"{OBJECTS}/public/shop/../other/a.jpg", 0, "a storage path with '..'", True),
         (f"{OBJECTS}/shop/%2e%2e/other/a.jpg", 0, "a storage path with '..'", True),
         (f"{OBJECTS}/shop/..\\other/a.jpg", 0, "a storage path with '..'", True),
