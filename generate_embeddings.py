@@ -11,7 +11,7 @@
 # ]
 #
 # # On Linux uv takes torch's build without CUDA, gigabytes smaller.
-# # With a GPU: uv run --no-sources generate_embeddings.py
+# # With a GPU, the first time: uv run --no-sources --reinstall-package torch generate_embeddings.py
 # [tool.uv.sources]
 # torch = { index = "pytorch-cpu", marker = "sys_platform == 'linux'" }
 #
@@ -175,7 +175,7 @@ try:
         from requests.exceptions import ChunkedEncodingError
         from tqdm import tqdm
         from tqdm.contrib.logging import logging_redirect_tqdm
-        from urllib3.exceptions import HTTPError
+        from urllib3.exceptions import HTTPError, MaxRetryError
         from urllib3.response import BaseHTTPResponse
         from urllib3.util.connection import create_connection
 except ImportError as error:
@@ -1881,7 +1881,7 @@ NETWORK_REASONS = {
     "CERTIFICATE": "the host's certificate is not valid",
     "SSL": "TLS failed",
     "gaierror": "host not found",
-    "resolve": "host not found",
+    "NameResolution": "host not found",
     "timed out": "the host did not answer in time",
     "refused": "connection refused",
     "unreachable": "host not reachable",
@@ -2140,7 +2140,9 @@ def network_reason(error: BaseException) -> str:
     said = ""
     cause: BaseException | None = error
     while cause:
-        said = f"{said} {cause!r}"
+        # These name the URL, which may hold any word.
+        if not isinstance(cause, (requests.RequestException, MaxRetryError)):
+            said = f"{said} {cause!r}"
         cause = cause.__cause__ or cause.__context__
     for sign, reason in NETWORK_REASONS.items():
         if sign in said:
@@ -4465,7 +4467,8 @@ settings, from the environment or .env (README.md explains them):
   FETCH_SECONDS, DB_RETRY_SECONDS, ALLOW_PRIVATE_IMAGE_HOSTS
 
 exit codes:
-  0 all done, 1 some images failed, 2 could not run, 130 interrupted, 143 terminated
+  0 all done, 1 some images failed, 2 could not run, or not go on,
+  130 interrupted (143 by SIGTERM, 129 by a closed terminal)
 """
 
 
@@ -4503,11 +4506,11 @@ def parser() -> argparse.ArgumentParser:
     what("--client", metavar="NAME", help="only this client's (with --local: subfolder's) images")
     what("--local", type=full_path, metavar="DIR", help="embed a folder's images; needs no account")
     what("--shard", type=shard, metavar="I/N", help="only part I of N parts of a database")
-    what("--retry-failed", action="store_true", help="also try images that failed for good before")
+    what("--retry-failed", action="store_true", help="try all that failed before, also for good")
 
     speed = usage.add_argument_group("how fast").add_argument
     speed("--workers", type=positive_number, default=most, metavar="N", help=workers)
-    speed("--batch-size", type=positive_number, metavar="N", help="images to a batch (1)")
+    speed("--batch-size", type=positive_number, metavar="N", help="images to a core's batch (1)")
     speed("--dtype", choices=["float32", "bfloat16"], help="number format (float32)")
     speed("--device", choices=["cpu", "cuda", "mps"], help="where the model runs (cpu)")
 
@@ -4517,7 +4520,7 @@ def parser() -> argparse.ArgumentParser:
         "--gallery",
         type=page_file,
         metavar="FILE",
-        help="write a page to look at (.html), at the end",
+        help="at the end, write a page to look at (.html), and a table beside it (.csv)",
     )
     show("--dry-run", action="store_true", help="say what would be done; load and write nothing")
     show("-v", "--verbose", action="store_true", help="say each failure as it happens, and more")

@@ -360,7 +360,7 @@ def silent(handler):
 @pytest.mark.parametrize(
     ("what", "why"),
     [
-        (CLOSED, ""),
+        (CLOSED, "connection refused"),
         ("https://hub.invalid", "host not found"),
         ("silent", "in time"),
         ("not the hub", "404"),
