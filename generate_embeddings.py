@@ -24,9 +24,10 @@
 
     find pending assets -> fetch -> decode -> embed -> store -> report
 
-main reads flags and settings; embed_all asks the store for its status, and --search or --dry-run
-end there. Else, if anything is pending, the steps overlap in Run.loop; the first images are fetched
-while the model is loaded. Then comes the report, then --gallery.
+main reads flags and settings; embed_all asks the store for its status. --search then answers, and
+--dry-run lists, and that is all. Else, if anything is pending, the steps overlap in Run.loop; the
+first images are fetched while the model is loaded. The report comes in any case, also after an
+error; --gallery then, unless the run was stopped or could not go on.
 
 Words
     asset     one product image to embed: an id and where its image is
@@ -58,6 +59,8 @@ Who runs where
     Before the run   Store.status, in a thread of its own, as it may hang
     Run.embedders    a pool with one thread a core (one in all on a GPU), a batch each
     Decoders         processes, one a core: a file is not to be trusted, and may crash its decoder
+    For moments      a timer for each file being decoded (answer_to), a thread a core while weights
+                     are laid out (read_layers)
     --gallery, --search    after the run, or without one: the main thread, and a pool that fetches
 
 Where the answers to other questions stand
@@ -89,9 +92,9 @@ import sys
 AS_DECODER = "--decode"  # the one argument of a Decoder's process
 IN_DECODER = __name__ == "__main__" and sys.argv[1:] == [AS_DECODER]
 if __name__ == "__main__":
-    # A stop while the imports go on ends at once, without a traceback.
+    # A stop while the imports go on ends at once, without a traceback. A decoder ignores it, as
+    # the run ends it. Where it is ignored from the start (a background job), it stays so.
     for _number in (signal.SIGINT, signal.SIGTERM):
-        # A background job's are ignored, and stay so. A decoder's are the run's to heed.
         if IN_DECODER:
             signal.signal(_number, signal.SIG_IGN)
         elif signal.getsignal(_number) != signal.SIG_IGN:
@@ -612,13 +615,14 @@ class Store(Protocol):
     Order of calls: `status` first, then `pages`, once; `save`, one call at a time, perhaps while
     `pages` is at work in another thread; `locate` for each image, in the loop, so that it must not
     wait, and for --gallery in several threads; `gallery` and `search` after a run, or without one.
-    All may raise RunError, which ends the run.
+    Outcomes come in the order of the results; a page may be empty; each call, and each page, may
+    come in another thread. All may raise RunError, which ends the run.
 
     An image may change between `pages` and `save`. Therefore an asset comes back with the `mark`
-    that the store gave it. SupabaseStore compares URLs: a result for another one is "changed", and
-    the asset is left for the next run; other bytes behind the same URL nobody notices. FolderStore
-    stores the result under the old mark, the file's time: the next run sees another one, and
-    embeds it anew.
+    that the store gave it. SupabaseStore compares URLs: a result for another one is "changed",
+    neither an attempt nor a failure, and the asset is left for the next run; other bytes behind
+    the same URL nobody notices. FolderStore stores the result under the old mark, the file's time:
+    the next run sees another one, and embeds it anew.
     """
 
     place: str  # in words, for the log
@@ -650,10 +654,11 @@ class Settings:
     environment or .env. (Proxies, certificates, the hub's variables and OMP_NUM_THREADS are read
     where they are used, as the libraries do.)
 
-    To add one: a field with its default here; for a flag a line in `parser`, for a setting an
-    entry in SETTINGS, which says how it must look, and its name in EXAMPLES; then
-    `settings.<field>` where it is used (Run, the stores, Fetcher, the encoders and Page have the
-    Settings; decoders and the download do not); a line in README.md and .env.example.
+    To add one: a field with its default here; for a flag a line in `parser`, under the field's
+    name and without a default; for a variable an entry in SETTINGS, which says how it must look,
+    and its name in EXAMPLES; then `settings.<field>` where it is used (Run, the stores, Fetcher,
+    the encoders and Page have the Settings; decoders and the download do not); a line in
+    README.md and .env.example.
     """
 
     local: Path | None = None
@@ -764,18 +769,18 @@ class Run:
 
     A run ends early, and what is embedded by then is stored (if the store still takes it) and
     reported, when
-        somebody stops it (Stop): exit code 130, 143 or 129;
-        a step raises RunError, or anything unforeseen (in fetch and decode that is one asset's
-            failure): exit code 2;
-        HOSTS_DOWN hosts in a row are down: exit code 2, as at the end of a run in which a host
-            went down and none ever answered (Hosts);
-        the database refuses REFUSALS vectors for one reason, and takes none: exit code 2.
-    Else it ends with 1 if images failed, and with 0 if none did.
+        somebody stops it (Stop): exit code 130, 143 or 129, whatever else went wrong;
+        any step raises RunError, or find, embed, store or the model anything else (in fetch and
+            decode anything else is that asset's failure): exit code 2;
+        HOSTS_DOWN hosts went down one after the other, with no answer between: exit code 2;
+        the store refused REFUSALS vectors for one reason, and has taken none: exit code 2.
+    At its end the code is 2 if a host went down and none ever answered (Hosts), else 1 if images
+    failed, else 0, even where some are left.
 
     What bounds memory, beside the model's 350 MB (float32)
         found       PAGE_ROWS assets, and a page more
-        files       one for each load under way (`room_for_loads`), MAX_BYTES at most; of those
-                    above HEAVY_BYTES no more than HEAVY_FILES are downloaded at once
+        files       one for each load under way (`room_for_loads`), MAX_BYTES at most; HEAVY_FILES
+                    bounds how many large ones are on their way, not how many wait for a decoder
         decoders    one a core, DECODE_MB each (Linux)
         pixels      600 KB an image; no more wait than `room_for_loads` says
         results     2 KB each; no more images are loaded while RESULTS_WAITING wait for the store
@@ -911,9 +916,10 @@ class Run:
     def room_for_loads(self) -> int:
         """How many more images may be fetched now.
 
-        As many are fetched or decoded as --workers says, and one more for each fetch that is slow,
-        unless the line itself is. There are fewer where images wait for the model, and none while
-        RESULTS_WAITING or more wait for the store: that bounds memory.
+        At most --workers images are fetched or decoded at once. Fetches older than SLOW_SECONDS
+        do not count (MOST_SLOW at most), unless the last image that came was slow, too: then the
+        network is, and more fetches would not help. Fewer start while images wait for the model,
+        and none while RESULTS_WAITING or more wait for the store: that bounds memory.
         """
         if len(self.results) >= RESULTS_WAITING:
             return 0
@@ -959,8 +965,8 @@ class Run:
         self.ready.append(loaded)
 
     def take_failure(self, asset: Asset, stage: str, host: str, error: Exception) -> None:
-        """Makes an error that concerns one asset its failure, and lets Hosts know; RunError ends
-        the run. Only Rejected is for good: what nobody foresaw is our defect, not the image's."""
+        """Makes an error the asset's failure, and tells Hosts; RunError ends the run instead. Only
+        Rejected is for good: what nobody foresaw is our defect, not the image's."""
         if isinstance(error, RunError):
             self.end(error)
             return
@@ -979,8 +985,8 @@ class Run:
     # Embed
 
     def start_embeds(self) -> None:
-        """Gives each core a batch, and one to follow it. Batches are full ones, but where there
-        is nothing else to do; the last images are shared among the cores."""
+        """Gives each lane a batch, and one to follow it. A batch that is not full is started only
+        while no other is under way, or of the run's last images, which the lanes share."""
         size = self.settings.batch_size
         if not self.found and not self.under_way("find", "fetch", "decode"):
             share = math.ceil(len(self.ready) / self.lanes)
@@ -1101,9 +1107,9 @@ class Hosts:
 class Progress:
     """How far the run is: a bar on a terminal, lines in a log elsewhere."""
 
-    EACH = 10  # images to a line of a log, for the first
-    EACH_UNTIL = 100  # images; from then on a line
-    LINE_SECONDS = 10.0  # after the last one
+    EACH = 10  # a line of a log after so many of the first
+    EACH_UNTIL = 100  # images
+    LINE_SECONDS = 10.0  # and whenever the last line is this old
 
     def __init__(self, goal: int) -> None:
         self.terminal = sys.stderr.isatty()
@@ -1219,7 +1225,7 @@ class SupabaseStore:
         self.place = f"product_embeddings at {settings.url}"
         answer_seconds = min(ANSWER_SECONDS, max(CHECK_SECONDS, settings.db_retry_seconds))
         self.longest = settings.db_retry_seconds + answer_seconds  # all attempts at a call
-        # Of this thread's last answer: the error that a gateway's JSON becomes lacks it.
+        # The HTTP status of this thread's last answer: an APIError of a gateway's JSON lacks it.
         self._http = threading.local()
         http = httpx.Client(
             timeout=httpx.Timeout(answer_seconds, connect=CONNECT_SECONDS),
@@ -1790,7 +1796,7 @@ def unreadable(error: OSError) -> None:
 MAX_BYTES = 50 * 2**20  # of one image file
 TOO_LARGE = f"larger than {MAX_BYTES // 2**20} MB"
 HEAVY_BYTES = 4 * 2**20  # files above this are heavy,
-HEAVY_FILES = 4  # and no more of them are downloaded at once, which bounds memory
+HEAVY_FILES = 4  # and no more of them are downloaded at once
 PAGE_BYTES = 2**16  # of a page in the place of an image; checks for robots are shorter,
 SCRIPT_BYTES = 2**13  # and those that are no more than a script much shorter
 FETCH_ATTEMPTS = 4  # at one image, in a run
@@ -1820,10 +1826,12 @@ class Meaning(Enum):
     ROBOTS = "it can't be had in this run, as the host takes us for a bad robot"
 
 
-# What an answer means, by its status. NEVER is only what is about the URL itself. All that is not
-# listed means LATER. NEVER becomes Rejected, a failure for good. AGAIN, and LATER or ROBOTS with
-# Retry-After, become TryAgain: up to FETCH_ATTEMPTS within settings.fetch_seconds, each after the
-# seconds that it says. What is left becomes NotNow. Of failures all but NEVER count in Hosts.
+# What an answer means, by its status; what is not listed means LATER.
+# NEVER, which is only about the URL itself, becomes Rejected: a failure for good.
+# AGAIN, and LATER or ROBOTS with Retry-After, become TryAgain: the image's own thread sleeps that
+# long and asks again, FETCH_ATTEMPTS in all; other images of the host go on. Where less time than
+# that is left of settings.fetch_seconds, it gives up at once.
+# What fails so becomes NotNow: later runs try again. All failures but NEVER count in Hosts.
 ANSWERS = {
     200: Meaning.PICTURE,
     203: Meaning.PICTURE,  # RFC 9110: a proxy on the way has changed something
@@ -1929,7 +1937,7 @@ class Fetcher:
                 if attempt == FETCH_ATTEMPTS or error.after > max(left, 0):
                     raise
                 pause = max(error.after, 2**attempt * random.uniform(0.125, 0.25))
-                if pause > left:
+                if pause > left:  # it is not the host's pause that does not fit, but ours
                     raise NotNow(f"{deadline.missed} ({error})") from None
             time.sleep(pause)
             attempt += 1
