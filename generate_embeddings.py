@@ -1217,13 +1217,13 @@ class SupabaseStore:
         self.place = f"product_embeddings at {settings.url}"
         answer_seconds = min(ANSWER_SECONDS, max(CHECK_SECONDS, settings.db_retry_seconds))
         self.longest = settings.db_retry_seconds + answer_seconds  # all attempts at a call
-        # Of this thread's last answer: the error that a gateway's JSON becomes lacks it.
+        # Of this thread's last answer: what an APIError lacks.
         self._http = threading.local()
         http = httpx.Client(
             timeout=httpx.Timeout(answer_seconds, connect=CONNECT_SECONDS),
             verify=tls_context(),
             follow_redirects=False,  # one would carry the key to another origin
-            event_hooks={"response": [self._keep_status]},
+            event_hooks={"response": [self._keep_what_errors_lack]},
         )
         options = supabase.ClientOptions(httpx_client=http)
         self._rpc = supabase.create_client(settings.url, settings.key, options).rpc
@@ -1234,8 +1234,9 @@ class SupabaseStore:
         if settings.shard:
             self._part = {"shard": settings.shard.part, "shards": settings.shard.parts}
 
-    def _keep_status(self, response: Any) -> None:
+    def _keep_what_errors_lack(self, response: Any) -> None:
         self._http.status = response.status_code
+        self._http.leads_to = response.headers.get("location", "")
 
     def status(self) -> Status:
         """As Store says. Checks that schema.sql is of this version, and that the client is
@@ -1421,6 +1422,10 @@ class SupabaseStore:
         if code == NOT_EXPOSED:
             where = "the dashboard's settings of the Data API, Exposed schemas"
             return f"the schema public is not exposed ({message}): add it in {where}"
+        if re.fullmatch(r"3\d\d", code) and self._http.leads_to:
+            where = self._without_key(self._http.leads_to.partition("/rest/v1")[0])
+            url = self._settings.url
+            return f"{url} answers with HTTP {code} and leads to {where}: check SUPABASE_URL"
         if re.fullmatch(r"\d\d\d", code):
             return f"{self._settings.url} answers with HTTP {code}, {message}"
         return f"the database says {message!r} ({code})"
