@@ -582,14 +582,6 @@ def test_a_key_that_a_database_echoes_is_struck_out(meant):
     assert not any("eyJ" in said for said in meant.values())  # as every legacy key begins
 
 
-def test_a_url_that_leads_elsewhere_is_said_to(cli, stack):
-    elsewhere = ("Location", "https://abc.supabase.co/rest/v1/rpc/embedding_status")
-    stack.gateway.fault = lambda _: (301, [*HTML, elsewhere], b"<h1>Moved Permanently</h1>")
-    run = cli("--dry-run")
-    assert run.code == 2
-    assert "HTTP 301 and leads to https://abc.supabase.co: check SUPABASE_URL" in run.error
-
-
 def test_a_project_may_be_below_a_path(cli, stack, host):
     """As self-hosted ones are behind a reverse proxy; their own storage, too."""
 
