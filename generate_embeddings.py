@@ -1225,13 +1225,14 @@ class SupabaseStore:
         self.place = f"product_embeddings at {settings.url}"
         answer_seconds = min(ANSWER_SECONDS, max(CHECK_SECONDS, settings.db_retry_seconds))
         self.longest = settings.db_retry_seconds + answer_seconds  # all attempts at a call
-        # The HTTP status of this thread's last answer: an APIError of a gateway's JSON lacks it.
+        # The HTTP status of this thread's last answer, and where that leads: an APIError of a
+        # gateway's JSON lacks them.
         self._http = threading.local()
         http = httpx.Client(
             timeout=httpx.Timeout(answer_seconds, connect=CONNECT_SECONDS),
             verify=tls_context(),
             follow_redirects=False,  # one would carry the key to another origin
-            event_hooks={"response": [self._keep_status]},
+            event_hooks={"response": [self._keep_what_errors_lack]},
         )
         options = supabase.ClientOptions(httpx_client=http)
         self._rpc = supabase.create_client(settings.url, settings.key, options).rpc
@@ -1242,8 +1243,9 @@ class SupabaseStore:
         if settings.shard:
             self._part = {"shard": settings.shard.part, "shards": settings.shard.parts}
 
-    def _keep_status(self, response: Any) -> None:
+    def _keep_what_errors_lack(self, response: Any) -> None:
         self._http.status = response.status_code
+        self._http.leads_to = response.headers.get("location", "")
 
     def status(self) -> Status:
         """As Store says. Checks that schema.sql is of this version, and that the client is
@@ -1429,6 +1431,10 @@ class SupabaseStore:
         if code == NOT_EXPOSED:
             where = "the dashboard's settings of the Data API, Exposed schemas"
             return f"the schema public is not exposed ({message}): add it in {where}"
+        if re.fullmatch(r"3\d\d", code) and self._http.leads_to:
+            where = self._without_key(self._http.leads_to.partition("/rest/v1")[0])
+            url = self._settings.url
+            return f"{url} answers with HTTP {code} and leads to {where}: check SUPABASE_URL"
         if re.fullmatch(r"\d\d\d", code):
             return f"{self._settings.url} answers with HTTP {code}, {message}"
         return f"the database says {message!r} ({code})"

@@ -18,6 +18,7 @@
 begin;
 set local search_path = public, extensions;
 set local lock_timeout = '10s';  -- an app's long transaction ends this file, not the app's work
+set local row_security = off;  -- a policy that would hide rows from what is made here is an error
 set local embeddings.functions =  -- what this file makes, beside the trigger's function
   '{embedding_image_hash, embedding_shard, embedding_back_off, embedding_status, pending_assets,
     store_embedding_rows, store_embeddings, match_products, similar_products, duplicate_products,
@@ -29,17 +30,25 @@ do $$ begin
     create schema extensions;
     grant usage on schema extensions to anon, authenticated, service_role;
   end if;
+  if not has_schema_privilege('service_role', 'public', 'usage') then
+    grant usage on schema public to service_role;  -- lost where public was dropped and made anew
+  end if;
 end $$;
 create extension if not exists vector with schema extensions;
 
 do $$
 declare
   version text := (select extversion from pg_extension where extname = 'vector');
+  place text := (select extnamespace::regnamespace from pg_extension where extname = 'vector');
 begin
   if string_to_array(version, '.')::int[] < '{0,8}' then
     raise exception 'pgvector % is too old, this needs 0.8.0 or later', version using hint =
       'Run: alter extension vector update; if that brings no newer one, upgrade the project '
       '(Settings > Infrastructure).';
+  end if;
+  if place not in ('public', 'extensions') then
+    raise exception 'pgvector is in the schema %, where the functions below do not look', place
+    using hint = 'Run: alter extension vector set schema extensions;';
   end if;
 end $$;
 
@@ -84,7 +93,7 @@ set local embeddings.assets = 'public.assets (id)';
 
 do $$
 declare
-  assets text := split_part(current_setting('embeddings.assets'), ' (', 1);
+  assets text := substring(current_setting('embeddings.assets') from '(.*) \(');
 begin
   if assets <> '' and to_regclass(assets) is null then
     raise exception 'there is no table %', assets using hint =
@@ -92,10 +101,21 @@ begin
   end if;
 end $$;
 
+-- The view is made anew, and loses grants of your own: one that is replaced can lose no column, nor
+-- change the type of one.
+do $$ begin
+  if to_regproc('public.embedding_status') is not null then
+    drop view if exists public.embedding_failures, public.embedding_sources;
+  end if;
+exception when others then
+  null;  -- something of yours reads it, or drops are not allowed: it is replaced
+end $$;
+
 -- What the script embeds: an id, an image and a client's name, both text. An image is a full URL, a
 -- data: URL, or a path that begins with /storage/v1/object/, which is the project's own storage.
 -- A fourth column, title, is what --gallery and --search call an asset; without one they take the
--- last part of its URL. Assets that this leaves out are left alone.
+-- last part of its URL. Assets that this leaves out are left alone. More columns than these do no
+-- harm unless they are called like a parameter of the functions below, as "after" is.
 create or replace view public.embedding_sources with (security_invoker = true) as
   select a.id, a.image_url as image, a.client_name as client
   from public.assets a;
@@ -131,8 +151,18 @@ create or replace trigger forget_embedding
 -- A list of URLs, of which the first one counts, as in "a.jpg, b.jpg":
 --   select a.id, trim(split_part(a.images, ',', 1)) as image, a.client_name as client
 --   from public.assets a;
--- The same as a JSON array (jsonb):
+-- The same as an array (text[]):
+--   select a.id, a.images[1] as image, a.client_name as client from public.assets a;
+-- The same as a JSON array (jsonb; of json, the trigger compares old.images::text with the new):
 --   select a.id, a.images ->> 0 as image, a.client_name as client from public.assets a;
+-- Images in a table of their own, of which the first one counts (grant select on that one, too):
+--   select a.id, (select p.url from public.photos p where p.asset_id = a.id
+--       order by p.position limit 1) as image, a.client_name as client
+--   from public.assets a;
+-- The trigger then watches that table, with the column that holds the asset's id:
+--   create or replace trigger forget_embedding
+--     after insert or update or delete on public.photos
+--     for each row execute function public.forget_embedding('asset_id');
 -- A path in a bucket of the project's own storage, here "photos". There is no host in it, so that
 -- one file does for local development, branches and production:
 --   select a.id, '/storage/v1/object/authenticated/photos/' || a.image_path as image,
@@ -143,14 +173,18 @@ create or replace trigger forget_embedding
 --   with a as (select distinct on (b.id) b.* from public.assets b order by b.id)
 --   select a.id, a.image_url as image, a.client_name as client from a;
 --
--- No foreign key (partitioned, foreign or materialised assets, assets without a key):
+-- No foreign key (partitioned, inherited, unlogged, foreign or materialised assets, assets without
+-- a key):
 --   set local embeddings.assets = '';
--- A materialised view has no trigger either: put that on the table behind it. Rows of assets that
--- are gone then stay. The search never shows them; to be rid of them:
+-- A view has no trigger either: put that on the table behind it. A table that others inherit from
+-- hands none on: put one on each. A foreign table's fires for changes made here alone. Rows of
+-- assets that are gone then stay. The search never shows them; to be rid of them:
 --   delete from public.product_embeddings e
 --     where not exists (select from public.embedding_sources s where s.id = e.asset_id);
 --   delete from public.product_embedding_failures f
 --     where not exists (select from public.embedding_sources s where s.id = f.asset_id);
+-- Changes that come by logical replication fire no trigger, unless, after each run of this file:
+--   alter table public.assets enable always trigger forget_embedding;
 -- A key of several columns wants one to stand for it (then asset_id refers to it, and the ids are
 -- text):
 --   alter table public.assets add column asset_key text
@@ -188,10 +222,22 @@ begin
   where attrelid = 'public.embedding_sources'::regclass and attname = 'id';
   perform from embedding_sources s where s.id = null::uuid;
   perform from embedding_sources s limit 1 for no key update skip locked;
+  if exists (  -- among some: the app waits for this file
+    select from (select id from embedding_sources limit 100000) s
+    group by s.id having count(*) > 1 or s.id is null
+  ) then
+    raise exception 'embedding_sources gives an id several times, or null' using hint =
+      'It must give one row for an asset. The section "Your tables" shows how to take the first of '
+      'several images; leave out what has no id: where a.id is not null.';
+  end if;
 exception
   when undefined_function then
     raise exception 'the ids of embedding_sources are %, and this file says uuid', wrong
     using hint = 'Replace the word uuid by ' || wrong || ' in the whole file.';
+  when insufficient_privilege then
+    raise exception 'embedding_sources cannot be read and locked by %: %', current_user, sqlerrm
+    using hint = 'The functions below do that as the role that runs this file. It should own the '
+      'tables, or may do all with them, and no policy may hide rows from it (bypassrls).';
   when feature_not_supported or wrong_object_type then
     raise exception 'the rows of embedding_sources cannot be locked: %', sqlerrm using hint =
       'No outer join, distinct or group by there; or "with", as the section "Your tables" says.';
@@ -246,6 +292,15 @@ begin
       'type vector(512);';
   end if;
 
+  if exists (
+    select from pg_attribute join pg_type t on t.oid = atttypid
+    where attrelid = 'public.product_embeddings'::regclass and attname = 'model_version'
+      and typcategory <> 'S'
+  ) then
+    raise exception 'product_embeddings.model_version is no text' using hint =
+      'Run: alter table public.product_embeddings alter column model_version type text;';
+  end if;
+
   if not exists (
     select from pg_index i join pg_attribute a on a.attrelid = i.indrelid
     where i.indrelid = 'public.product_embeddings'::regclass and a.attname = 'asset_id'
@@ -269,6 +324,7 @@ do $$
 declare
   assets text := current_setting('embeddings.assets');
   relation regclass;
+  known record;
 begin
   -- A primary key where there is none: without it a publication refuses updates and deletes.
   if not exists (
@@ -293,17 +349,30 @@ begin
   end if;
 
   foreach relation in array '{product_embeddings, product_embedding_failures}'::regclass[] loop
-    continue when assets = '' or exists (
-      select from pg_constraint c join pg_attribute a on a.attrelid = c.conrelid
-      where c.conrelid = relation and c.contype = 'f' and c.conkey = array[a.attnum]
-        and a.attname = 'asset_id');
+    continue when assets = '';
+    -- A key to another table refuses rows; one without "cascade" keeps assets from being deleted.
+    select c.conname, c.confrelid::regclass as target,
+      c.confrelid = to_regclass(substring(assets from '(.*) \(')) and c.confdeltype = 'c' as fits
+    into known
+    from pg_constraint c join pg_attribute a on a.attrelid = c.conrelid
+    where c.conrelid = relation and c.contype = 'f' and c.conkey = array[a.attnum]
+      and a.attname = 'asset_id'
+    order by fits limit 1;
+    continue when known.fits;
+    if known.conname is not null then
+      raise exception 'the foreign key % refers to %, or lacks "on delete cascade"',
+        known.conname, known.target using hint = format(
+        'It would refuse rows, or keep assets from being deleted. This file adds its own after: '
+        'alter table public.%s drop constraint %I;', relation, known.conname);
+    end if;
     execute format(
       'alter table %s add foreign key (asset_id) references %s on delete cascade on update cascade '
       'not valid', relation, assets);
   end loop;
-exception when invalid_foreign_key or datatype_mismatch or wrong_object_type then
+exception when invalid_foreign_key or datatype_mismatch or wrong_object_type or undefined_column
+  or invalid_table_definition or object_not_in_prerequisite_state or insufficient_privilege then
   raise exception 'no foreign key can refer to %: %', assets, sqlerrm using hint =
-    'The section "Your tables" of this file says how to do without: '
+    'The section "Your tables" of this file names it, and says how to do without: '
     'set local embeddings.assets = '''';';
 end $$;
 
@@ -686,28 +755,29 @@ set search_path = pg_catalog, public, extensions, pg_temp
 set lock_timeout = '250ms'
 as $$
 declare
-  asset uuid;
+  one uuid;  -- the row's asset before, null for an insert
+  other uuid;  -- and after, null for a delete
 begin
-  execute format('select ($1).%I', tg_argv[0]) into asset using new;
-  delete from product_embedding_failures f where f.asset_id = asset;
+  execute format('select ($1).%1$I, ($2).%1$I', tg_argv[0]) into one, other using old, new;
+  delete from product_embedding_failures f where f.asset_id in (one, other);
   lock table product_embeddings in row exclusive mode nowait;
-  delete from product_embeddings e where e.asset_id = asset;
+  delete from product_embeddings e where e.asset_id in (one, other);
   return null;
 exception
   when lock_not_available then
     begin
-      delete from product_embedding_failures f where f.asset_id = asset;
+      delete from product_embedding_failures f where f.asset_id in (one, other);
       insert into product_embedding_failures (asset_id, model_version, stage, reason, permanent)
       select e.asset_id, e.model_version, 'store', 'the image changed while its row was locked',
         false
-      from product_embeddings e where e.asset_id = asset;
+      from product_embeddings e where e.asset_id in (one, other);
     exception when others then
-      raise warning 'the embedding of asset % was not forgotten: %', asset, sqlerrm;
+      raise warning 'the embedding of asset % was not forgotten: %', coalesce(other, one), sqlerrm;
     end;
     return null;
   when others then
     -- An error of ours must not break the app's update.
-    raise warning 'the embedding of asset % was not forgotten: %', asset, sqlerrm;
+    raise warning 'the embedding of asset % was not forgotten: %', coalesce(other, one), sqlerrm;
     return null;
 end $$;
 
@@ -1072,7 +1142,8 @@ comment on function public.failed_assets is
 
 savepoint self_test;
 
--- The trigger's argument: a column of its table, in which there are the ids of the view.
+-- The trigger's argument: a column of its table, in which there are ids of the view. A few of the
+-- view are looked for in the table, and a few of the table in the view: either may lack most.
 do $$
 declare
   ids text[] := array(
@@ -1086,8 +1157,11 @@ begin
     from pg_trigger
     where tgfoid = 'public.forget_embedding'::regproc and not tgisinternal and tgparentid = 0
   loop
-    execute format('select exists (select from %s t where t.%I::text = any ($1))',
-                   watching.relation, watching.id) into known using ids;
+    execute format(
+      'select exists (select from %1$s t where t.%2$I::text = any ($1)) '
+        'or exists (select from embedding_sources s where s.id::text in '
+          '(select t.%2$I::text from %1$s t limit 100)) '
+        'or not exists (select from %1$s)', watching.relation, watching.id) into known using ids;
     if ids <> '{}' and not known then
       raise exception '% holds no ids of embedding_sources', watching.id
       using errcode = 'undefined_column';
@@ -1096,12 +1170,14 @@ begin
 exception when undefined_column or null_value_not_allowed then
   raise exception 'the trigger forget_embedding on %: %', watching.relation, sqlerrm using hint =
     'Its argument is the name of the column that holds the id, as it is spelled in the table and '
-    'without double quotes.';
+    'without double quotes. Is it left from an earlier run, on another table? '
+    'drop trigger forget_embedding on ' || watching.relation || ';';
 end $$;
 
 do $$
 declare
   some_vector constant text := '[' || rtrim(repeat('0.5,', 512), ',') || ']';
+  version constant text := 'self-test-of-schema.sql';  -- longer than CLIP's, which must fit
   asset jsonb;
   answer jsonb;
 begin
@@ -1112,10 +1188,10 @@ begin
     raise notice 'not tried as service_role, which % may not act for', current_user;
   end;
 
-  perform embedding_status('', '');
-  asset := pending_assets('', wanted => 1) -> 'assets' -> 0;
+  perform embedding_status(version, '');
+  asset := pending_assets(version, wanted => 1) -> 'assets' -> 0;
   if asset is not null then
-    answer := store_embeddings('', json_build_array(jsonb_build_object(
+    answer := store_embeddings(version, json_build_array(jsonb_build_object(
       'asset_id', asset -> 'id', 'image_hash', asset -> 'image_hash', 'embedding', some_vector
     ))) -> 0;
     if answer ->> 'outcome' = 'refused' then
@@ -1126,11 +1202,12 @@ begin
   end if;
 
   begin
-    perform match_products(some_vector::vector, 1, model_version => '');
+    perform match_products(some_vector::vector, 1, model_version => version);
     perform similar_products(product_embeddings.asset_id, 0) from product_embeddings
-      where model_version = '' limit 1;
-    perform duplicate_products(client => ''), embedding_gallery('', ''), embedding_pairs('', ''),
-      failed_assets('', ''), embedding_search(some_vector::vector, '');
+      where product_embeddings.model_version = version limit 1;
+    perform duplicate_products(client => ''), embedding_gallery(version, ''),
+      embedding_pairs(version, ''), failed_assets(version, ''),
+      embedding_search(some_vector::vector, version);
   exception when insufficient_privilege or undefined_object or undefined_function then
     raise exception 'the search fails for %: %', current_user, sqlerrm using hint =
       'It needs select on each table that embedding_sources reads, and usage on the schema of '

@@ -82,7 +82,10 @@ BAD_UPSTREAM = b'{"message":"An invalid response was received from the upstream 
 @pytest.mark.parametrize(
     ("reply", "said"),
     [
-        ((301, [("Location", "https://elsewhere.invalid/")], b""), "answers with HTTP 301, Moved"),
+        (
+            (301, [("Location", "https://elsewhere.invalid/")], b""),
+            "answers with HTTP 301 and leads to https://elsewhere.invalid/: check SUPABASE_URL",
+        ),
         ((200, HTML, b"<html>Sign in to the network</html>"), "check SUPABASE_URL"),
         ((404, HTML, b"<html>Not found</html>"), "answers with HTTP 404, Not Found"),
         ((404, JSON, NO_ROUTE), "answers with HTTP 404, no Route matched"),

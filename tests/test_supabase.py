@@ -3,6 +3,7 @@ costs one line in the report and is remembered for what it is.
 """
 
 import base64
+import http.client
 import io
 import json
 import re
@@ -565,6 +566,31 @@ def test_a_code_of_the_database_is_taken_for_what_it_is(meant, code, means):
 def test_a_key_that_a_database_echoes_is_struck_out(meant):
     assert "no, (the key)" in meant["42601"]
     assert not any("eyJ" in said for said in meant.values())  # as every legacy key begins
+
+
+def test_a_project_may_be_below_a_path(cli, stack, host):
+    """As self-hosted ones are behind a reverse proxy; their own storage, too."""
+
+    def below(handler):
+        body = handler.rfile.read(int(handler.headers.get("Content-Length", 0)))
+        connection = http.client.HTTPConnection("127.0.0.1", stack.gateway.port)
+        path = handler.path.removeprefix("/supabase")
+        connection.request(handler.command, path, body, dict(handler.headers))
+        answer = connection.getresponse()
+        unwanted = ("connection", "content-length", "date", "server")
+        headers = [(n, v) for n, v in answer.getheaders() if n.lower() not in unwanted]
+        handler.reply(answer.status, headers, answer.read())
+        connection.close()
+
+    stack.gateway.storage["photos", "a.jpg"] = host.files["/flower.jpg"]
+    with ImageHost(otherwise=below) as proxy:
+        url = f"{proxy.url}/supabase"
+        own = "storage/v1/object/authenticated/photos/a.jpg"
+        ids = stack.add_images([host.url_of("/china.jpg"), f"/{own}", f"{url}/{own}"])
+        run = cli(SUPABASE_URL=f"{url}/rest/v1/", STORAGE_BUCKETS="photos")
+        assert (run.code, stack.embedded()) == (0, set(ids))
+        wrong = cli("--dry-run", SUPABASE_URL=f"{proxy.url}/elsewhere")
+    assert "HTTP 404" in wrong.error
 
 
 # Private storage
