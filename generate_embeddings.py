@@ -71,7 +71,7 @@ Where the answers to other questions stand
 
 What an upgrade of a package may break, as no documentation promises it
     urllib3     connection._new_conn, pools.pool_classes_by_scheme (pool_classes, Fetcher)
-    http.client _MAXHEADERS (Fetching)
+    http.client _MAXHEADERS (Fetcher)
     requests    brings urllib3, certifi and idna, all of which are used here (Fetching)
     torch       torch.ops.mkldnn._linear_pointwise, _reorder_linear_weight (Linear)
     transformers    brings tokenizers, safetensors and filelock, which are used here (Model)
@@ -90,15 +90,14 @@ import signal
 import sys
 
 AS_DECODER = "--decode"  # the one argument of a Decoder's process
-IN_DECODER = __name__ == "__main__" and sys.argv[1:] == [AS_DECODER]
-if __name__ == "__main__":
+IN_DECODER = sys.argv[1:] == [AS_DECODER]
+for _number in (signal.SIGINT, signal.SIGTERM):
     # A stop while the imports go on ends at once, without a traceback. A decoder ignores it, as
     # the run ends it. Where it is ignored from the start (a background job), it stays so.
-    for _number in (signal.SIGINT, signal.SIGTERM):
-        if IN_DECODER:
-            signal.signal(_number, signal.SIG_IGN)
-        elif signal.getsignal(_number) != signal.SIG_IGN:
-            signal.signal(_number, lambda number, _: os._exit(128 + number))
+    if IN_DECODER:
+        signal.signal(_number, signal.SIG_IGN)
+    elif __name__ == "__main__" and signal.getsignal(_number) != signal.SIG_IGN:
+        signal.signal(_number, lambda number, _: os._exit(128 + number))
 if sys.version_info < (3, 11):
     print("error: Python 3.11 or later is needed, not " + sys.version.split()[0], file=sys.stderr)
     sys.exit(2)
@@ -113,7 +112,6 @@ import ctypes
 import difflib
 import hashlib
 import html
-import http.client
 import io
 import ipaddress
 import itertools
@@ -142,7 +140,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from enum import Enum
 from functools import lru_cache, partial
 from importlib import import_module
@@ -150,7 +147,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 from urllib.parse import quote, unquote, urljoin, urlsplit
-from urllib.request import DataHandler, Request, getproxies
 
 INSTALL = (
     "run pip install -r requirements.txt in an active virtual environment "
@@ -169,6 +165,10 @@ try:
     )
 
     if not IN_DECODER:  # which has no use for these, and starts in half the time without them
+        import http.client
+        from email.utils import parsedate_to_datetime
+        from urllib.request import DataHandler, Request, getproxies
+
         import certifi
         import dotenv
         import idna
@@ -1808,7 +1808,6 @@ SCRIPT_BYTES = 2**13  # and those that are no more than a script much shorter
 FETCH_ATTEMPTS = 4  # at one image, in a run
 MAX_REDIRECTS = 5
 READ_SECONDS = 10.0  # between two packets; FETCH_SECONDS is for the whole
-http.client._MAXHEADERS = 400  # type: ignore[attr-defined]  # not 100: some shops send 120
 
 # A host's admin finds this name in the log, and can let it in. Words that many hosts refuse are
 # not in it: python-requests, bot, openai.
@@ -1917,6 +1916,7 @@ class Fetcher:
     """Gets the bytes of images over connections that stay open, for any number of threads."""
 
     def __init__(self, settings: Settings) -> None:
+        http.client._MAXHEADERS = 400  # type: ignore[attr-defined]  # not 100: some shops send 120
         self._settings = settings
         self._guard = Guard(settings)
         self._heavy = threading.Semaphore(HEAVY_FILES)
@@ -2832,6 +2832,12 @@ DEATHS = {
 }
 CANT_START = "no process to decode images can be started; is memory short, ulimit -a low?"
 
+# Imported, as Python keeps the bytecode of modules alone: to compile a script takes 0.1 s.
+RUN_DECODER = """
+import importlib, sys
+sys.path.append(sys.argv.pop(1))
+sys.exit(importlib.import_module(sys.argv.pop(1)).serve_as_decoder())
+"""
 # What Python may need to start. The rest of the environment may hold secrets.
 DECODER_NEEDS = re.compile("PYTHON|LD_|DYLD_|(PATH|HOME|APPDATA|SYSTEMROOT)$")
 DECODER_SETTINGS = {
@@ -2878,7 +2884,7 @@ class Loader:
 
 class Decoder:
     """A process that decodes an image at a time, within limits: what a file claims is not
-    what it holds, and codecs have holes. It is this script again, started as AS_DECODER.
+    what it holds, and codecs have holes. It is this script again (RUN_DECODER).
 
     Bytes go in and bytes come out: levels, or a reason. A process that sends anything else
     is killed. So is one that hangs; where one died, its exit code says whose fault it was.
@@ -2911,7 +2917,7 @@ def started_decoder() -> Any:
     needs = {name: text for name, text in os.environ.items() if DECODER_NEEDS.match(name)}
     try:
         process: Any = subprocess.Popen(  # noqa: S603 - runs this very script
-            [sys.executable, __file__, AS_DECODER],
+            [sys.executable, "-c", RUN_DECODER, HERE, Path(__file__).stem, AS_DECODER],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -4758,7 +4764,7 @@ def set_up_output(verbose: bool) -> None:
 
 
 if __name__ == "__main__":
-    code = serve_as_decoder() if IN_DECODER else main()
+    code = main()
     with contextlib.suppress(OSError, AttributeError):  # as in: ... | head, or >&-
         sys.stdout.flush()
     # A download may hang in a thread, and Python would wait for it.

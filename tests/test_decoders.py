@@ -294,9 +294,9 @@ def test_a_run_that_can_start_no_decoder_ends_and_notes_nothing(cli, tuned, tmp_
     folder.mkdir()
     for n in range(30):
         (folder / f"{n}.png").write_bytes(RED)
-    run = cli("AS_DECODER=--nonsense", "--", "--local", folder, script=tuned)
+    run = cli("RUN_DECODER=exit('no way')", "--", "--local", folder, script=tuned)
     assert run.code == 2
-    assert "unrecognized arguments: --nonsense" in run.error
+    assert "(no way)" in run.error
     assert run.counts == run.counts | {"embedded": 0, "failed": 0, "left": 30}
     assert folder_rows(folder) == {}
 
