@@ -3685,7 +3685,7 @@ def refusal_of_hub(answer: requests.Response) -> NotNow:
 # detection takes a distance of 0.01. What unrelated pictures have depends on the catalog, and is
 # said on the page.
 SAME = 0.99
-LOOK_SECONDS = 6.0  # in search of those; the whole page may take 15
+LOOK_SECONDS = 4.0  # in search of those; the whole page may take 15, of a folder 10
 MOST_COMPARED = 100_000  # vectors of a folder: 200 MB
 MOST_PAIRS = 1_000_000  # a thousand pictures that look the same make half of that
 BLOCK = 1024  # vectors that are compared with as many others at a time
