@@ -2833,10 +2833,14 @@ DEATHS = {
 CANT_START = "no process to decode images can be started; is memory short, ulimit -a low?"
 
 # Imported, as Python keeps the bytecode of modules alone: to compile a script takes 0.1 s.
+# By its path: nothing else of its folder, or of the current one, can be imported.
 RUN_DECODER = """
-import importlib, sys
-sys.path.append(sys.argv.pop(1))
-sys.exit(importlib.import_module(sys.argv.pop(1)).serve_as_decoder())
+import importlib.machinery, importlib.util, sys
+loader = importlib.machinery.SourceFileLoader("decoder", sys.argv.pop(1))
+decoder = importlib.util.module_from_spec(importlib.util.spec_from_loader("decoder", loader))
+sys.modules["decoder"] = decoder
+loader.exec_module(decoder)
+sys.exit(decoder.serve_as_decoder())
 """
 # What Python may need to start. The rest of the environment may hold secrets.
 DECODER_NEEDS = re.compile("PYTHON|LD_|DYLD_|(PATH|HOME|APPDATA|SYSTEMROOT)$")
@@ -2917,7 +2921,7 @@ def started_decoder() -> Any:
     needs = {name: text for name, text in os.environ.items() if DECODER_NEEDS.match(name)}
     try:
         process: Any = subprocess.Popen(  # noqa: S603 - runs this very script
-            [sys.executable, "-c", RUN_DECODER, HERE, Path(__file__).stem, AS_DECODER],
+            [sys.executable, "-P", "-c", RUN_DECODER, __file__, AS_DECODER],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

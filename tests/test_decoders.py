@@ -9,6 +9,7 @@ import logging
 import os
 import pickle
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -22,7 +23,7 @@ import numpy as np
 import pillow_heif
 import psutil
 import pytest
-from conftest import alone, folder_rows, wait_until
+from conftest import SCRIPT, alone, folder_rows, wait_until
 from PIL import Image
 from samples import bmp, chunk, png, saved, tiff
 
@@ -289,6 +290,12 @@ def test_where_no_thread_can_be_started_it_is_said(monkeypatch):
         Decoder().decode(RED)
 
 
+def test_the_script_may_have_any_name(cli, small, tmp_path):
+    renamed = tmp_path / "our embeddings.v2"
+    shutil.copy(SCRIPT, renamed)
+    assert cli("--local", small, script=renamed).counts["embedded"] == 3
+
+
 def test_a_run_that_can_start_no_decoder_ends_and_notes_nothing(cli, tuned, tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()
@@ -317,7 +324,8 @@ def test_no_module_of_the_current_folder_runs_whatever_the_temporary_folder_is(
         (folder / f"{name}.py").write_text("open('planted', 'a').write(__name__)\n")
     # As tqdm does on macOS, where that starts one more Python, with the whole environment
     script = patched("import multiprocessing; multiprocessing.get_context('spawn').RLock()")
-    run = cli("--local", ".", cwd=folder, script=script, TMPDIR=tmp_path / ("x" * 120))
+    long = tmp_path / ("x" * 120)
+    run = cli("--local", ".", cwd=folder, script=script, cold=True, TMPDIR=long)
     assert (run.code, run.counts["embedded"]) == (0, 1), run.err
     assert not (folder / "planted").exists()
 
