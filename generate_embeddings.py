@@ -24,10 +24,10 @@
 
     find pending assets -> fetch -> decode -> embed -> store -> report
 
-main reads flags and settings; embed_all asks the store for its status. --search then answers, and
---dry-run lists, and that is all. Else, if anything is pending, the steps overlap in Run.loop; the
-first images are fetched while the model is loaded. The report comes in any case, also after an
-error; --gallery then, unless the run was stopped or could not go on.
+main reads flags and settings; embed_all asks the store for its status. --search then answers, with
+--gallery on a page, too, and --dry-run lists, and that is all. Else, if anything is pending, the
+steps overlap in Run.loop; the first images are fetched while the model is loaded. The report comes
+in any case, also after an error; --gallery then, unless the run was stopped or could not go on.
 
 Words
     asset     one product image to embed: an id and where its image is
@@ -89,8 +89,8 @@ import os
 import signal
 import sys
 
-AS_DECODER = "--decode"  # the one argument of a Decoder's process
-IN_DECODER = sys.argv[1:] == [AS_DECODER]
+AS_DECODER = "--decode"  # the one argument of a Decoder's process, see RUN_DECODER
+IN_DECODER = sys.argv == ["-c", AS_DECODER]
 for _number in (signal.SIGINT, signal.SIGTERM):
     # A stop while the imports go on ends at once, without a traceback. A decoder ignores it, as
     # the run ends it. Where it is ignored from the start (a background job), it stays so.

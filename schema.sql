@@ -93,7 +93,7 @@ set local embeddings.assets = 'public.assets (id)';
 
 do $$
 declare
-  assets text := substring(current_setting('embeddings.assets') from '(.*) \(');
+  assets text := regexp_replace(current_setting('embeddings.assets'), ' *\([^()]*\)$', '');
 begin
   if assets <> '' and to_regclass(assets) is null then
     raise exception 'there is no table %', assets using hint =
@@ -101,10 +101,14 @@ begin
   end if;
 end $$;
 
--- The view is made anew, and loses grants of your own: one that is replaced can lose no column, nor
--- change the type of one.
+-- The views are made anew, but where you granted them to somebody: one that is replaced can lose no
+-- column, nor change the type of one.
 do $$ begin
-  if to_regproc('public.embedding_status') is not null then
+  if to_regproc('public.embedding_status') is not null and not exists (
+    select from pg_class c, aclexplode(c.relacl) granted
+    where c.oid in (to_regclass('public.embedding_failures'), to_regclass('public.embedding_sources'))
+      and granted.grantee not in (c.relowner, 'service_role'::regrole)
+  ) then
     drop view if exists public.embedding_failures, public.embedding_sources;
   end if;
 exception when others then
@@ -161,8 +165,10 @@ create or replace trigger forget_embedding
 --   from public.assets a;
 -- The trigger then watches that table, with the column that holds the asset's id:
 --   create or replace trigger forget_embedding
---     after insert or update or delete on public.photos
+--     after insert or delete or update of asset_id, url, position on public.photos
 --     for each row execute function public.forget_embedding('asset_id');
+-- Then any new photo of an asset makes it pending. The photos' rows are not locked: one that
+-- changes in the very moment of storing is not noticed.
 -- A path in a bucket of the project's own storage, here "photos". There is no host in it, so that
 -- one file does for local development, branches and production:
 --   select a.id, '/storage/v1/object/authenticated/photos/' || a.image_path as image,
@@ -352,7 +358,8 @@ begin
     continue when assets = '';
     -- A key to another table refuses rows; one without "cascade" keeps assets from being deleted.
     select c.conname, c.confrelid::regclass as target,
-      c.confrelid = to_regclass(substring(assets from '(.*) \(')) and c.confdeltype = 'c' as fits
+      c.confrelid = to_regclass(regexp_replace(assets, ' *\([^()]*\)$', ''))
+        and c.confdeltype = 'c' as fits
     into known
     from pg_constraint c join pg_attribute a on a.attrelid = c.conrelid
     where c.conrelid = relation and c.contype = 'f' and c.conkey = array[a.attnum]
@@ -1177,7 +1184,7 @@ end $$;
 do $$
 declare
   some_vector constant text := '[' || rtrim(repeat('0.5,', 512), ',') || ']';
-  version constant text := 'self-test-of-schema.sql';  -- longer than CLIP's, which must fit
+  version constant text := 'self-test-of-schema.sql';  -- a little longer than CLIP's name: a column that is too short for that is found
   asset jsonb;
   answer jsonb;
 begin

@@ -44,26 +44,24 @@ TUNED = f"""
 import os, sys
 sys.path.insert(0, {str(REPO)!r})
 import generate_embeddings as script
-if __name__ == "__main__":  # the decoders' processes import this file, too
-    end = sys.argv.index("--")
-    for name, value in (pair.split("=") for pair in sys.argv[1:end]):
-        assert hasattr(script, name), name
-        setattr(script, name, type(getattr(script, name))(value))
-    code = script.main(sys.argv[end + 1:])
-    sys.stdout.flush()
-    os._exit(code)  # as the script itself
+end = sys.argv.index("--")
+for name, value in (pair.split("=") for pair in sys.argv[1:end]):
+    assert hasattr(script, name), name
+    setattr(script, name, type(getattr(script, name))(value))
+code = script.main(sys.argv[end + 1:])
+sys.stdout.flush()
+os._exit(code)  # as the script itself
 """
 # Runs the script after some statements of a test
 PATCHED = f"""
 import os, signal, sys, time
 sys.path.insert(0, {str(REPO)!r})
-if __name__ == "__main__":  # the decoders' processes import this file, too
-    BEFORE
-    import generate_embeddings as script
-    AFTER
-    code = script.main()
-    sys.stdout.flush()
-    os._exit(code)  # as the script itself
+BEFORE
+import generate_embeddings as script
+AFTER
+code = script.main()
+sys.stdout.flush()
+os._exit(code)  # as the script itself
 """
 
 STAMPED = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")  # how a line of the log begins
@@ -419,7 +417,7 @@ def patched(tmp_path):
         path = tmp_path / "patched.py"
         code = PATCHED
         for name, statements in (("BEFORE", before), ("AFTER", after)):
-            code = code.replace(name, "\n    ".join(statements.strip().splitlines()))
+            code = code.replace(name, statements.strip())
         path.write_text(code)
         return path
 

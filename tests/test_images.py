@@ -668,9 +668,14 @@ def test_palettes_and_transparent_images_have_a_profile_as_well():
     [(gray_profile(1.8), (119, 210)), (PROPHOTO, (119, 210)), (P3, (100, 200)), (SRGB, (100, 200))],
     ids=["of gray", "of RGB", "of P3", "of sRGB"],
 )
-@pytest.mark.parametrize("mode", ["L", "LA"])
+@pytest.mark.parametrize("mode", ["L", "LA", "I;16"])
 def test_gray_images_are_converted_by_profiles_of_gray_and_of_rgb(profile, shown, mode):
-    left, right = sides(saved(halves(100, 200, "L").convert(mode), "PNG", icc_profile=profile))
+    image = halves(100, 200, "L")
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
+    else:
+        image = image.convert(mode)
+    left, right = sides(saved(image, "PNG", icc_profile=profile))
     assert np.abs(np.array([left[0], right[0]]) - shown).max() <= 1
 
 

@@ -740,6 +740,27 @@ def test_each_reason_why_there_can_be_no_foreign_key_comes_with_what_to_do(stack
         assert cure(error) == ["set local embeddings.assets = '';"]
 
 
+@pytest.mark.parametrize(
+    "named", ["public.assets", "public.assets(id)", '"public"."assets" ( id )']
+)
+def test_the_assets_may_be_named_in_other_ways(stack, named):
+    script = schema().replace(
+        "embeddings.assets = 'public.assets (id)'", f"embeddings.assets = '{named}'"
+    )
+    assert script != schema()
+    for _ in range(2):
+        stack.apply_schema(script=script)
+
+
+def test_what_you_granted_on_the_views_stays(stack):
+    stack.sql("drop role if exists analyst; create role analyst")
+    stack.sql("grant select on embedding_failures to analyst")
+    stack.apply_schema()
+    granted = "select has_table_privilege('analyst', 'embedding_failures', 'select')"
+    assert stack.sql(granted) == [(True,)]
+    stack.sql("drop owned by analyst; drop role analyst")
+
+
 FOREIGN = """
 create schema far;
 create table far.goods (id uuid primary key, image_url text, client_name text);

@@ -23,7 +23,7 @@ from pathlib import Path
 
 PACKAGES = ("torch", "numpy", "PIL.Image", "requests", "supabase", "tqdm", "dotenv", "safetensors")
 # What Python, glibc and OpenMP read when a process starts: a fork would not heed them.
-READ_AT_START = ("PYTHON", "MALLOC_", "LD_", "OMP_")
+READ_AT_START = ("PYTHON", "MALLOC_", "LD_PRELOAD", "OMP_", "LANG", "LC_")
 
 
 class Server:
@@ -33,8 +33,13 @@ class Server:
         self._lock = threading.Lock()
         self._control, theirs = socket.socketpair()
         command = [sys.executable, __file__, str(theirs.fileno())]
+        kept = {
+            name: text
+            for name, text in os.environ.items()
+            if name.startswith(("LANG", "LC_")) or not name.startswith(READ_AT_START)
+        }
         # numpy would start threads, which no fork takes along
-        environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
+        environment = kept | {"OPENBLAS_NUM_THREADS": "1"}
         self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment)
         theirs.close()
 
@@ -60,6 +65,8 @@ def server():
 
 def needs_cold(environment):
     """Whether a process with this environment has to be started anew."""
+    if sys.platform != "linux":  # macOS's own libraries may crash in a fork
+        return True
     return any(
         name.startswith(READ_AT_START) and os.environ.get(name) != value
         for name, value in environment.items()
@@ -75,7 +82,9 @@ class Run:
         self.pid = self._event()
 
     def _event(self):
-        return int.from_bytes(self._events.read(4), "big", signed=True)
+        event = self._events.read(4)
+        assert len(event) == 4, "the process between this one and the run's is gone"
+        return int.from_bytes(event, "big", signed=True)
 
     def poll(self):
         return self._look(0)
