@@ -620,6 +620,46 @@ MUTATIONS = [
         "if False:",
         "tests/test_settings.py -k two_places",
     ),
+    Mutation(
+        "decoders: they are not told from the run",
+        'IN_DECODER = sys.argv == ["-c", AS_DECODER]',
+        "IN_DECODER = False",
+        "tests/test_decoders.py -k does_not_stop_its_decoders",
+    ),
+    Mutation(
+        "fetching: a word in a URL counts as a reason",
+        "if not isinstance(cause, (requests.RequestException, MaxRetryError)):",
+        "if cause:",
+        "tests/test_model.py -k without_hub_and_cache",
+    ),
+    Mutation(
+        "schema: a view may give an id several times",
+        "group by s.id having count(*) > 1 or s.id is null",
+        "group by s.id having s.id is null",
+        "tests/test_schema.py",
+        "schema.sql",
+    ),
+    Mutation(
+        "schema: a foreign key may lack its cascade",
+        "        and c.confdeltype = 'c' as fits",
+        "        as fits",
+        "tests/test_schema.py",
+        "schema.sql",
+    ),
+    Mutation(
+        "schema: views lose what was granted on them",
+        "    where c.oid in (to_regclass('public.embedding_failures'),",
+        "    where false and c.oid in (to_regclass('public.embedding_failures'),",
+        "tests/test_schema.py -k granted",
+        "schema.sql",
+    ),
+    Mutation(
+        "schema: the trigger forgets nothing of a photo that goes",
+        "  delete from product_embeddings e where e.asset_id in (one, other);\n  return null;",
+        "  delete from product_embeddings e where e.asset_id in (other);\n  return null;",
+        "tests/test_schema.py",
+        "schema.sql",
+    ),
 ]
 
 
