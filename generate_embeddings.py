@@ -725,7 +725,7 @@ SLOW_SECONDS = 4.0  # a download that takes longer makes room for another
 MOST_SLOW = 64  # downloads that do
 HOST_FAILURES = 20  # in a row, none an image's own: the host counts as down
 HOSTS_DOWN = 3  # one after the other, with no answer between: the network is gone
-REFUSALS = 20  # of vectors, for one reason, with none stored: the rest would be, too
+REFUSALS = 20  # of vectors, for one reason, with none stored: the rest would be refused, too
 
 PAGE_ROWS = 250  # assets to a page
 WRITE_ROWS = 50  # results to a call: at a million rows far below the timeout of 8 s
@@ -2699,8 +2699,9 @@ def gray_of_16_bits(image: Image.Image) -> Image.Image:
     image = image.convert("I")
     gray = image.point(grays, "L")
     if "transparency" in image.info:
-        transparent = image.info["transparency"]
-        gray.putalpha(image.point([255 * (value != transparent) for value in range(2**16)], "L"))
+        alphas = [255] * 2**16
+        alphas[image.info["transparency"]] = 0
+        gray.putalpha(image.point(alphas, "L"))
     return gray
 
 

@@ -358,6 +358,12 @@ def without_profile(data):
     return file.getvalue()
 
 
+@pytest.fixture(scope="session")
+def cat(photos):
+    """A real photograph, 96 x 64, which no turn or flip leaves as it is."""
+    return Image.open(io.BytesIO(photos["chelsea.png"])).convert("RGB").resize((96, 64))
+
+
 @pytest.fixture
 def host(photos):
     """An ImageHost with the photographs."""

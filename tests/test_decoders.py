@@ -3,7 +3,6 @@ what becomes of an image, and of the run, when one dies, hangs, lies or can't be
 """
 
 import contextlib
-import io
 import itertools
 import logging
 import os
@@ -55,11 +54,6 @@ def decoder():
     assert is_well(decoder)
     yield decoder
     end(decoder)
-
-
-@pytest.fixture(scope="module")
-def cat(photos):
-    return Image.open(io.BytesIO(photos["chelsea.png"])).convert("RGB").resize((96, 64))
 
 
 def is_well(decoder):

@@ -16,6 +16,7 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 import pytest
 from conftest import TINY_VERSION, Cli, model_settings, renew, stack_cli
+from database import unit
 from PIL import Image
 from stack import ImageHost
 
@@ -134,20 +135,17 @@ def written(run, path):
     return page, rows
 
 
-def unit(rows):
-    return (rows / np.linalg.norm(rows, axis=-1, keepdims=True)).astype("<f4")
-
-
 def vectors_for(count, seed=1):
     """Vectors of pictures that have little in common: cosines of 0.5 or so."""
-    return unit(unit(np.random.default_rng(seed).standard_normal((count, 512))) + np.eye(1, 512))
+    random = unit(np.random.default_rng(seed).standard_normal((count, 512)))
+    return unit(random + np.eye(1, 512)).astype("<f4")
 
 
 def near(vector, cosine, seed=2):
     """A vector that has this cosine to another."""
     other = np.random.default_rng(seed).standard_normal(512)
     other = unit(other - (other @ vector) * vector)
-    return unit(cosine * vector + np.sqrt(1 - cosine**2) * other)
+    return unit(cosine * vector + np.sqrt(1 - cosine**2) * other).astype("<f4")
 
 
 def keep(folder, vectors, failures):
@@ -801,7 +799,7 @@ EMPTY = {
     **{"pairs": [], "embedded": 0, "sought_among": 0, "looked_at": 0, "pictures": []},
 }
 PICTURE = {"id": 1, "image": "", "client": "", "title": ""}
-HOSTILE = {
+HOSTILE_ANSWERS = {
     "nothing": None,
     "a list": [],
     "a text": "text",
@@ -816,11 +814,11 @@ READERS = [script.read_samples, script.read_pairs, script.read_failures, script.
 
 
 @pytest.mark.parametrize("reader", READERS)
-@pytest.mark.parametrize("answer", HOSTILE)
+@pytest.mark.parametrize("answer", HOSTILE_ANSWERS)
 def test_an_answer_that_makes_no_sense_is_none(reader, answer):
     reader(EMPTY)
     with pytest.raises((AttributeError, LookupError, TypeError, ValueError)):
-        reader(HOSTILE[answer])
+        reader(HOSTILE_ANSWERS[answer])
 
 
 @pytest.mark.parametrize("function", ["embedding_gallery", "embedding_pairs", "failed_assets"])

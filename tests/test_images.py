@@ -112,14 +112,6 @@ def mean_distance(a, b):
 
 
 @pytest.fixture(scope="module")
-def cat():
-    """A real photograph, 96 x 64, which no turn or flip leaves as it is."""
-    from stack import photographs
-
-    return opened(photographs()["chelsea.png"]).convert("RGB").resize((96, 64))
-
-
-@pytest.fixture(scope="module")
 def upright(cat):
     return np.asarray(cat)
 
@@ -1152,7 +1144,7 @@ def test_a_defect_is_never_the_files_fault(cat, monkeypatch, owner, name, error)
 PROCESSOR = CLIPImageProcessorPil()
 
 
-def reference(image):
+def pixels_of_transformers(image):
     return PROCESSOR(image, return_tensors="np")["pixel_values"][0]
 
 
@@ -1181,7 +1173,7 @@ SIZES = [
 @pytest.mark.parametrize(("width", "height"), SIZES)
 def test_preprocessing_gives_the_bits_of_transformers(width, height):
     image = noise(width, height)
-    assert same_bits(preprocess(image), reference(image))
+    assert same_bits(preprocess(image), pixels_of_transformers(image))
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
@@ -1189,14 +1181,16 @@ def test_preprocessing_gives_the_bits_of_transformers(width, height):
 @example(16, 700, 0)
 def test_preprocessing_gives_the_bits_of_transformers_at_any_size(width, height, seed):
     image = noise(width, height, seed)
-    assert same_bits(preprocess(image), reference(image))
+    assert same_bits(preprocess(image), pixels_of_transformers(image))
 
 
 def test_a_photograph_gives_the_bits_of_transformers_from_the_same_file(photos):
     small = {name: data for name, data in photos.items() if min(opened(data).size) < 896}
     assert len(small) > 15
     for data in small.values():
-        assert same_bits(preprocess(decode(data)), reference(opened(data).convert("RGB")))
+        assert same_bits(
+            preprocess(decode(data)), pixels_of_transformers(opened(data).convert("RGB"))
+        )
 
 
 def mosaic(pictures, side):

@@ -143,7 +143,7 @@ def hint(error):
     return error.value.diag.message_hint
 
 
-ASIDE = "alter table public.product_embeddings rename to product_embeddings_old;"
+MOVED_ASIDE = "alter table public.product_embeddings rename to product_embeddings_old;"
 RETYPE = "alter table public.product_embeddings alter column embedding type vector(512);"
 
 
@@ -167,8 +167,8 @@ def test_an_older_table_of_other_vectors_is_put_aside(older, column):
         )
     with pytest.raises(psycopg.Error, match=r"no vector\(512\)") as error:
         older.apply_schema()
-    assert cure(error) == [ASIDE, RETYPE]
-    older.sql_as_editor(ASIDE)
+    assert cure(error) == [MOVED_ASIDE, RETYPE]
+    older.sql_as_editor(MOVED_ASIDE)
     older.apply_schema()
 
 
