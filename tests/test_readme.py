@@ -83,7 +83,7 @@ def app():
 
 
 @pytest.fixture
-def shop(stack):
+def priced(stack):
     """A catalog of two clients with titles and prices; title -> id. The mugs look alike."""
     stack.sql("alter table assets add title text, add price numeric")
     stack.reload_schema()
@@ -123,23 +123,23 @@ def rendered(folder, app, stack, key, *arguments):
     return node("page.mjs", *arguments, cwd=folder, env={**os.environ, **settings})
 
 
-def test_the_component_shows_what_looks_like_a_product(tmp_path, app, stack, shop):
-    page = rendered(tmp_path, app, stack, stack.secret_key, shop["Mug"], "acme")
+def test_the_component_shows_what_looks_like_a_product(tmp_path, app, stack, priced):
+    page = rendered(tmp_path, app, stack, stack.secret_key, priced["Mug"], "acme")
     shown = re.findall(
         r'<a href="(.+?)"><img src="(.+?)" alt="" width="160" height="160"/> (.+?)</a>', page
     )
     assert [(link, image, html.unescape(text)) for link, image, text in shown] == [
-        (f"/products/{shop['Red <mug>']}", "https://images.invalid/1.jpg", "Red <mug>, 1.5"),
-        (f"/products/{shop['Lamp']}", "https://images.invalid/3.jpg", "Lamp, 3.5"),
+        (f"/products/{priced['Red <mug>']}", "https://images.invalid/1.jpg", "Red <mug>, 1.5"),
+        (f"/products/{priced['Lamp']}", "https://images.invalid/3.jpg", "Lamp, 3.5"),
     ]
 
 
-def test_the_component_says_when_the_key_does_not_do(tmp_path, app, stack, shop):
+def test_the_component_says_when_the_key_does_not_do(tmp_path, app, stack, priced):
     with pytest.raises(RuntimeError, match="permission denied"):
-        rendered(tmp_path, app, stack, stack.publishable_key, shop["Mug"], "acme")
+        rendered(tmp_path, app, stack, stack.publishable_key, priced["Mug"], "acme")
 
 
-def test_search_by_words(tmp_path, stack, shop, full):
+def test_search_by_words(tmp_path, stack, priced, full):
     (tmp_path / ".env").touch()
     code = listing("python", "TextEncoder")
     client = (
@@ -153,9 +153,9 @@ def test_search_by_words(tmp_path, stack, shop, full):
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     found = ast.literal_eval(run.stdout)
-    assert {row["asset_id"] for row in found} == set(shop.values())
+    assert {row["asset_id"] for row in found} == set(priced.values())
     assert found == sorted(found, key=lambda row: -row["similarity"])
 
 
-def test_a_malformed_id_is_like_nothing(tmp_path, app, stack, shop):
+def test_a_malformed_id_is_like_nothing(tmp_path, app, stack, priced):
     assert rendered(tmp_path, app, stack, stack.secret_key, "no-uuid", "acme").strip() == ""

@@ -184,7 +184,7 @@ def test_words_are_compared_by_the_text_tower(folder, full, photos):
 
 
 @pytest.fixture(scope="module")
-def shop(_stack, photos, tiny, tmp_path_factory):
+def ask_database(_stack, photos, tiny, tmp_path_factory):
     """Six photographs of two clients that are embedded; one of them has a title. Its Cli."""
     renew(_stack)
     _stack.sql(
@@ -204,8 +204,8 @@ def shop(_stack, photos, tiny, tmp_path_factory):
         yield cli
 
 
-def test_a_database_answers_with_names_and_ids(shop):
-    rows = lines(shop("--search", "rocket.jpg", "--search", "photo.webp"))
+def test_a_database_answers_with_names_and_ids(ask_database):
+    rows = lines(ask_database("--search", "rocket.jpg", "--search", "photo.webp"))
     assert len(rows) == 12
     assert rows[0] == [
         "1.000",
@@ -216,6 +216,6 @@ def test_a_database_answers_with_names_and_ids(shop):
     assert rows[6][1:3] == ["coffee.png", "00000000-0000-0000-0000-000000000001"]
 
 
-def test_a_clients_answers_are_that_clients_alone(shop):
-    rows = lines(shop("--client", "client 0", "--search", "photo.webp", "--limit", 2))
+def test_a_clients_answers_are_that_clients_alone(ask_database):
+    rows = lines(ask_database("--client", "client 0", "--search", "photo.webp", "--limit", 2))
     assert [row[2][-1] for row in rows] in ([a, b] for a in "024" for b in "024" if a != b)
