@@ -83,6 +83,18 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
+class _UnixConnection(http.client.HTTPConnection):
+    """To a server that listens on a Unix socket, at `path`."""
+
+    def __init__(self, path):
+        super().__init__("localhost")
+        self._path = path
+
+    def connect(self):
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.connect(self._path)
+
+
 class _HTTPServer(ThreadingHTTPServer):
     """Knows its open connections, so that stopping cuts off keep-alive clients as well."""
 
@@ -121,8 +133,10 @@ class _Host:
         self.port = 0  # the first start picks a free one
         self.connections = 0
         self._server = None
+        self._held = None  # a socket that keeps the port while stopped
 
     def start(self):
+        self._let_go()
         self._server = _HTTPServer(self)
         self.port = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
@@ -134,6 +148,10 @@ class _Host:
             return
         self._server.shutdown()
         self._server.server_close()
+        # Bound and not listening: else a server of another test may get the port and answer there
+        self._held = socket.socket()
+        self._held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._held.bind(("127.0.0.1", self.port))
         for connection in list(self._server.open):
             with contextlib.suppress(OSError):  # its client was faster
                 connection.shutdown(socket.SHUT_RDWR)
@@ -148,6 +166,12 @@ class _Host:
 
     def __exit__(self, *_):
         self.stop()
+        self._let_go()
+
+    def _let_go(self):
+        if self._held is not None:
+            self._held.close()
+            self._held = None
 
 
 class ImageHost(_Host):
@@ -435,6 +459,7 @@ class Stack:
 
     def __enter__(self):
         self._folder = Path(tempfile.mkdtemp(prefix="stack-"))
+        self._postgrest_socket = str(self._folder / "postgrest.sock")
         self._watchdog = subprocess.Popen(
             ["sh", "-c", WATCHDOG, str(self._folder)],
             stdin=subprocess.PIPE,
@@ -460,7 +485,7 @@ class Stack:
         return self
 
     def __exit__(self, *_):
-        self.gateway.stop()
+        self.gateway.__exit__()
         self._watchdog.stdin.close()
         self._watchdog.wait()
         if self._postgrest:
@@ -580,10 +605,7 @@ class Stack:
         self.start_postgrest()
 
     def start_postgrest(self):
-        """Starts PostgREST on a free port and waits until it answers."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self._postgrest_port = probe.getsockname()[1]
+        """Starts PostgREST and waits until it answers."""
         settings = {
             "PGRST_DB_URI": f"postgresql://authenticator@/postgres?host={self._folder / 'data'}",
             "PGRST_DB_SCHEMAS": "public",
@@ -592,8 +614,8 @@ class Stack:
             "PGRST_DB_MAX_ROWS": str(self._max_rows),
             "PGRST_DB_CHANNEL_ENABLED": "true",
             "PGRST_JWT_SECRET": self._jwt_secret,
-            "PGRST_SERVER_HOST": "127.0.0.1",
-            "PGRST_SERVER_PORT": str(self._postgrest_port),
+            # No port, which somebody else might take before PostgREST does
+            "PGRST_SERVER_UNIX_SOCKET": self._postgrest_socket,
         }
         with (self._folder / "postgrest.log").open("ab") as log:
             self._postgrest = subprocess.Popen(
@@ -612,7 +634,7 @@ class Stack:
 
     def ask_postgrest(self, method, path, headers, body=b""):
         """Returns (status, headers as pairs, body). OSError or HTTPException if it is not there."""
-        connection = http.client.HTTPConnection("127.0.0.1", self._postgrest_port)
+        connection = _UnixConnection(self._postgrest_socket)
         try:
             connection.request(method, path, body, headers)
             answer = connection.getresponse()

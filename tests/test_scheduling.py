@@ -1,5 +1,6 @@
 """What a run starts, waits for, leaves and counts: runs in this process, over a store in memory."""
 
+import contextlib
 import re
 import threading
 import time
@@ -80,11 +81,10 @@ def good(photos):
 
 @pytest.fixture
 def dead():
-    """Three hosts that never give an answer of their own: 403 is a wall before a host."""
-    hosts = [ImageHost(otherwise=status(403)).start() for _ in range(4)]
-    yield hosts
-    for host in hosts:
-        host.stop()
+    """Four hosts that never give an answer of their own: 403 is a wall before a host."""
+    with contextlib.ExitStack() as started:
+        hosts = [ImageHost(otherwise=status(403)) for _ in range(4)]
+        yield [started.enter_context(host) for host in hosts]
 
 
 def test_a_store_that_is_written_from_the_protocol_alone_will_do(ride, good):

@@ -7,7 +7,6 @@ import http.client
 import io
 import json
 import re
-import socket
 import threading
 import uuid
 from collections import Counter
@@ -20,7 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from answers import NO_LENGTH, cut, hang_up, length, raw, redirect, status
-from conftest import REPO, TINY_VERSION, open_store, pending, renew, stack_cli, survey
+from conftest import CLOSED, REPO, TINY_VERSION, open_store, pending, renew, stack_cli, survey
 from PIL import Image
 from samples import exif, png, saved
 from stack import HTML, JSON, ImageHost
@@ -324,12 +323,6 @@ never = partial(Bad, stage="fetch")
 not_now = partial(Bad, stage="fetch", permanent=False)
 
 
-def closed_port():
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        return unused.getsockname()[1]
-
-
 def some_ways_to_be_bad():
     picture = Image.effect_mandelbrot((64, 48), (-2, -1, 1, 1), 50).convert("RGB")
     jpeg, lossless = saved(picture, "JPEG"), saved(picture, "PNG")
@@ -363,7 +356,7 @@ def some_ways_to_be_bad():
         "reset": not_now("connection lost", answer=raw(length(999), b"x", end=cut)),
         "short": not_now("connection lost", answer=raw(length(999), b"x", end=hang_up)),
         "slow": not_now("not complete within", answer=raw(length(999), b"x", pause=0.2)),
-        "closed": not_now("connection refused", image=f"http://127.0.0.1:{closed_port()}/a.jpg"),
+        "closed": not_now("connection refused", image=f"{CLOSED}/a.jpg"),
     }
 
 
@@ -466,7 +459,7 @@ def test_retry_failed_tries_them_all(story):
 
 
 def test_known_failures_keep_no_others_waiting(stack, host, cli):
-    add(stack, host, ["/gone"] * 5 + [f"http://127.0.0.1:{closed_port()}/"] * 5)
+    add(stack, host, ["/gone"] * 5 + [f"{CLOSED}/"] * 5)
     # Time enough for four attempts: else these would rest as those that took too long
     assert cli(FETCH_SECONDS=30).counts["failed"] == 10
     good = host.url_of("/flower.jpg")
