@@ -24,7 +24,7 @@
 
     find pending assets -> fetch -> decode -> embed -> store -> report
 
-main reads flags and settings; embed_all asks the store for its status. --search then answers, with
+main reads flags and settings; embed_all asks the store for its status. --search answers, with
 --gallery on a page, too, and --dry-run lists, and that is all. Else, if anything is pending, the
 steps overlap in Run.loop; the first images are fetched while the model is loaded. The report comes
 in any case, also after an error; --gallery then, unless the run was stopped or could not go on.
@@ -61,7 +61,8 @@ Who runs where
     Decoders         processes, one a core: a file is not to be trusted, and may crash its decoder
     For moments      a timer for each file being decoded (answer_to), a thread a core while weights
                      are laid out (read_layers)
-    --gallery, --search    after the run, or without one: the main thread, and a pool that fetches
+    --gallery, --search    after the run, or without one: the main thread, and a pool that fetches;
+                     for a question a thread that imports torch meanwhile
 
 Where the answers to other questions stand
     What must be called before what, and what a third store must offer: Store
@@ -101,8 +102,9 @@ for _number in (signal.SIGINT, signal.SIGTERM):
 if sys.version_info < (3, 11):
     print("error: Python 3.11 or later is needed, not " + sys.version.split()[0], file=sys.stderr)
     sys.exit(2)
-# Python processes of libraries (tqdm starts one on macOS) import nothing from the current folder.
-os.environ["PYTHONSAFEPATH"] = "1"
+if __name__ == "__main__":
+    # Python processes of libraries (tqdm starts one on macOS) import nothing from this folder.
+    os.environ["PYTHONSAFEPATH"] = "1"
 
 import argparse
 import base64
@@ -182,6 +184,8 @@ try:
         from urllib3.response import BaseHTTPResponse
         from urllib3.util.connection import create_connection
 except ImportError as error:
+    if __name__ != "__main__":
+        raise
     print(f"error: {error}: {INSTALL}", file=sys.stderr)
     sys.exit(2)
 
@@ -231,9 +235,9 @@ def main(argv: list[str] | None = None) -> int:
 def embed_all(settings: Settings, stop: Stop) -> int:
     """A run, from its start to its printed report. Returns the exit code."""
     store = open_store(settings, stop)
-    status = status_in_time(store)
     if settings.search:
-        return answer_questions(store, settings, status)
+        return answer_questions(store, settings)
+    status = status_in_time(store)
     report = Report(status, settings)
     log.info("%s: %s", counted(status.assets, "asset"), ", ".join(report.beginning()))
     if settings.dry_run:
@@ -268,7 +272,7 @@ def open_store(settings: Settings, stop: Stop) -> Store:
     """Where this run's assets and embeddings are."""
     if settings.local:
         return FolderStore(settings)
-    check_proxies()
+    check_proxies("socks", "socksio")
     return SupabaseStore(settings, stop)
 
 
@@ -277,7 +281,12 @@ def status_in_time(store: Store) -> Status:
     try:
         return ThreadPoolExecutor(1).submit(store.status).result(store.longest)
     except TimeoutError:
-        raise RunError(f"{SILENCE} for {store.longest:.0f} s: {CHECK_URL}") from None
+        raise silence_of(store) from None
+
+
+def silence_of(store: Store) -> RunError:
+    """What to say of a call that took too long."""
+    return RunError(f"{SILENCE} for {store.longest:.0f} s: {CHECK_URL}")
 
 
 def say_what_would_be_done(store: Store, settings: Settings, report: Report) -> None:
@@ -422,6 +431,10 @@ class Rejected(Exception):  # noqa: N818 - no error of the program
     """An image can't be used, for good: another try would give the same."""
 
 
+class BadAddress(Rejected):
+    """An image's address leads to no host that could be asked."""
+
+
 class NotNow(Exception):  # noqa: N818
     """An image can't be had in this run; a later one may have it."""
 
@@ -432,6 +445,13 @@ class TryAgain(NotNow):
     def __init__(self, reason: str, after: float) -> None:
         super().__init__(reason)
         self.after = after
+
+
+class NoAnswer(TryAgain):
+    """No host has answered: it is down, or this machine's network is."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason, after=0)
 
 
 Id = str | int  # uuid and text come as str
@@ -723,7 +743,8 @@ WORKERS_PER_CORE = 8
 MOST_WORKERS = 64  # more at once few image hosts like
 SLOW_SECONDS = 4.0  # a download that takes longer makes room for another
 MOST_SLOW = 64  # downloads that do
-HOST_FAILURES = 20  # in a row, none an image's own: the host counts as down
+HOST_FAILURES = 20  # in a row, none an image's own: the host counts as down,
+SILENT_SECONDS = 30.0  # unless it answered within these: Wi-Fi may be away for some
 HOSTS_DOWN = 3  # one after the other, with no answer between: the network is gone
 REFUSALS = 20  # of vectors, for one reason, with none stored: the rest would be refused, too
 
@@ -891,7 +912,7 @@ class Run:
         if len(self.found) >= PAGE_ROWS or self.under_way("find"):
             return
         task = Task("find", self.take_page, self.end, patience=self.store.longest)
-        task.late = self.silence()
+        task.late = silence_of(self.store)
         self.start(task, next, self.pages, None)
 
     def take_page(self, page: list[Asset] | None) -> None:
@@ -901,9 +922,6 @@ class Run:
         wanted = page[: self.limit - self.report.found]
         self.found += wanted
         self.report.found += len(wanted)
-
-    def silence(self) -> RunError:
-        return RunError(f"{SILENCE} for {self.store.longest:.0f} s: {CHECK_URL}")
 
     # Fetch, then decode
 
@@ -976,9 +994,11 @@ class Run:
             reason = f"unexpected {type(error).__name__}"
         failed = Failed(asset, stage, reason, permanent=isinstance(error, Rejected))
         self.take_result(failed)
+        if isinstance(error, BadAddress):
+            return
         if failed.permanent:
             self.hosts.answered(host)
-        elif self.hosts.failed(host):
+        elif self.hosts.failed(host, silent=isinstance(error, NoAnswer)):
             left = "its other images are left for the next run"
             log.warning("%s: %s; %s", host, failed, left)
 
@@ -1029,7 +1049,7 @@ class Run:
         self.store_by = time.monotonic() + WRITE_SECONDS
         task = Task("store", partial(self.take_outcomes, batch), self.end_storing)
         task.patience = self.store.longest
-        task.late = self.silence()
+        task.late = silence_of(self.store)
         self.start(task, self.store.save, batch)
 
     def take_outcomes(self, batch: list[Result], outcomes: list[Outcome]) -> None:
@@ -1052,7 +1072,8 @@ class Hosts:
 
     A host is down once HOST_FAILURES of its images in a row failed for now: its other images are
     left for the next run. An image's own failure (404, a broken file) is an answer of the host,
-    and ends such a row.
+    and ends such a row. A host that answered a moment ago, and now not at all, has SILENT_SECONDS
+    to come back: this machine's network may be away, and all images on one host.
 
     The network is gone, which is no image's failure and ends a run with exit code 2, when
     HOSTS_DOWN hosts went down one after the other without an answer of any host between, or when
@@ -1061,6 +1082,8 @@ class Hosts:
 
     def __init__(self) -> None:
         self._failures: Counter[str] = Counter()  # in a row, by host
+        self._last_answer: dict[str, float] = {}  # when, by host
+        self._down: set[str] = set()
         self._down_in_a_row = 0  # hosts
         self._any_answered = False
         self._last_down = ""
@@ -1069,22 +1092,29 @@ class Hosts:
         """A host sent an image, or said that there is none. Files have no host."""
         if host:
             self._failures[host] = 0
+            self._last_answer[host] = time.monotonic()
+            self._down.discard(host)
             self._down_in_a_row = 0
             self._any_answered = True
 
-    def failed(self, host: str) -> bool:
-        """A host failed to send an image. True when it counts as down from now on."""
-        if not host:
+    def failed(self, host: str, silent: bool) -> bool:
+        """A host failed to send an image; silent: it said nothing at all. True when it counts as
+        down from now on."""
+        if not host or host in self._down:
             return False
         self._failures[host] += 1
-        if self._failures[host] != HOST_FAILURES:
+        if self._failures[host] < HOST_FAILURES:
             return False
+        last_answer = self._last_answer.get(host, -math.inf)
+        if silent and time.monotonic() - last_answer < SILENT_SECONDS:
+            return False
+        self._down.add(host)
         self._down_in_a_row += 1
         self._last_down = host
         return True
 
     def is_down(self, host: str) -> bool:
-        return self._failures[host] >= HOST_FAILURES
+        return host in self._down
 
     @property
     def several_in_a_row(self) -> bool:
@@ -1539,7 +1569,7 @@ IMAGE_SUFFIXES |= {".tif", ".tiff", ".bmp", ".heic", ".heif"}
 # Copies, thumbnails and deleted files, as NAS systems, archives and desktops keep them
 SYSTEM_FOLDERS = {"@eadir", "#recycle", "@recycle", "#snapshot", "@recently-snapshot", "@tmp"}
 SYSTEM_FOLDERS |= {"$recycle.bin", "system volume information", "lost+found", "__macosx"}
-# A row is of the image as it was at that time of modification
+# A row is of the image as its file's mark ("modified") was then, see mark_of
 FOLDER_TABLE = """
 create table if not exists images (asset_id text primary key, modified integer not null,
     model_version text not null, embedding blob, stage text, reason text, permanent integer,
@@ -1611,8 +1641,10 @@ class FolderStore:
             query = "select asset_id, modified, model_version, permanent from images"
             known = {path: KnownImage(*row) for path, *row in database.execute(query)}
             if not self._settings.dry_run:
-                gone = [(path,) for path in known.keys() - files.keys()]
-                database.executemany("delete from images where asset_id = ?", gone)
+                gone = known.keys() - files.keys()
+                # A link to a disk that is not there now is no deleted file.
+                deleted = [(path,) for path in gone if not is_link(self._folder / path)]
+                database.executemany("delete from images where asset_id = ?", deleted)
         version = self._settings.model_version
         done = 0
         failed_for_good = []
@@ -1646,8 +1678,8 @@ class FolderStore:
         raise RunError(f"no image below {self._folder / self._below}: {hint}")
 
     def _files(self) -> Iterator[tuple[str, int | None]]:
-        """Path and time of modification (None: can't be read) of each image file. Logs what is
-        left out, but for hidden files and folders."""
+        """Path and mark (None: can't be read) of each image file. Logs what is left out, but for
+        hidden files and folders."""
         left_out: Counter[str] = Counter()
         for folder, subfolders, names in os.walk(self._folder, onerror=unreadable):
             here = Path(folder)
@@ -1669,7 +1701,7 @@ class FolderStore:
                 try:
                     path = (here / name).relative_to(self._folder).as_posix()
                     path.encode()
-                    yield path, (here / name).stat().st_mtime_ns
+                    yield path, mark_of(here / name)
                 except (FileNotFoundError, UnicodeEncodeError) as error:
                     log.warning("left out: %s: %s", ascii(str(here / name)), error)
                 except OSError:  # of a folder that keeps its files from us, say
@@ -1774,6 +1806,13 @@ def picture_of(path: str) -> Picture:
     return Picture(path, path, folder, name)
 
 
+def mark_of(path: Path) -> int:
+    """What tells an image file from one that takes its place: its time of modification, in
+    nanoseconds, and its size, as some exports and archives give all files one time."""
+    stat = path.stat()
+    return stat.st_mtime_ns + stat.st_size
+
+
 def is_link(path: Path) -> bool:
     """Whether a path is a symbolic link; one that can't be looked at is none."""
     with contextlib.suppress(OSError):
@@ -1788,6 +1827,9 @@ def composed(path: str) -> str:
 
 def image_ending(name: str) -> str:
     """The ending of a file's name, also of one as wget leaves it: mug.jpg?v=1712."""
+    own = Path(name.lower()).suffix
+    if own in IMAGE_SUFFIXES:
+        return own
     found = re.search(r"(\.[a-z0-9]+)([?@].*)?$", name.lower())
     return found[1] if found else ""
 
@@ -1868,7 +1910,8 @@ ANSWERS = {
     999: Meaning.ROBOTS,  # LinkedIn
 }
 
-# What firewalls put into a check for robots, whatever its status.
+# What firewalls put into a check for robots, whatever its status (some send these with pictures
+# and with a true 404, too, which therefore stay what they are).
 ROBOT_HEADERS = {
     "cf-mitigated",  # Cloudflare
     "sg-captcha",  # SiteGround
@@ -1893,6 +1936,7 @@ ROBOT_ADVICE = f"ask the host to let {AGENT} in, or slow down with --workers"
 NETWORK_REASONS = {
     "CERTIFICATE": "the host's certificate is not valid",
     "SSL": "TLS failed",
+    "Temporary failure in name": "no name server answered",  # EAI_AGAIN, as offline
     "gaierror": "host not found",
     "NameResolution": "host not found",
     "timed out": "the host did not answer in time",
@@ -1960,7 +2004,7 @@ class Fetcher:
                         return self._picture(answer, deadline)
                     own.update(cookies_of(answer))
             except (OSError, ValueError, http.client.HTTPException, HTTPError) as error:
-                raise TryAgain(network_reason(error), after=0) from None
+                raise NoAnswer(network_reason(error)) from None
             url = next_url(url, target)
             headers = {}  # they were for the first place alone
         raise NotNow(f"more than {MAX_REDIRECTS} redirects")
@@ -2087,8 +2131,12 @@ def meaning_of(answer: BaseHTTPResponse) -> Meaning:
 
 def refusal(answer: BaseHTTPResponse, page: bytes) -> Rejected | NotNow:
     """What an answer means that is no picture; `page` is how its body begins."""
+    status = answer.status
     meaning = meaning_of(answer)
-    reason = f"HTTP {answer.status} {http.client.responses.get(answer.status, '')}".strip()
+    if status == 400 and (meant := status_in_body(page)):
+        status = meant
+        meaning = ANSWERS.get(status, Meaning.LATER)
+    reason = f"HTTP {status} {http.client.responses.get(status, '')}".strip()
     if meaning is Meaning.NEVER:
         return Rejected(reason)
     checks = meaning is Meaning.ROBOTS or is_robots_check(answer, page)
@@ -2098,6 +2146,16 @@ def refusal(answer: BaseHTTPResponse, page: bytes) -> Rejected | NotNow:
     if meaning is Meaning.AGAIN or after > 0:
         return TryAgain(reason, after)
     return NotNow(reason)
+
+
+def status_in_body(page: bytes) -> int:
+    """The status that an answer's JSON names; 0 if none. Supabase's Storage answers 400 to nearly
+    all that it refuses, also for an hour of trouble, and says there what it means."""
+    try:
+        status = int(json.loads(page)["statusCode"])
+    except (LookupError, TypeError, ValueError, RecursionError):
+        return 0
+    return status if 400 <= status < 600 else 0
 
 
 def retry_after(headers: Mapping[str, str]) -> float:
@@ -2195,15 +2253,15 @@ def read_url(text: str) -> Url:
     """The URL that a text of the catalog is. Raises Rejected with what the text is instead."""
     text = text.strip(BLANKS)
     if re.match(r"[\[{]|.*[\s,;|]https?://", text, re.IGNORECASE | re.DOTALL):
-        raise Rejected(MANY_URLS)
+        raise BadAddress(MANY_URLS)
     if not re.match(r"[\w!+.-]{2,}:(?!\d+/)", text):  # host:80 and C:\ are no schemes
         if re.search(r"\.\w{3,4}\s*[,;|\n]", text):
-            raise Rejected(MANY_URLS)
-        raise Rejected(NO_URL)
+            raise BadAddress(MANY_URLS)
+        raise BadAddress(NO_URL)
     try:
         return parse_url(text)
     except ValueError:
-        raise Rejected("not a valid URL") from None
+        raise BadAddress("not a valid URL") from None
 
 
 def next_url(url: Url, location: str) -> Url:
@@ -2227,7 +2285,7 @@ def parse_url(text: str) -> Url:
     scheme, _, rest = start.replace("\\", "/").partition(":")
     scheme = scheme.lower()
     if scheme not in PORTS:
-        raise Rejected("only http, https and data URLs are fetched")
+        raise BadAddress("only http, https and data URLs are fetched")
     if not rest.startswith("//"):
         raise ValueError
     authority, slash, path = rest[2:].partition("/")
@@ -2349,7 +2407,7 @@ class Guard:
             reason = f"private address {addresses[0]} (ALLOW_PRIVATE_IMAGE_HOSTS=1 allows it)"
             if is_name(host):  # it leads there now, as all do behind a network's login page
                 raise NotNow(reason)
-            raise Rejected(f"{reason}; --retry-failed tries it again")
+            raise BadAddress(f"{reason}; --retry-failed tries it again")
         return public
 
     @classmethod
@@ -2378,16 +2436,17 @@ def is_name(host: str) -> bool:
 
 
 class SocksProxy:
-    """The way through a SOCKS proxy."""
+    """The way through a SOCKS proxy. Raises RunError."""
 
     def __init__(self, proxy: str) -> None:
+        check_proxies("socks")
         socks = import_module("socks")
         parts = urlsplit(proxy)
         self._proxy = {
-            "proxy_type": socks.SOCKS5 if parts.scheme.startswith("socks5") else socks.SOCKS4,
+            "proxy_type": socks.SOCKS5,
             "proxy_addr": parts.hostname,
             "proxy_port": parts.port or 1080,
-            "proxy_rdns": parts.scheme in ("socks5h", "socks4a"),  # who looks up names
+            "proxy_rdns": parts.scheme == "socks5h",  # who looks up names
             "proxy_username": unquote(parts.username or "") or None,
             "proxy_password": unquote(parts.password or "") or None,
         }
@@ -2448,11 +2507,17 @@ def tls_context() -> ssl.SSLContext:
         raise RunError(f"{path} is no file of certificates ({names}): {error}") from None
 
 
-def check_proxies() -> None:
-    """Raises RunError where the environment names a SOCKS proxy that can't be used."""
+def check_proxies(*needed: str) -> None:
+    """Raises RunError where the environment names a SOCKS proxy that can't be used: one of another
+    kind, or without the packages that are needed."""
     for kind, proxy in getproxies().items():
-        if proxy.startswith("socks") and not (find_spec("socks") and find_spec("socksio")):
-            name = f"{kind}_proxy".upper()
+        name = f"{kind}_proxy".upper()
+        scheme = proxy.partition(":")[0].lower()
+        if not scheme.startswith("socks"):
+            continue
+        if scheme not in ("socks5", "socks5h"):
+            raise RunError(f"{name}: write socks5h:// for {scheme}://, which httpx does not know")
+        if not all(map(find_spec, needed)):
             raise RunError(f"{name} is a SOCKS proxy: run pip install PySocks socksio, or unset it")
 
 
@@ -2825,12 +2890,13 @@ OUT_OF_MEMORY = 77  # a decoder's exit code
 LOST = f"its decoder was killed (is memory short?), or hung for {DECODE_PATIENCE:g} s"
 # What an exit code says of the image; all other deaths are the machine's trouble.
 DEATHS = {
-    OUT_OF_MEMORY: TOO_MUCH,
     -24: TOO_SLOW,  # SIGXCPU, for which Windows has no name
     -signal.SIGSEGV: BROKEN,
     -signal.SIGABRT: BROKEN,
     -signal.SIGFPE: BROKEN,
 }
+if sys.platform == "linux":  # elsewhere no limit holds, and it is the machine that has no more
+    DEATHS[OUT_OF_MEMORY] = TOO_MUCH
 CANT_START = "no process to decode images can be started; is memory short, ulimit -a low?"
 
 # Imported, as Python keeps the bytecode of modules alone: to compile a script takes 0.1 s.
@@ -3135,7 +3201,7 @@ class ClipEncoder:
         if settings.dtype == "bfloat16" and settings.device == "cpu" and not has_bfloat16():
             raise RunError("--dtype bfloat16: this processor has no arithmetic for it")
         folder = model_folder(settings, TO_EMBED)
-        with model_trouble(folder):
+        with model_trouble(folder, settings):
             config = read_config(folder, "vision_config", VIT_B_32)
             self.tower = ImageTower(Weights(folder, settings), config)
             self.try_out(config)
@@ -3193,7 +3259,7 @@ class TextEncoder:
         folder = model_folder(settings, TO_ASK)
         if not (folder / TOKENIZER).is_file():
             raise RunError(f"{folder} has no {TOKENIZER}, which words need: copy {MODEL_ID}'s")
-        with model_trouble(folder):
+        with model_trouble(folder, settings):
             from tokenizers import Tokenizer
 
             config = read_config(folder, "text_config", VIT_B_32_TEXT)
@@ -3227,17 +3293,19 @@ def of_unit_length(embeddings: Tensor) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def model_trouble(folder: Path) -> Iterator[None]:
+def model_trouble(folder: Path, settings: Settings) -> Iterator[None]:
     """Turns what goes wrong with a model into a RunError."""
     try:
         yield
     except ImportError:
         raise
     except Exception as error:  # each file format, library and device has errors of its own
-        raise RunError(
-            f"the model in {folder} can't be used ({shorten(str(error), 100)}): CLIP_MODEL "
-            f"must be a folder with a copy of {MODEL_ID}, --device one that torch finds"
-        ) from None
+        trouble = f"the model in {folder} can't be used ({shorten(str(error), 100)})"
+        if settings.clip_model:
+            trouble += f": CLIP_MODEL must be a folder with a copy of {MODEL_ID}"
+        if settings.device != "cpu":
+            trouble += f": --device {settings.device} must be one that torch finds"
+        raise RunError(trouble) from None
 
 
 def read_config(folder: Path, tower: str, wanted: Mapping[str, Any]) -> dict[str, Any]:
@@ -3648,7 +3716,7 @@ def fetch_rest(name: str, part: Path) -> None:
     have = length(part)
     headers = {"User-Agent": HEADERS["User-Agent"], "Accept-Encoding": "identity"}
     headers["Range"] = f"bytes={have}-"
-    if token := os.environ.get("HF_TOKEN"):  # a company's mirror asks for one
+    if token := os.environ.get("HF_TOKEN", "").strip():  # a company's mirror asks for one
         headers["Authorization"] = f"Bearer {token}"
     url = f"{hub()}/{MODEL_ID}/resolve/{MODEL_REVISION}/{name}"
     try:
@@ -3672,6 +3740,8 @@ def fetch_rest(name: str, part: Path) -> None:
                         log.info("downloaded %d %% of the model", 10 * tenths)
     except (requests.ConnectionError, requests.Timeout, ChunkedEncodingError) as error:
         raise TryAgain(network_reason(error), HUB_WAIT) from None
+    except requests.exceptions.InvalidHeader:  # its message quotes the token
+        raise NotNow("HF_TOKEN holds what no token may") from None
     if have < size:
         raise TryAgain("cut off", HUB_WAIT)
 
@@ -3726,17 +3796,19 @@ SAME_PICTURE = "same picture"  # to the last bit of what the model sees
 # What to do about a failure, by what its reason says; the first that fits counts.
 ADVICE = {
     r": see |pip install|STORAGE_BUCKETS|robots|belongs": "",  # they say it themselves
-    r"HTTP (401|402|403|407|451)": "The host refuses us: make the image public, or ask the host to "
+    r"HTTP 407": "The proxy wants a name and a password.",
+    r"HTTP (401|402|403|451)": "The host refuses us: make the image public, or ask the host to "
     f"let {AGENT} in.",
     r"HTTP (404|410)": "Nothing is at this address: correct it, or upload the image again.",
-    # Supabase's Storage answers 400 where nothing is.
     r"HTTP (400|414)": "The host has nothing at this address, or can't read it: correct it.",
     r"HTTP (420|429|430)": "The host wants fewer requests: run again later, with fewer --workers.",
     r"HTTP (408|423|425|5\d\d)|in time|not complete|compress|headers without end": "The host has "
     "trouble: run again later.",
     r"connection|reachable|TLS failed": "The host can't be reached: run again later.",
+    r"name server": "This machine's network is away: run again later.",
     r"host not found": "No host has this name: correct the address.",
-    r"certificate": "Whoever runs the host must renew its certificate.",
+    r"certificate": "It has expired, is another host's, or not complete: tell whoever runs the "
+    "host. Behind a company's proxy, REQUESTS_CA_BUNDLE names the file with its certificates.",
     r"no image URL": "Give the product an image.",
     r"valid URL|are fetched|redirect|data: URL|storage path": "Correct the address.",
     r"HTML": "This is a web page: take the address of the image itself, or save that.",
@@ -3795,9 +3867,12 @@ Views = Mapping[Id, View | str]  # of pictures that were to be fetched; text: wh
 Group = list[Match]  # pictures that look the same, each with its cosine to the nearest of them
 
 
-def answer_questions(store: Store, settings: Settings, status: Status) -> int:
+def answer_questions(store: Store, settings: Settings) -> int:
     """What --search does: prints the pictures nearest to each question, best first. Embeds nothing
     else. Returns the exit code; raises RunError."""
+    # Most of an answer's time goes to this import; the store and the pictures come meanwhile.
+    threading.Thread(target=import_module, args=["torch"], daemon=True).start()
+    status = status_in_time(store)
     if not status.done:
         raise RunError(
             f"nothing is embedded yet as {settings.model_version}: run without --search first"
@@ -3829,17 +3904,19 @@ def answer_line(question: str, match: Match, settings: Settings) -> str:
 
 def question_vectors(settings: Settings) -> list[np.ndarray]:
     """The vector (512,) of each question; loads only the towers that these need."""
-    places = {question: picture_place(question) for question in settings.search}
-    pixels = {
-        question: question_pixels(question, place, settings)
-        for question, place in places.items()
-        if place
-    }
-    words = [question for question in places if question not in pixels]
+    pictures = {}
+    words = []
+    for question in settings.search:
+        place = picture_place(question)
+        if place:
+            pictures[question] = place
+        else:
+            words.append(question)
     vectors: dict[str, np.ndarray] = {}
-    if pixels:
-        made = ClipEncoder(settings).encode(np.stack(list(pixels.values())))
-        vectors.update(zip(pixels, made, strict=True))
+    if pictures:
+        pixels = [question_pixels(*picture, settings) for picture in pictures.items()]
+        made = ClipEncoder(settings).encode(np.stack(pixels))
+        vectors.update(zip(pictures, made, strict=True))
     if words:
         log.info("for words %s", NEAR_TO_WORDS)
         vectors.update(zip(words, TextEncoder(settings).encode(words), strict=True))

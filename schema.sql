@@ -966,7 +966,7 @@ declare
   most constant int := 50000;
   among constant int := 400000;
   deadline constant timestamptz := clock_timestamp() + seconds * interval '1 s';
-  embedded int;
+  embedded bigint;
   looked_at int;
   ones uuid[];
   others uuid[];

@@ -8,6 +8,7 @@ import gzip
 import http.client
 import ipaddress
 import itertools
+import json
 import os
 import queue
 import socket
@@ -429,6 +430,27 @@ def test_for_good_is_a_short_list(host):
 def page(text, pad=0):
     """A page of HTML around this text."""
     return f"<!DOCTYPE html><html><head>{text}</head>{' ' * pad}</html>".encode()
+
+
+@pytest.mark.parametrize(
+    ("meant", "reason", "permanent"),
+    [
+        ("404", "HTTP 404 Not Found", True),
+        ("403", "HTTP 403 Forbidden", False),  # a key that it does not know
+        ("423", "HTTP 423 Locked", False),
+        ("503", "HTTP 503 Service Unavailable", False),
+        (500, "HTTP 500 Internal Server Error", False),
+        ("400", "HTTP 400 Bad Request", True),
+        ("200", "HTTP 400 Bad Request", True),
+        ("InvalidKey", "HTTP 400 Bad Request", True),
+        ([404], "HTTP 400 Bad Request", True),
+    ],
+)
+@pytest.mark.usefixtures("one_attempt")
+def test_supabases_storage_means_what_its_body_says(host, meant, reason, permanent):
+    body = json.dumps({"statusCode": meant, "error": "x", "message": "y"}).encode()
+    host.files["/a.png"] = status(400, body=body)
+    assert verdict(failure_of(host.url_of("/a.png"))) == (reason, permanent)
 
 
 # What firewalls answer instead of an image: (status, headers, body)
@@ -1359,6 +1381,19 @@ def test_images_come_through_the_tunnel_of_a_proxy(tls, monkeypatch):
     login = base64.b64encode(b"me:p@ss").decode()
     assert [place for place, _ in proxy.asked] == ["127.0.0.1:4433"]
     assert [login in headers[0] for _, headers in proxy.asked] == [True]
+
+
+def test_a_name_server_that_does_not_answer_is_no_name_that_is_not_there():
+    error = socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+    assert network_reason(error) == "no name server answered"
+
+
+@pytest.mark.parametrize("scheme", ["socks", "socks4", "socks4a"])
+def test_a_socks_proxy_of_another_kind_ends_the_run(cli, stack, scheme):
+    stack.add_images(["http://shop.example/a.png"])
+    run = cli(ALL_PROXY=f"{scheme}://127.0.0.1:9")
+    assert run.code == 2
+    assert f"ALL_PROXY: write socks5h:// for {scheme}://" in run.error
 
 
 def test_a_socks_proxy_without_what_speaks_it_ends_the_run(cli, stack):

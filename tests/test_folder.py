@@ -147,12 +147,16 @@ def test_what_systems_keep_beside_images_is_left_out_and_said_to_be(small, caplo
 
 
 def test_an_ending_may_have_a_query_behind_it_as_wget_leaves_it(small):
-    for name in ("mug.jpg?v=1712", "cup.PNG@width=9", "note.txt?v=1", "jpg?v=1"):
-        write(small / name)
-    assert set(paths(pending(open_folder(small)))) - set(SMALL) == {
+    images = {
         "mug.jpg?v=1712",
         "cup.PNG@width=9",
+        "at 10.30@2x.png",
+        "a.b@mail.com.jpg",
+        "x.y?.gif",
     }
+    for name in (*images, "note.txt?v=1", "jpg?v=1"):
+        write(small / name)
+    assert set(paths(pending(open_folder(small)))) - set(SMALL) == images
 
 
 def test_a_client_is_the_same_however_its_accents_are_written(tmp_path):
@@ -261,6 +265,29 @@ def test_what_would_never_end_is_a_failure_and_so_is_what_the_disk_does_not_show
         row = after[path]
         assert (row.stage, row.permanent, row.embedding) == ("fetch", 0, None)
         assert "can't be read" in row.reason
+
+
+def test_a_link_whose_disk_is_away_keeps_its_vector(small, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    write(disk / "far.jpg")
+    (small / "far.jpg").symlink_to(disk / "far.jpg")
+    settle(small)
+    away = disk.rename(tmp_path / "away")
+    assert open_folder(small).status().assets == len(SMALL)
+    away.rename(disk)
+    status = open_folder(small).status()
+    assert (status.assets, status.done) == (len(SMALL) + 1, len(SMALL) + 1)
+
+
+def test_another_image_of_the_same_time_is_another_image(small):
+    """Exports and archives may give all files one time."""
+    settle(small)
+    path = small / "china.jpg"
+    stat = path.stat()
+    path.write_bytes(path.read_bytes() + b"more")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert paths(pending(open_folder(small))) == ["china.jpg"]
 
 
 def test_a_database_or_settings_that_cannot_be_looked_at_are_named(cli, small):

@@ -551,7 +551,8 @@ def test_a_picture_without_a_title_is_called_by_its_url(image, title, name):
 REASONS = {
     "HTTP 403 Forbidden": "refuses us",
     "HTTP 404 Not Found": "Nothing is at this address",
-    "HTTP 400 Bad Request": "nothing at this address",  # as Supabase's Storage says it
+    "HTTP 400 Bad Request": "nothing at this address",
+    "HTTP 407 Proxy Authentication Required": "The proxy wants a name",
     "HTTP 420": "fewer requests",
     "broken compression": "The host has trouble",
     "a redirect elsewhere: no full URL": "Correct the address",
@@ -559,7 +560,8 @@ REASONS = {
     "not complete within 30 s": "run again later",
     "connection lost": "run again later",
     "host not found": "No host has this name",
-    "the host's certificate is not valid": "renew",
+    "no name server answered": "This machine's network",
+    "the host's certificate is not valid": "REQUESTS_CA_BUNDLE",
     "no image URL": "Give the product an image",
     "not a valid URL": "Correct the address",
     "only http, https and data URLs are fetched": "Correct the address",

@@ -379,6 +379,17 @@ def test_without_hub_and_cache_one_line_names_clip_model(hub, monkeypatch, what,
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(("token", "arrives"), [("hf_abc\n", True), ("hf_a\nbc", False)])
+def test_a_token_with_an_end_of_line_is_not_printed(hub, monkeypatch, token, arrives):
+    monkeypatch.setenv("HF_TOKEN", token)
+    if arrives:
+        downloaded(hub)
+        return
+    with pytest.raises(script.RunError, match="HF_TOKEN holds what no token may") as error:
+        script.download()
+    assert "bc" not in str(error.value).partition("HF_TOKEN")[0]
+
+
 def test_a_run_without_hub_and_cache_ends_with_that_line(cli, small, copied):
     run = cli("--local", small, script=copied, CLIP_MODEL=None)
     assert run.code == 2

@@ -157,5 +157,12 @@ def test_search_by_words(tmp_path, stack, priced, full):
     assert found == sorted(found, key=lambda row: -row["similarity"])
 
 
+def test_who_imports_the_script_keeps_its_own_settings():
+    imports = "import os; before = dict(os.environ); import generate_embeddings"
+    asks = f"{imports}; print(before == os.environ)"
+    run = subprocess.run([sys.executable, "-c", asks], cwd=REPO, capture_output=True, text=True)
+    assert run.stdout == "True\n", run.stderr
+
+
 def test_a_malformed_id_is_like_nothing(tmp_path, app, stack, priced):
     assert rendered(tmp_path, app, stack, stack.secret_key, "no-uuid", "acme").strip() == ""

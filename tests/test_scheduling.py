@@ -50,6 +50,9 @@ class MemoryStore:
     def embedded(self):
         return {i for i, result in self.saved.items() if isinstance(result, Embedded)}
 
+    def failed(self):
+        return {i for i, result in self.saved.items() if isinstance(result, Failed)}
+
 
 @pytest.fixture
 def ride(tiny, monkeypatch):
@@ -154,7 +157,7 @@ def test_the_host_of_an_image_is_whom_its_url_leads_to(image, host):
 # Hosts
 
 
-FAIL, ANSWER = "fail", "answer"
+FAIL, SILENT, ANSWER = "fail", "silent", "answer"
 
 
 def hosts_after(*events):
@@ -162,7 +165,10 @@ def hosts_after(*events):
     hosts = script.Hosts()
     for host, what, times in events:
         for _ in range(times):
-            hosts.failed(host) if what == FAIL else hosts.answered(host)
+            if what == ANSWER:
+                hosts.answered(host)
+            else:
+                hosts.failed(host, silent=what == SILENT)
     return hosts
 
 
@@ -175,6 +181,10 @@ def hosts_after(*events):
         ([("a", FAIL, 19), ("b", ANSWER, 1), ("a", FAIL, 1)], ["a"]),
         ([("a", FAIL, 10), ("b", FAIL, 20), ("a", FAIL, 9)], ["b"]),
         ([("", FAIL, 50)], []),  # files and data: URLs
+        ([("a", SILENT, 20)], ["a"]),
+        ([("a", ANSWER, 1), ("a", SILENT, 99)], []),  # a moment ago it was there
+        ([("a", ANSWER, 1), ("a", SILENT, 99), ("a", FAIL, 1)], ["a"]),
+        ([("b", ANSWER, 1), ("a", SILENT, 20)], ["a"]),
     ],
 )
 def test_a_host_is_down_after_20_failures_in_a_row(events, down):
@@ -200,6 +210,44 @@ def test_the_network_is_gone_with_three_hosts_in_a_row_or_where_nothing_ever_cam
 ):
     hosts = hosts_after(*events)
     assert (hosts.several_in_a_row, hosts.network_is_gone) == (ends, gone)
+
+
+def test_a_host_that_stays_silent_is_down_in_the_end(monkeypatch):
+    monkeypatch.setattr(script, "SILENT_SECONDS", 0.1)
+    hosts = hosts_after(("a", ANSWER, 1), ("a", SILENT, 20))
+    time.sleep(0.2)
+    assert not hosts.is_down("a")
+    assert hosts.failed("a", silent=True)
+    assert hosts.is_down("a")
+
+
+def test_a_network_that_is_away_for_a_moment_ends_no_run(ride, photos, monkeypatch):
+    monkeypatch.setattr(script, "FETCH_ATTEMPTS", 2)
+    with ImageHost(otherwise=photos["flower.jpg"]) as host:
+
+        def go_away():
+            wait_until(lambda: len(host.requests) >= 10)
+            host.stop()
+            wait_until(lambda: len(store.failed()) > script.HOST_FAILURES)
+            host.start()
+
+        store = MemoryStore(host.urls(400))
+        away = threading.Thread(target=go_away)
+        away.start()
+        report, error = ride(store)
+        away.join()
+    assert error is None
+    assert (report.left, report.set_aside, report.exit_code) == (0, {}, 1)
+    assert report.failed > script.HOST_FAILURES
+    assert report.embedded == 400 - report.failed > 200
+
+
+def test_what_no_host_was_asked_for_is_no_answer_of_the_network(ride, dead):
+    """Though such URLs have a host's name in them."""
+    addresses = [f"{url},{url}" for url in dead[0].urls(5)] + ["http://no host/a.jpg"]
+    report, error = ride(MemoryStore(addresses + dead[0].urls(25) + addresses), workers=1)
+    assert "check this machine's network" in str(error)
+    assert report.reasons[f"fetch: {script.MANY_URLS}"] >= 5
 
 
 @pytest.mark.parametrize("order", ["the dead host first", "the dead host last"])

@@ -129,6 +129,18 @@ MUTATIONS = [
         "tests/test_scheduling.py -k no_sign_of_trouble",
     ),
     Mutation(
+        "run: what no host was asked for is an answer of one",
+        "if isinstance(error, BadAddress):",
+        "if False:",
+        "tests/test_scheduling.py -k no_host_was_asked",
+    ),
+    Mutation(
+        "run: a silent host is given no time",
+        "SILENT_SECONDS = 30.0",
+        "SILENT_SECONDS = 0.0",
+        "tests/test_scheduling.py -k away_for_a_moment",
+    ),
+    Mutation(
         "run: what fails in a decoder counts against the host",
         'failed = partial(self.take_failure, asset, "decode", "")',
         'failed = partial(self.take_failure, asset, "decode", host)',
@@ -214,13 +226,13 @@ MUTATIONS = [
     ),
     Mutation(
         "run: a store that hangs is waited for",
-        "task.late = self.silence()\n        self.start(task, self.store.save, batch)",
+        "task.late = silence_of(self.store)\n        self.start(task, self.store.save, batch)",
         "self.start(task, self.store.save, batch)",
         "tests/test_scheduling.py -k store_that_hangs",
     ),
     Mutation(
         "run: a search that hangs is waited for",
-        "task.late = self.silence()\n        self.start(task, next, self.pages, None)",
+        "task.late = silence_of(self.store)\n        self.start(task, next, self.pages, None)",
         "self.start(task, next, self.pages, None)",
         "tests/test_scheduling.py -k store_that_hangs",
     ),
@@ -341,6 +353,18 @@ MUTATIONS = [
         "tests/test_folder.py -k dry_run_forgets",
     ),
     Mutation(
+        "stores: an image with the time of the one before is the same",
+        "return stat.st_mtime_ns + stat.st_size",
+        "return stat.st_mtime_ns",
+        "tests/test_folder.py -k of_the_same_time",
+    ),
+    Mutation(
+        "stores: a link to a disk that is away loses its vector",
+        "if not is_link(self._folder / path)]",
+        "]",
+        "tests/test_folder.py -k disk_is_away",
+    ),
+    Mutation(
         "stores: a subfolder that can't be read counts as empty",
         "onerror=unreadable",
         "onerror=None",
@@ -377,6 +401,12 @@ MUTATIONS = [
         "tests/test_folder.py -k systems_keep",
     ),
     # Fetching
+    Mutation(
+        "fetching: Supabase's Storage means the 400 that it sends",
+        "if status == 400 and (meant := status_in_body(page)):",
+        "if False and (meant := status_in_body(page)):",
+        "tests/test_fetch.py -k supabases_storage",
+    ),
     Mutation(
         "fetching: five attempts",
         "FETCH_ATTEMPTS = 4",
