@@ -13,7 +13,7 @@
 -- db push applies it, or nothing of it; db diff finds no difference to a database where it was run
 -- by hand; db lint finds no error. Two warnings are meant so: plpgsql_check's on match_products and
 -- embedding_pairs (a stable function that sets a setting, or looks at the clock), and the
--- advisor's on embedding_shard. Their reasons stand there.
+-- advisor's on embedding_shard and embedding_image_hash. Their reasons stand there.
 
 begin;
 set local search_path = public, extensions;
@@ -127,8 +127,9 @@ create or replace view public.embedding_sources with (security_invoker = true) a
 -- The search functions read the assets with the rights of whoever calls them.
 grant select on public.assets to service_role;
 
--- A new image: forget what is known of the old one. The column that holds it, twice, and the name
--- of the id's column, as it is spelled in the table and without double quotes.
+-- A new image: forget what is known of the old one, so that the search no longer goes by it. (The
+-- next run finds a new image with or without this.) The column that holds it, twice, and the name of
+-- the id's column, as it is spelled in the table and without double quotes.
 create or replace trigger forget_embedding
   after update on public.assets
   for each row when (old.image_url is distinct from new.image_url)
@@ -163,19 +164,20 @@ create or replace trigger forget_embedding
 --   select a.id, (select p.url from public.photos p where p.asset_id = a.id
 --       order by p.position limit 1) as image, a.client_name as client
 --   from public.assets a;
--- The trigger then watches that table, with the column that holds the asset's id:
+-- The trigger then watches that table, with the column that holds the asset's id. Each run looks up
+-- the first photo of each asset:
+--   create index on public.photos (asset_id, position);
 --   create or replace trigger forget_embedding
 --     after insert or delete or update of asset_id, url, position on public.photos
 --     for each row execute function public.forget_embedding('asset_id');
--- Then any new photo of an asset makes it pending. The photos' rows are not locked: one that
--- changes in the very moment of storing is not noticed.
+-- Then any new photo of an asset makes it pending.
 -- A path in a bucket of the project's own storage, here "photos". There is no host in it, so that
 -- one file does for local development, branches and production:
 --   select a.id, '/storage/v1/object/authenticated/photos/' || a.image_path as image,
 --     a.client_name as client
 --   from public.assets a;
 -- Assets whose rows cannot be locked: a materialised view, distinct, group by, an outer join. With
--- "with" nothing is locked, and an image that changes in the moment of storing is not noticed:
+-- "with" nothing is locked, and the next run sees that an image changed in the moment of storing:
 --   with a as (select distinct on (b.id) b.* from public.assets b order by b.id)
 --   select a.id, a.image_url as image, a.client_name as client from a;
 --
@@ -251,13 +253,17 @@ end $$;
 
 -- Tables ---------------------------------------------------------------------------------------
 
--- One vector of unit length per asset. A row of another model_version counts as missing.
+-- One vector of unit length per asset. It counts while model_version is the script's and the asset's
+-- image still the one that embedded_image_hash tells. So the next run finds each new image, be it by
+-- a change of the view or past the trigger, which is there for the search: that asks for no hash.
+-- (Null, in rows from before the column: of any image; those rely on the trigger alone.)
 create table if not exists public.product_embeddings (
   asset_id uuid primary key,
   embedding vector(512) not null,
   model_version text not null,
   created_at timestamptz not null default now(),
-  updated_at timestamptz not null default now()
+  updated_at timestamptz not null default now(),
+  embedded_image_hash bigint
 );
 
 -- Why an asset has no embedding. Permanent failures (404, not an image, ...) are not tried again.
@@ -278,6 +284,7 @@ alter table public.product_embedding_failures add column if not exists image_has
 -- A product_embeddings table from before this file may lack what the functions below rely on.
 alter table public.product_embeddings
   add column if not exists model_version text,
+  add column if not exists embedded_image_hash bigint,
   add column if not exists created_at timestamptz,
   add column if not exists updated_at timestamptz,
   alter column created_at set default now(),
@@ -453,14 +460,13 @@ end $$;
 --   #variable_conflict use_column: a name that a column and a parameter share means the column; the
 --     parameter has its function's name in front, as in pending_assets.client.
 
--- What tells whether an image is still the one that was found, or that failed.
+-- What tells whether an image is still the one that was found, embedded, or that failed. Asked for
+-- each of a million assets, as is embedding_shard, so it must become a part of the query, which a
+-- function with a search_path of its own cannot. It needs none, as its names are looked up here and
+-- now (the advisor's warning 0011 does not see that).
 create or replace function public.embedding_image_hash(image text) returns bigint
-language plpgsql immutable parallel safe
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-  return hashtextextended(coalesce(image, ''), 0::bigint);
-end $$;
+language sql immutable parallel safe
+return hashtextextended(coalesce(image, ''), 0::bigint);
 
 -- The failures that hold: of images that are still the assets'. Where the image is another one by
 -- now, be it by its table or by a change of the view, the asset is pending like any other.
@@ -473,9 +479,7 @@ create or replace view public.embedding_failures with (security_invoker = true) 
 revoke all on public.embedding_failures from public, anon, authenticated;
 grant select on public.embedding_failures to service_role;
 
--- The shard that an asset belongs to, from 1 to shards. Asked for each of a million assets, so it
--- must become a part of the query, which a function with a search_path of its own cannot. It needs
--- none, as its names are looked up here and now (the advisor's warning 0011 does not see that).
+-- The shard that an asset belongs to, from 1 to shards. (No search_path: see embedding_image_hash.)
 create or replace function public.embedding_shard(id text, shards int) returns int
 language sql immutable parallel safe
 return 1 + (hashtextextended(id, 0::bigint) & 9223372036854775807) % shards;
@@ -498,7 +502,8 @@ end $$;
 
 -- What there is of one client and shard, counted exactly; "waiting" are those that failed for now
 -- and are not due again yet. A failure row says more than a vector beside it: see
--- forget_embedding. Where there is no such client: the names of others, for a hint.
+-- forget_embedding. Where there is no such client: the names of others, for a hint. "is null or",
+-- because an image may cost something, be it a subquery or a long data: URL.
 create or replace function public.embedding_status(
   model_version text, client text default null, shard int default 1, shards int default 1
 ) returns jsonb
@@ -529,6 +534,7 @@ begin
     from embedding_sources s
     left join product_embeddings e
       on e.asset_id = s.id and e.model_version = embedding_status.model_version
+      and (e.embedded_image_hash is null or e.embedded_image_hash = embedding_image_hash(s.image))
     left join embedding_failures f
       on f.asset_id = s.id and f.model_version = embedding_status.model_version
     where (embedding_status.client is null or s.client = embedding_status.client)
@@ -538,7 +544,9 @@ end $$;
 -- The next assets to embed after an id: new ones, or those that failed before a moment (and are due
 -- again: see embedding_back_off). One JSON value, as the API cuts a list of rows at 1,000. At most
 -- 8 MB of images at once, for some are data: URLs; one that is larger by itself comes cut short.
--- Ids first, so that no image is read before it is known which ones fit.
+-- Ids first, so that no image is read before it is known which ones fit. "::int <> 0" has the
+-- planner expect that nearly all vectors are of the present image. By itself it expects half of them
+-- to be, and looks for those that are not asset by asset.
 create or replace function public.pending_assets(
   model_version text, client text default null, after uuid default null, wanted int default 250,
   failed_before timestamptz default null, permanent_too boolean default false,
@@ -562,7 +570,9 @@ begin
         and (shards = 1 or embedding_shard(s.id::text, shards) = shard)
         and not exists (
           select from product_embeddings e
-          where e.asset_id = s.id and e.model_version = pending_assets.model_version)
+          where e.asset_id = s.id and e.model_version = pending_assets.model_version
+            and (e.embedded_image_hash is null
+              or e.embedded_image_hash = embedding_image_hash(s.image))::int <> 0)
         and not exists (
           select from embedding_failures f
           where f.asset_id = s.id and f.model_version = pending_assets.model_version)
@@ -636,11 +646,13 @@ begin
     from embedding_sources s where s.id = any (array(select g.asset_id from given g))
     order by s.id for no key update skip locked
   ), stored as (
-    insert into product_embeddings as e (asset_id, embedding, model_version)
-    select g.asset_id, g.embedding, store_embedding_rows.model_version from given g
+    insert into product_embeddings as e
+      (asset_id, embedding, model_version, embedded_image_hash)
+    select g.asset_id, g.embedding, store_embedding_rows.model_version, g.image_hash from given g
     where not g.failed and (g.asset_id, g.image_hash) in (select l.id, l.image_hash from locked l)
     on conflict (asset_id) do update set
-      embedding = excluded.embedding, model_version = excluded.model_version, updated_at = now()
+      embedding = excluded.embedding, model_version = excluded.model_version,
+      embedded_image_hash = excluded.embedded_image_hash, updated_at = now()
     returning e.asset_id
   ), seen as materialized (
     select g.asset_id, case
@@ -660,10 +672,15 @@ begin
   delete from product_embedding_failures f where f.asset_id = any (written);
 
   if due is not null then
-    -- A vector with a failure beside it is of an older image: see forget_embedding.
-    delete from product_embeddings e using product_embedding_failures f
+    -- Vectors of an older image: of another hash or, where they have none, with a failure beside
+    -- them (see forget_embedding).
+    delete from product_embeddings e
+    using json_to_recordset(failures) r (asset_id uuid, image_hash bigint)
     where e.asset_id = any (due) and e.model_version = store_embedding_rows.model_version
-      and f.asset_id = e.asset_id and f.model_version = store_embedding_rows.model_version;
+      and r.asset_id = e.asset_id
+      and coalesce(e.embedded_image_hash <> r.image_hash, exists (
+        select from product_embedding_failures f
+        where f.asset_id = e.asset_id and f.model_version = store_embedding_rows.model_version));
 
     with recorded as (
       insert into product_embedding_failures as f
@@ -708,7 +725,7 @@ begin
 end $$;
 
 -- Stores vectors and records failures, in one transaction, and says of each row what became of it:
--- stored, noted, superseded (a failure, but there is a vector), deleted, changed (the image),
+-- stored, noted, superseded (a failure, but the image has a vector), deleted, changed (the image),
 -- busy (somebody holds the asset or its row: never waited for), refused (with the reason). A row
 -- that the database refuses costs itself alone. Other errors end the call, with nothing stored.
 -- Of json and not jsonb: a batch is taken in quicker.
@@ -754,8 +771,9 @@ begin
 end $$;
 
 -- The body of the trigger. Security definer, because who edits an asset has no rights on our
--- tables. It neither fails nor waits: where the vector cannot be deleted just now (an index is
--- being built), it gets a failure row at its side, and the next run embeds the asset anew.
+-- tables. It neither fails nor waits: a vector that cannot be deleted just now (an index is being
+-- built) stays until the next run. One without a hash, by which that run would know it, gets a
+-- failure row at its side.
 create or replace function public.forget_embedding() returns trigger
 language plpgsql security definer
 set search_path = pg_catalog, public, extensions, pg_temp
@@ -777,7 +795,8 @@ exception
       insert into product_embedding_failures (asset_id, model_version, stage, reason, permanent)
       select e.asset_id, e.model_version, 'store', 'the image changed while its row was locked',
         false
-      from product_embeddings e where e.asset_id in (one, other);
+      from product_embeddings e
+      where e.asset_id in (one, other) and e.embedded_image_hash is null;
     exception when others then
       raise warning 'the embedding of asset % was not forgotten: %', coalesce(other, one), sqlerrm;
     end;

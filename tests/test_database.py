@@ -294,6 +294,72 @@ def test_a_failure_holds_for_the_image_that_failed(stack, api):
     assert [a["id"] for a in api.pending()["assets"]] == [one]
 
 
+# How an asset can get another image without the trigger's knowing of its vector
+UNSEEN = {
+    "a view of another column": """
+        alter table assets add photo text;
+        update assets set photo = image_url || '?new';
+        create or replace view embedding_sources with (security_invoker = true) as
+          select a.id, a.photo as image, a.client_name as client from assets a""",
+    "a disabled trigger": """
+        alter table assets disable trigger forget_embedding;
+        update assets set image_url = image_url || '?new'""",
+    "a bulk load": """
+        set session_replication_role = replica;
+        update assets set image_url = image_url || '?new'; reset session_replication_role""",
+    "a renamed id": """
+        alter table assets rename id to sku;
+        update assets set image_url = image_url || '?new'""",
+    "a delete and an insert without a foreign key": """
+        alter table product_embeddings drop constraint product_embeddings_asset_id_fkey;
+        create temp table gone as select * from assets;
+        delete from assets;
+        insert into assets select id, image_url || '?new', client_name from gone;
+        drop table gone""",
+}
+
+
+@pytest.mark.parametrize("way", UNSEEN)
+def test_a_vector_counts_for_the_image_that_was_embedded(stack, api, way):
+    one, two = fill(stack, 2)
+    api.store(api.pending()["assets"])
+    stack.sql(UNSEEN[way])
+    assert len(rows(stack)) == 2
+    pending = api.pending()["assets"]
+    assert ([a["id"] for a in pending], api.status()["done"]) == ([one, two], 0)
+    assert api.store(pending[:1], pending[1:]) == {one: "stored", two: "noted"}
+    assert (api.pending()["assets"], api.status()["done"]) == ([], 1)
+    assert [str(i) for (i,) in rows(stack, "asset_id")] == [one]  # the old one is gone
+    assert api.store([], pending) == {one: "superseded", two: "noted"}
+    assert failures(stack, "attempts") == [(2,)]
+
+
+def test_a_vector_counts_for_the_image_that_an_app_did_not_see_embedded(stack, api, other):
+    """In repeatable read the trigger does not see, and so not delete, what came after its start."""
+    (asset,) = fill(stack, 1)
+    other.execute("set transaction isolation level repeatable read")
+    other.execute("select from assets")
+    api.store(api.pending()["assets"])
+    other.execute("update assets set image_url = 'new'")
+    other.commit()
+    assert (len(rows(stack)), api.status()["done"]) == (1, 0)
+    assert [a["id"] for a in api.pending()["assets"]] == [asset]
+
+
+def test_a_vector_from_before_hashes_were_kept_holds(stack, api):
+    one, two = fill(stack, 2)
+    assets = api.pending()["assets"]
+    api.store(assets)
+    stack.sql("update product_embeddings set embedded_image_hash = null")
+    stack.sql("alter table assets disable trigger forget_embedding")
+    stack.sql("update assets set image_url = image_url || '?new'")
+    assert (api.pending()["assets"], api.status()["done"]) == ([], 2)
+    marks = stack.sql("select id::text, embedding_image_hash(image_url) from assets order by id")
+    changed = [{"id": i, "image_hash": mark} for i, mark in marks]
+    assert api.store(changed[:1], changed[1:]) == {one: "stored", two: "superseded"}
+    assert rows(stack, "embedded_image_hash") == [(changed[0]["image_hash"],), (None,)]
+
+
 def test_a_failure_from_before_hashes_were_kept_holds(stack, api):
     fill(stack, 1)
     assets = api.pending()["assets"]
@@ -514,9 +580,11 @@ def test_an_app_user_without_rights_here_may_edit_and_delete_assets(stack, api):
 
 
 def test_an_index_being_built_neither_blocks_the_app_nor_keeps_an_old_vector(stack, api, other):
+    """Of rows from before hashes were kept, which rely on the trigger."""
     ids = fill(stack, 100)
     assets = api.pending()["assets"]
     api.store(assets[:98], assets[98:])
+    stack.sql("update product_embeddings set embedded_image_hash = null")
     other.execute("lock table product_embeddings in share mode")
     began = time.monotonic()
     stack.sql("update assets set image_url = image_url || '?new'")
@@ -542,16 +610,18 @@ def test_an_index_being_built_neither_blocks_the_app_nor_keeps_an_old_vector(sta
 
 
 def test_a_row_that_somebody_holds_does_not_hold_up_the_app(stack, api, other):
-    (asset,) = fill(stack, 1)
+    one, two = fill(stack, 2)
     api.store(api.pending()["assets"])
+    stack.sql("update product_embeddings set embedded_image_hash = null where asset_id = %s", [one])
     other.execute("select from product_embeddings for update")
     began = time.monotonic()
     stack.sql("update assets set image_url = 'new'")
     assert time.monotonic() - began < 1.5
     other.commit()
-    marked = api.pending(failed_before="infinity")["assets"]
-    assert api.store(marked) == {asset: "stored"}
-    assert api.status()["done"] == 1
+    assert failures(stack, "asset_id::text") == [(one,)]
+    (pending,), (marked,) = api.walk(), api.walk(failed_before="infinity")
+    assert api.store([pending, marked]) == {two: "stored", one: "stored"}
+    assert (api.status()["done"], failures(stack)) == (2, [])
 
 
 def test_no_error_of_ours_breaks_the_apps_update(stack):
@@ -798,8 +868,8 @@ def test_what_stands_in_public_takes_no_function_of_postgresqls_place(stack, api
     ours = "pronamespace = 'public'::regnamespace and proowner = 'editor'::regrole"
     fixed = "'search_path=pg_catalog,' = left(array_to_string(proconfig, ','), 23)"
     assert stack.sql(
-        f"select proname from pg_proc where {ours} and not coalesce({fixed}, false)"
-    ) == [("embedding_shard",)]
+        f"select proname from pg_proc where {ours} and not coalesce({fixed}, false) order by 1"
+    ) == [("embedding_image_hash",), ("embedding_shard",)]
 
 
 def test_the_gallery_takes_its_samples_from_all_clients(stack, api):
