@@ -128,8 +128,8 @@ create or replace view public.embedding_sources with (security_invoker = true) a
 grant select on public.assets to service_role;
 
 -- A new image: forget what is known of the old one, so that the search no longer goes by it. (The
--- next run finds a new image with or without this.) The column that holds it, twice, and the name of
--- the id's column, as it is spelled in the table and without double quotes.
+-- next run finds a new image with or without this.) The column that holds it, twice, and the name
+-- of the id's column, as it is spelled in the table and without double quotes.
 create or replace trigger forget_embedding
   after update on public.assets
   for each row when (old.image_url is distinct from new.image_url)
@@ -253,10 +253,11 @@ end $$;
 
 -- Tables ---------------------------------------------------------------------------------------
 
--- One vector of unit length per asset. It counts while model_version is the script's and the asset's
--- image still the one that embedded_image_hash tells. So the next run finds each new image, be it by
--- a change of the view or past the trigger, which is there for the search: that asks for no hash.
--- (Null, in rows from before the column: of any image; those rely on the trigger alone.)
+-- One vector of unit length per asset. It counts while model_version is the script's, and the
+-- asset's image the one that embedded_image_hash tells. So the next run finds each new image, be it
+-- by a change of the view or past the trigger. The search does not ask for the hash: the trigger is
+-- there for it. (Null, in rows from before the column: of any image. Those rely on the trigger
+-- alone.) An embedding that you set to null counts as none.
 create table if not exists public.product_embeddings (
   asset_id uuid primary key,
   embedding vector(512) not null,
@@ -357,6 +358,8 @@ begin
     select from pg_constraint
     where conrelid = 'public.product_embeddings'::regclass and conname = 'embedding_of_zeros'
   ) then
+    -- Those would be duplicates of everything.
+    delete from product_embeddings where vector_norm(embedding) = 0;
     alter table product_embeddings
       add constraint embedding_of_zeros check (vector_norm(embedding) > 0) not valid;
   end if;
@@ -534,6 +537,7 @@ begin
     from embedding_sources s
     left join product_embeddings e
       on e.asset_id = s.id and e.model_version = embedding_status.model_version
+      and e.embedding is not null
       and (e.embedded_image_hash is null or e.embedded_image_hash = embedding_image_hash(s.image))
     left join embedding_failures f
       on f.asset_id = s.id and f.model_version = embedding_status.model_version
@@ -545,8 +549,8 @@ end $$;
 -- again: see embedding_back_off). One JSON value, as the API cuts a list of rows at 1,000. At most
 -- 8 MB of images at once, for some are data: URLs; one that is larger by itself comes cut short.
 -- Ids first, so that no image is read before it is known which ones fit. "::int <> 0" has the
--- planner expect that nearly all vectors are of the present image. By itself it expects half of them
--- to be, and looks for those that are not asset by asset.
+-- planner expect that nearly all vectors are of the present image. By itself it expects half of
+-- them to be, and looks for those that are not asset by asset.
 create or replace function public.pending_assets(
   model_version text, client text default null, after uuid default null, wanted int default 250,
   failed_before timestamptz default null, permanent_too boolean default false,
@@ -571,6 +575,7 @@ begin
         and not exists (
           select from product_embeddings e
           where e.asset_id = s.id and e.model_version = pending_assets.model_version
+            and e.embedding is not null
             and (e.embedded_image_hash is null
               or e.embedded_image_hash = embedding_image_hash(s.image))::int <> 0)
         and not exists (
@@ -677,7 +682,7 @@ begin
     delete from product_embeddings e
     using json_to_recordset(failures) r (asset_id uuid, image_hash bigint)
     where e.asset_id = any (due) and e.model_version = store_embedding_rows.model_version
-      and r.asset_id = e.asset_id
+      and r.asset_id = e.asset_id and e.embedding is not null
       and coalesce(e.embedded_image_hash <> r.image_hash, exists (
         select from product_embedding_failures f
         where f.asset_id = e.asset_id and f.model_version = store_embedding_rows.model_version));
@@ -692,7 +697,7 @@ begin
       where r.asset_id = any (due)
         and not exists (
           select from product_embeddings e where e.asset_id = r.asset_id
-          and e.model_version = store_embedding_rows.model_version)
+          and e.model_version = store_embedding_rows.model_version and e.embedding is not null)
       on conflict (asset_id) do update set
         model_version = excluded.model_version, image_hash = excluded.image_hash,
         stage = excluded.stage, reason = excluded.reason, permanent = excluded.permanent,
@@ -718,7 +723,8 @@ begin
         when g.asset_id = any (noted) then 'noted'
         when exists (
           select from product_embeddings e where e.asset_id = g.asset_id
-          and e.model_version = store_embedding_rows.model_version) then 'superseded'
+          and e.model_version = store_embedding_rows.model_version and e.embedding is not null
+        ) then 'superseded'
         else 'refused' end as outcome
       from unnest(ids, outcomes) g (asset_id, outcome)
     ) answers);
@@ -834,7 +840,8 @@ begin
   return query
     select e.asset_id, s.image::text, 1 - (e.embedding <=> query_embedding)
     from product_embeddings e join embedding_sources s on s.id = e.asset_id
-    where (match_products.client is null or s.client = match_products.client)
+    where e.embedding is not null
+      and (match_products.client is null or s.client = match_products.client)
       and (match_products.model_version is null or e.model_version = match_products.model_version)
     order by e.embedding <=> query_embedding
     limit least(match_count, 1000);
@@ -853,6 +860,7 @@ as $$
     e.embedding, least(similar_products.match_count, 1000) + 1, similar_products.client,
     e.model_version) m
   where e.asset_id = similar_products.asset_id and m.asset_id <> e.asset_id
+    and e.embedding is not null
   order by m.similarity desc
   limit similar_products.match_count
 $$;
@@ -875,7 +883,8 @@ declare
   most constant int := least(page, 1000);
   ids uuid[] := array(
     select e.asset_id from product_embeddings e join embedding_sources s on s.id = e.asset_id
-    where (duplicate_products.client is null or s.client = duplicate_products.client)
+    where e.embedding is not null
+      and (duplicate_products.client is null or s.client = duplicate_products.client)
       and (after is null or e.asset_id > after)
     order by e.asset_id limit most);
 begin
@@ -947,7 +956,7 @@ begin
       select s.id, row_number() over (
         partition by s.client order by hashtextextended(s.id::text, 1::bigint)) as turn
       from embedding_sources s join product_embeddings e on e.asset_id = s.id
-      where e.model_version = embedding_gallery.model_version
+      where e.model_version = embedding_gallery.model_version and e.embedding is not null
         and (embedding_gallery.client is null or s.client = embedding_gallery.client)
     ) spread order by turn, hashtextextended(id::text, 1::bigint) limit 16);
   found := (
@@ -1016,12 +1025,12 @@ begin
   looked_at := coalesce(cardinality(others), 0);
   embedded := (
     select count(*) from product_embeddings e join embedding_sources s on s.id = e.asset_id
-    where e.model_version = embedding_pairs.model_version
+    where e.model_version = embedding_pairs.model_version and e.embedding is not null
       and (embedding_pairs.client is null or s.client = embedding_pairs.client));
 
   for asset in
     select e.asset_id from product_embeddings e join embedding_sources s on s.id = e.asset_id
-    where e.model_version = embedding_pairs.model_version
+    where e.model_version = embedding_pairs.model_version and e.embedding is not null
       and (embedding_pairs.client is null or s.client = embedding_pairs.client)
       and (others is null or e.asset_id <> all (others))
     order by e.asset_id limit most

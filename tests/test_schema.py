@@ -1,5 +1,6 @@
 """schema.sql as a file: whatever the database is like, it fits or says what to do."""
 
+import json
 import os
 import re
 import subprocess
@@ -210,6 +211,41 @@ def test_of_double_rows_the_newest_of_the_present_model_stays(older):
         (ids[1], VERSION, None),
         (ids[2], "later", 2020),
     ]
+
+
+def test_rows_of_an_older_table_that_hold_no_vector_count_as_none(older):
+    """Nulls, which an app may also set later; and zeros, which are like everything."""
+    null, zeros, *others = fill(older, 4)
+    for asset, vector in ((null, None), (zeros, str([0] * 512)), *((i, ONES) for i in others)):
+        older.sql(EMBEDDING, [asset, vector, VERSION])
+    older.apply_schema()
+    older.reload_schema()
+    assert [str(i) for (i,) in rows(older, "asset_id")] == [null, *others]
+    api = Api(older, older.service_key)
+    assert api.status()["done"] == 2
+    assert [a["id"] for a in api.pending()["assets"]] == [null, zeros]
+    calls = {
+        "match_products": {"query_embedding": ONES},
+        "embedding_search": {"query_embedding": ONES, "model_version": VERSION},
+        "similar_products": {"asset_id": others[0]},
+        "duplicate_products": {"min_similarity": -1},
+        "embedding_gallery": {"model_version": VERSION},
+        "embedding_pairs": {"model_version": VERSION},
+    }
+    for function, arguments in calls.items():
+        answer = json.dumps(api.call(function, **arguments))
+        assert others[1] in answer
+        assert null not in answer
+    assert api.call("similar_products", asset_id=null) == []
+    assert api.call("duplicate_products", page=2)["last"] == others[1]
+    looked = api.call("embedding_pairs", model_version=VERSION)
+    assert (looked["embedded"], looked["looked_at"]) == (2, 2)
+    pending = api.pending()["assets"]
+    for _ in range(2):
+        assert api.store([], pending) == {null: "noted", zeros: "noted"}
+    assert len(rows(older)) == 3  # it may hold more than ours
+    assert api.store(pending) == {null: "stored", zeros: "stored"}
+    assert api.status()["done"] == 4
 
 
 def test_what_an_older_table_lacks_it_is_given(older):
