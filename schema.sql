@@ -81,6 +81,10 @@ exception when undefined_function or undefined_column then
     functions);
 end $$;
 
+-- The triggers of this file's first versions.
+drop function if exists public.forget_asset_embedding, public.clear_embedding_failure,
+  public.count_embedding_attempt, public.skip_embedding_failure, public.await_image_change cascade;
+
 -- The trigger below needs a function; its body stands further down.
 create or replace function public.forget_embedding() returns trigger
 language plpgsql as 'begin return null; end';
@@ -106,7 +110,8 @@ end $$;
 do $$ begin
   if to_regproc('public.embedding_status') is not null and not exists (
     select from pg_class c, aclexplode(c.relacl) granted
-    where c.oid in (to_regclass('public.embedding_failures'), to_regclass('public.embedding_sources'))
+    where c.oid in (to_regclass('public.embedding_failures'),
+                    to_regclass('public.embedding_sources'))
       and granted.grantee not in (c.relowner, 'service_role'::regrole)
   ) then
     drop view if exists public.embedding_failures, public.embedding_sources;
@@ -222,8 +227,10 @@ begin
     and (attname in ('image', 'client', 'title') and typcategory <> 'S'
          or attname = 'id' and atttypid = 'bpchar'::regtype);
   if wrong is not null then
-    raise exception 'embedding_sources must give text: %', wrong using hint =
-      'Add ::text to that column where the view selects it.';
+    raise exception 'embedding_sources must give text: %', wrong using hint = case
+      when wrong ~ 'image is (json|.*\[\])' then 'The section "Your tables" shows how to take the '
+        'first of several images: a.images ->> 0 of jsonb, a.images[1] of an array.'
+      else 'Add ::text to that column where the view selects it.' end;
   end if;
 
   select format_type(atttypid, null) into wrong from pg_attribute
@@ -280,16 +287,43 @@ create table if not exists public.product_embedding_failures (
   created_at timestamptz not null default now(),
   updated_at timestamptz not null default now()
 );
-alter table public.product_embedding_failures add column if not exists image_hash bigint;
 
--- A product_embeddings table from before this file may lack what the functions below rely on.
-alter table public.product_embeddings
-  add column if not exists model_version text,
-  add column if not exists embedded_image_hash bigint,
-  add column if not exists created_at timestamptz,
-  add column if not exists updated_at timestamptz,
-  alter column created_at set default now(),
-  alter column updated_at set default now();
+-- Tables from before this file, or its last version, may lack what the functions below rely on. An
+-- alter only where they do: it waits for the searches that are going on, some of which wait for the
+-- views, which this transaction holds.
+do $$
+declare
+  lacking record;
+begin
+  if exists (
+    select from pg_class
+    where oid = 'public.product_embeddings'::regclass and relkind not in ('r', 'p')
+  ) then
+    raise exception 'product_embeddings is there already, and is no table' using hint =
+      'Give it another name and run this file again: '
+      'alter table public.product_embeddings rename to product_embeddings_old;';
+  end if;
+
+  for lacking in
+    select * from (values
+      ('product_embeddings', 'model_version', 'text', null),
+      ('product_embeddings', 'embedded_image_hash', 'bigint', null),
+      ('product_embeddings', 'created_at', 'timestamptz', 'now()'),
+      ('product_embeddings', 'updated_at', 'timestamptz', 'now()'),
+      ('product_embedding_failures', 'image_hash', 'bigint', null)
+    ) v (relation, name, type, standard)
+    where not exists (
+      select from pg_attribute
+      where attrelid = relation::regclass and attname = name and (standard is null or atthasdef))
+  loop
+    execute format('alter table %I add column if not exists %I %s',
+      lacking.relation, lacking.name, lacking.type);
+    if lacking.standard is not null then  -- after it, as old rows have none
+      execute format('alter table %I alter %I set default %s',
+        lacking.relation, lacking.name, lacking.standard);
+    end if;
+  end loop;
+end $$;
 
 do $$
 begin
@@ -339,7 +373,18 @@ declare
   assets text := current_setting('embeddings.assets');
   relation regclass;
   known record;
+  deferrable_keys text;
 begin
+  select string_agg(format('drop constraint %I', conname), ', ') into deferrable_keys
+  from pg_constraint c join pg_attribute a on a.attrelid = c.conrelid
+  where c.conrelid = 'public.product_embeddings'::regclass and c.contype in ('p', 'u')
+    and c.condeferrable and c.conkey = array[a.attnum] and a.attname = 'asset_id';
+  if deferrable_keys is not null then
+    raise exception 'the key of product_embeddings is deferrable, which no upsert can use'
+    using hint = 'Drop it, and run this file again, which makes one: '
+      'alter table public.product_embeddings ' || deferrable_keys || ';';
+  end if;
+
   -- A primary key where there is none: without it a publication refuses updates and deletes.
   if not exists (
     select from pg_index
@@ -351,7 +396,7 @@ begin
     where i.indrelid = 'public.product_embeddings'::regclass and a.attname = 'asset_id'
       and i.indisunique and i.indisvalid and i.indpred is null and i.indkey::text = a.attnum::text
   ) then
-    create unique index product_embeddings_asset_id on product_embeddings (asset_id);
+    create unique index on product_embeddings (asset_id);
   end if;
 
   if not exists (
@@ -365,10 +410,9 @@ begin
   end if;
 
   foreach relation in array '{product_embeddings, product_embedding_failures}'::regclass[] loop
-    continue when assets = '';
     -- A key to another table refuses rows; one without "cascade" keeps assets from being deleted.
     select c.conname, c.confrelid::regclass as target,
-      c.confrelid = to_regclass(regexp_replace(assets, ' *\([^()]*\)$', ''))
+      c.confrelid = to_regclass(nullif(regexp_replace(assets, ' *\([^()]*\)$', ''), ''))
         and c.confdeltype = 'c' as fits
     into known
     from pg_constraint c join pg_attribute a on a.attrelid = c.conrelid
@@ -379,9 +423,11 @@ begin
     if known.conname is not null then
       raise exception 'the foreign key % refers to %, or lacks "on delete cascade"',
         known.conname, known.target using hint = format(
-        'It would refuse rows, or keep assets from being deleted. This file adds its own after: '
+        'It would refuse rows, or keep assets from being deleted. Run, and then this file again, '
+        'which adds its own where "Your tables" names the assets: '
         'alter table public.%s drop constraint %I;', relation, known.conname);
     end if;
+    continue when assets = '';
     execute format(
       'alter table %s add foreign key (asset_id) references %s on delete cascade on update cascade '
       'not valid', relation, assets);
@@ -400,12 +446,14 @@ do $$ begin
   if exists (
     select from pg_index i join pg_opclass o on o.oid = i.indclass[0]
       join pg_am m on m.oid = o.opcmethod
+      join pg_attribute a on a.attrelid = i.indrelid and a.attnum = i.indkey[0]
     where i.indrelid = 'public.product_embeddings'::regclass and i.indisvalid
       and o.opcname = 'vector_cosine_ops' and m.amname = 'hnsw'
+      and a.attname = 'embedding' and i.indpred is null
   ) then
     return;
   end if;
-  if (select count(*) from (select from product_embeddings limit 10001) as few) > 10000 then
+  if (select count(*) from (select from product_embeddings limit 5001) as few) > 5000 then
     raise warning 'product_embeddings has no HNSW index: create it as schema.sql says';
     return;
   end if;
@@ -429,8 +477,14 @@ end $$;
 
 -- The service role alone. It bypasses row level security, and there is no policy, which is meant so
 -- (the advisor's notice 0008).
-alter table public.product_embeddings enable row level security;
-alter table public.product_embedding_failures enable row level security;
+do $$ begin
+  if (select bool_and(relrowsecurity) from pg_class
+      where oid in ('product_embeddings'::regclass, 'product_embedding_failures'::regclass)) then
+    return;  -- see above: an alter only where it is lacking
+  end if;
+  alter table public.product_embeddings enable row level security;
+  alter table public.product_embedding_failures enable row level security;
+end $$;
 revoke all on public.embedding_sources, public.product_embeddings, public.product_embedding_failures
   from public, anon, authenticated;
 grant select on public.embedding_sources to service_role;
@@ -1212,7 +1266,8 @@ end $$;
 do $$
 declare
   some_vector constant text := '[' || rtrim(repeat('0.5,', 512), ',') || ']';
-  version constant text := 'self-test-of-schema.sql';  -- a little longer than CLIP's name: a column that is too short for that is found
+  -- A little longer than CLIP's name: a column that is too short for that is found.
+  version constant text := 'self-test-of-schema.sql';
   asset jsonb;
   answer jsonb;
 begin
