@@ -7,6 +7,7 @@
 -- Yours differs? The section "Your tables" is the only one that names it. Are your ids bigint or
 -- text? Replace the word uuid by that in the whole file. A table product_embeddings that is there
 -- already is kept; from then on the service role alone may use it (see "Access").
+-- Restored from a dump without privileges? Run it again: until then everybody may call it all.
 --
 -- As a migration: copy it as it stands to supabase/migrations/<timestamp>_embeddings.sql, the begin
 -- and commit included, and the next version of it to a new one. Tried with the supabase CLI 3.1:
@@ -560,7 +561,8 @@ end $$;
 -- What there is of one client and shard, counted exactly; "waiting" are those that failed for now
 -- and are not due again yet. A failure row says more than a vector beside it: see
 -- forget_embedding. Where there is no such client: the names of others, for a hint. "is null or",
--- because an image may cost something, be it a subquery or a long data: URL.
+-- because an image may cost something, be it a subquery or a long data: URL. Each run begins here,
+-- so here it is noticed that a dump was restored without privileges.
 create or replace function public.embedding_status(
   model_version text, client text default null, shard int default 1, shards int default 1
 ) returns jsonb
@@ -570,7 +572,19 @@ set plan_cache_mode = force_custom_plan
 set statement_timeout = '55s'
 as $$
 #variable_conflict use_column
+declare
+  called_by_all text := (
+    select string_agg(proname, ', ') from pg_proc
+    where pronamespace = 'public'::regnamespace and prosecdef
+      and proname in ('embedding_status', 'pending_assets', 'store_embeddings', 'embedding_search',
+        'embedding_gallery', 'embedding_pairs', 'failed_assets')
+      and (has_function_privilege('anon', oid, 'execute')
+        or has_function_privilege('authenticated', oid, 'execute')));
 begin
+  if called_by_all is not null then
+    raise exception 'anon or authenticated may call what is the service role''s alone (%): '
+      'run schema.sql again, which closes it', called_by_all;
+  end if;
   return (
     select jsonb_build_object(
       'contract', 2,  -- CONTRACT in generate_embeddings.py
@@ -1161,14 +1175,24 @@ begin
   end if;
 end $$;
 
--- The service role alone. (New functions may be called by everyone.)
-revoke execute on function
-  public.embedding_image_hash, public.embedding_shard, public.embedding_back_off,
-  public.embedding_status, public.pending_assets, public.store_embedding_rows,
-  public.store_embeddings, public.forget_embedding, public.match_products,
-  public.similar_products, public.duplicate_products, public.embedding_pictures,
-  public.embedding_search, public.embedding_gallery, public.embedding_pairs, public.failed_assets
-  from public, anon, authenticated, service_role;
+-- The service role alone, whomever the default privileges name. (New functions may be called by
+-- everyone.)
+do $$
+declare
+  granted record;
+begin
+  for granted in
+    select p.oid::regprocedure as function,
+      case when a.grantee = 0 then 'public' else a.grantee::regrole::text end as grantee
+    from pg_proc p cross join aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) a
+    where p.pronamespace = 'public'::regnamespace and a.grantee <> p.proowner
+      and (p.proname = any (current_setting('embeddings.functions')::text[])
+        or p.oid = 'public.forget_embedding'::regproc)
+  loop
+    execute format(
+      'revoke execute on function %s from %s cascade', granted.function, granted.grantee);
+  end loop;
+end $$;
 grant execute on function
   public.embedding_status, public.pending_assets, public.store_embeddings, public.match_products,
   public.similar_products, public.duplicate_products, public.embedding_search,

@@ -1128,7 +1128,7 @@ def test_policies_and_rights_from_before_are_named(stack):
 # A dump
 
 
-@pytest.mark.parametrize("form", ["plain", "custom"])
+@pytest.mark.parametrize("form", ["plain", "custom", "without privileges"])
 def test_a_dump_is_restored_by_a_role_that_is_no_superuser(stack, api, tmp_path, form):
     """As Supabase's docs on backups say, into a project where pgvector is enabled."""
     (one, two) = fill(stack, 2)
@@ -1137,7 +1137,13 @@ def test_a_dump_is_restored_by_a_role_that_is_no_superuser(stack, api, tmp_path,
     stack.sql(f"{defaults} functions from anon, authenticated, service_role")  # the superuser's
     stack.sql(f"{defaults} tables from editor")
     dump = tmp_path / "dump"
-    tool(stack, "pg_dump", f"--format={form}", "--schema=public", f"--file={dump}")
+    tool(
+        stack,
+        "pg_dump",
+        f"--format={'plain' if form == 'plain' else 'custom'}",
+        "--schema=public",
+        f"--file={dump}",
+    )
     stack.sql("create database restored owner editor")
     try:
         uri = stack.db_uri.replace("/postgres?", "/restored?")
@@ -1149,6 +1155,8 @@ def test_a_dump_is_restored_by_a_role_that_is_no_superuser(stack, api, tmp_path,
             arguments = ["psql", "--single-transaction", "-v", "ON_ERROR_STOP=1", "-q", "-f", dump]
         else:
             arguments = ["pg_restore", "--no-owner", "--single-transaction", "-d", "restored", dump]
+        if form == "without privileges":
+            arguments.insert(1, "--no-privileges")
         tool(stack, *arguments, user="editor", database="restored")
         with psycopg.connect(uri, user="editor") as editor:
             found = editor.execute("select asset_id::text from similar_products(%s)", [one])
@@ -1156,6 +1164,12 @@ def test_a_dump_is_restored_by_a_role_that_is_no_superuser(stack, api, tmp_path,
             names = ("iterative_scan", "max_scan_tuples", "scan_mem_multiplier")
             set_to = [editor.execute(f"show hnsw.{name}").fetchone()[0] for name in names]
             assert set_to == ["strict_order", "40000", "4"]
+            if form == "without privileges":
+                with pytest.raises(psycopg.Error, match=r"anon or .*run schema\.sql again"):
+                    editor.execute("select embedding_status('x')")
+                editor.rollback()
+                editor.execute(schema())
+            editor.execute("select embedding_status('x')")
     finally:
         stack.sql("drop database restored with (force)")
 
@@ -1230,6 +1244,23 @@ def test_the_script_needs_no_right_on_the_assets(stack, api):
     assert api.status()["done"] == 1
 
 
+def test_the_functions_are_closed_to_whomever_the_default_privileges_name(stack):
+    stack.reset(schema=False)
+    stack.sql("drop role if exists merchant; create role merchant")
+    stack.sql(
+        "alter default privileges for role editor in schema public "
+        "grant execute on functions to merchant with grant option"
+    )
+    stack.apply_schema()
+    ((ours, open_to_merchants),) = stack.sql(
+        "select count(*), "
+        "count(*) filter (where has_function_privilege('merchant', oid, 'execute')) "
+        "from pg_proc where pronamespace = 'public'::regnamespace"
+    )
+    assert (ours, open_to_merchants) == (16, 0)
+    stack.sql("drop owned by merchant; drop role merchant")
+
+
 @pytest.mark.parametrize(
     "function",
     ["store_embedding_rows", "embedding_back_off", "embedding_shard", "embedding_pictures"],
@@ -1276,3 +1307,19 @@ def test_signed_in_users_find_what_they_may_see_once_the_search_is_open(stack, a
     assert anon("POST", "rpc/match_products", {"query_embedding": ONES}).status_code == 401
     assert anon("GET", TABLES[0]).status_code == 401
     assert len(api.call("match_products", query_embedding=ONES)) == 2
+    assert api.status()["done"] == 2
+    stack.apply_schema()
+    answer = user(stack, client="x")("POST", "rpc/match_products", {"query_embedding": ONES})
+    assert answer.status_code == 403
+    stack.sql_as_editor(opening)
+    assert user(stack, client="x").call("match_products", query_embedding=ONES)
+
+
+@pytest.mark.parametrize("role", ["anon", "authenticated", "public"])
+def test_a_function_of_the_service_roles_that_others_may_call_is_named(stack, api, role):
+    stack.sql(f"grant execute on function store_embeddings to {role}")
+    answer = api("POST", "rpc/embedding_status", {"model_version": VERSION})
+    assert answer.status_code == 400
+    assert "(store_embeddings): run schema.sql again" in answer.json()["message"]
+    stack.apply_schema()
+    assert api.status()["assets"] == 0
