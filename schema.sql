@@ -1071,15 +1071,19 @@ declare
   near record;
 begin
   with signs as materialized (
+    -- Joined with the assets, vectors would be read in the ids' order, from all over the disk.
     select e.asset_id, hashtextextended(binary_quantize(e.embedding)::text, 0::bigint) as sign
-    from product_embeddings e join embedding_sources s on s.id = e.asset_id
+    from product_embeddings e
     where e.model_version = embedding_pairs.model_version
-      and (embedding_pairs.client is null or s.client = embedding_pairs.client)
+      and (embedding_pairs.client is null or exists (
+        select from embedding_sources s
+        where s.id = e.asset_id and s.client = embedding_pairs.client))
     limit among
   ), kinds as (
-    select array_agg(asset_id order by asset_id) as ids
-    from signs where sign in (select sign from signs group by sign having count(*) > 1)
-    group by sign
+    select array_agg(d.asset_id order by d.asset_id) as ids
+    from signs d join embedding_sources s on s.id = d.asset_id
+    where d.sign in (select sign from signs group by sign having count(*) > 1)
+    group by d.sign
   ), copies as (
     select a.asset_id as one, b.asset_id as other, 1 - (a.embedding <=> b.embedding) as similarity
     from kinds k cross join unnest(k.ids[2:]) u (id)
