@@ -1236,6 +1236,8 @@ LACKING = ("PGRST202", "42883", "42P01", "42703")  # a function, table or column
 BAD_KEY = ("401", "403", "PGRST301", "PGRST302", "PGRST303")
 NO_GRANT = "42501"
 NOT_EXPOSED = "PGRST106"
+TOO_LONG = "57014"  # over the statement_timeout; passing, but for
+SEARCHES = ("embedding_search", "embedding_gallery", "embedding_pairs")  # these: they need an index
 
 
 class SupabaseStore:
@@ -1426,7 +1428,8 @@ class SupabaseStore:
             except APIError as error:
                 code = str(error.code or self._http.status)
                 message = self._without_key(said_in(error))
-                if not PASSING.fullmatch(code):
+                in_vain = code == TOO_LONG and function in SEARCHES
+                if in_vain or not PASSING.fullmatch(code):
                     raise RunError(self._explain(code, message)) from None
                 trouble = f"{code}, {message}"
             except httpx.RequestError as error:
@@ -1461,6 +1464,11 @@ class SupabaseStore:
         if code == NOT_EXPOSED:
             where = "the dashboard's settings of the Data API, Exposed schemas"
             return f"the schema public is not exposed ({message}): add it in {where}"
+        if code == TOO_LONG:
+            return (
+                f"a search in the database took too long ({message}): has product_embeddings its "
+                "HNSW index? schema.sql says how to make it"
+            )
         if re.fullmatch(r"3\d\d", code) and self._http.leads_to:
             where = self._without_key(self._http.leads_to.partition("/rest/v1")[0])
             url = self._settings.url

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import TINY_VERSION, Cli, model_settings, renew, stack_cli
 from PIL import Image
-from stack import ImageHost
+from stack import JSON, ImageHost
 
 import generate_embeddings as script
 
@@ -201,6 +201,7 @@ def ask_database(_stack, photos, tiny, tmp_path_factory):
             for n, name in enumerate(SIX)
         )
         assert cli().code == 0
+        cli.gateway = _stack.gateway
         yield cli
 
 
@@ -219,3 +220,23 @@ def test_a_database_answers_with_names_and_ids(ask_database):
 def test_a_clients_answers_are_that_clients_alone(ask_database):
     rows = lines(ask_database("--client", "client 0", "--search", "photo.webp", "--limit", 2))
     assert [row[2][-1] for row in rows] in ([a, b] for a in "024" for b in "024" if a != b)
+
+
+@pytest.mark.parametrize("function", ["embedding_search", "embedding_gallery", "embedding_pairs"])
+def test_a_search_that_takes_too_long_is_not_asked_again(ask_database, tmp_path, function):
+    """As at hundreds of thousands of rows without the index."""
+    asked = []
+
+    def fault(request):
+        if request.function != function:
+            return None
+        asked.append(function)
+        return 500, JSON, b'{"code":"57014","message":"canceling statement"}'
+
+    ask_database.gateway.fault = fault
+    try:
+        run = ask_database("--search", "rocket.jpg", "--gallery", tmp_path / "page.html")
+    finally:
+        ask_database.gateway.fault = None
+    assert (run.code, len(asked)) == (2, 1)
+    assert "took too long (canceling statement): has product_embeddings its HNSW index" in run.error
