@@ -448,7 +448,7 @@ class TryAgain(NotNow):
 
 
 class NoAnswer(TryAgain):
-    """No host has answered: it is down, or this machine's network is."""
+    """Nobody has answered: a host is down, or this machine's network is away."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason, after=0)
@@ -744,7 +744,7 @@ MOST_WORKERS = 64  # more at once few image hosts like
 SLOW_SECONDS = 4.0  # a download that takes longer makes room for another
 MOST_SLOW = 64  # downloads that do
 HOST_FAILURES = 20  # in a row, none an image's own: the host counts as down,
-SILENT_SECONDS = 30.0  # unless it answered within these: Wi-Fi may be away for some
+SILENT_SECONDS = 20.0  # unless it answered within these: Wi-Fi may be away for some
 HOSTS_DOWN = 3  # one after the other, with no answer between: the network is gone
 REFUSALS = 20  # of vectors, for one reason, with none stored: the rest would be refused, too
 
@@ -1658,11 +1658,9 @@ class FolderStore:
         failed_for_good = []
         for path in mine:
             row = known.get(path)
-            modified = files[path]
-            if row and modified is None:
-                modified = row.modified  # it can't be looked at now: what is known stays
-            asset = Asset(path, path, mark=modified or 0)
-            if not row or row.modified != modified or row.model_version != version:
+            stat = files[path]
+            asset = Asset(path, path, mark=mark_of(stat) if stat else 0)
+            if not row or not is_same_file(row, stat) or row.model_version != version:
                 self._new.append(asset)
             elif row.permanent is None:
                 done += 1
@@ -1685,9 +1683,9 @@ class FolderStore:
         hint = f"did you mean {near[0]}?" if near else "--client is a subfolder"
         raise RunError(f"no image below {self._folder / self._below}: {hint}")
 
-    def _files(self) -> Iterator[tuple[str, int | None]]:
-        """Path and mark (None: can't be read) of each image file. Logs what is left out, but for
-        hidden files and folders."""
+    def _files(self) -> Iterator[tuple[str, os.stat_result | None]]:
+        """Path and state (None: it can't be looked at) of each image file. Logs what is left out,
+        but for hidden files and folders."""
         left_out: Counter[str] = Counter()
         for folder, subfolders, names in os.walk(self._folder, onerror=unreadable):
             here = Path(folder)
@@ -1709,7 +1707,7 @@ class FolderStore:
                 try:
                     path = (here / name).relative_to(self._folder).as_posix()
                     path.encode()
-                    yield path, mark_of(here / name)
+                    yield path, (here / name).stat()
                 except (FileNotFoundError, UnicodeEncodeError) as error:
                     log.warning("left out: %s: %s", ascii(str(here / name)), error)
                 except OSError:  # of a folder that keeps its files from us, say
@@ -1814,11 +1812,16 @@ def picture_of(path: str) -> Picture:
     return Picture(path, path, folder, name)
 
 
-def mark_of(path: Path) -> int:
+def mark_of(stat: os.stat_result) -> int:
     """What tells an image file from one that takes its place: its time of modification, in
     nanoseconds, and its size, as some exports and archives give all files one time."""
-    stat = path.stat()
     return stat.st_mtime_ns + stat.st_size
+
+
+def is_same_file(row: KnownImage, stat: os.stat_result | None) -> bool:
+    """Whether a row is of this very file. Rows of earlier versions hold its time alone; and
+    of one that can't be looked at now, what is known stays."""
+    return stat is None or row.modified in (mark_of(stat), stat.st_mtime_ns)
 
 
 def is_link(path: Path) -> bool:
@@ -1940,6 +1943,10 @@ ROBOT_WORDS = re.compile(
 )
 ROBOT_ADVICE = f"ask the host to let {AGENT} in, or slow down with --workers"
 
+# What goes wrong on the way to a host, and back. (A decoder has none of these modules.)
+TROUBLE: tuple[type[Exception], ...] = ()
+if not IN_DECODER:
+    TROUBLE = (OSError, ValueError, http.client.HTTPException, HTTPError)
 # What a library's message holds, and what we say.
 NETWORK_REASONS = {
     "CERTIFICATE": "the host's certificate is not valid",
@@ -2003,7 +2010,7 @@ class Fetcher:
     def _follow(self, url: Url, headers: Mapping[str, str], deadline: Deadline) -> bytes:
         """One attempt, along its redirects. Cookies live that long, and go to no other origin."""
         cookies: dict[str, dict[str, str]] = {}
-        for _ in range(MAX_REDIRECTS + 1):
+        for hop in range(MAX_REDIRECTS + 1):
             own = cookies.setdefault(url.origin, {})
             try:
                 with contextlib.closing(self._ask(url, headers, own, deadline)) as answer:
@@ -2011,8 +2018,12 @@ class Fetcher:
                     if meaning_of(answer) is not Meaning.ELSEWHERE or not target:
                         return self._picture(answer, deadline)
                     own.update(cookies_of(answer))
-            except (OSError, ValueError, http.client.HTTPException, HTTPError) as error:
-                raise NoAnswer(network_reason(error)) from None
+            except TROUBLE as error:
+                raise TryAgain(network_reason(error), after=0) from None
+            except BadAddress as error:
+                if hop == 0:
+                    raise
+                raise NotNow(f"a redirect elsewhere: {error}") from None
             url = next_url(url, target)
             headers = {}  # they were for the first place alone
         raise NotNow(f"more than {MAX_REDIRECTS} redirects")
@@ -2026,15 +2037,18 @@ class Fetcher:
         if url.login and "Authorization" not in sent:
             sent |= urllib3.make_headers(basic_auth=url.login, basic_auth_encoding="utf-8")
         left = deadline.left()
-        return self._pools_for(url).urlopen(
-            "GET",
-            f"{url.origin}/",
-            headers=sent,
-            timeout=urllib3.Timeout(connect=left, read=min(READ_SECONDS, left)),
-            retries=False,
-            redirect=False,
-            preload_content=False,
-        )
+        try:
+            return self._pools_for(url).urlopen(
+                "GET",
+                f"{url.origin}/",
+                headers=sent,
+                timeout=urllib3.Timeout(connect=left, read=min(READ_SECONDS, left)),
+                retries=False,
+                redirect=False,
+                preload_content=False,
+            )
+        except TROUBLE as error:
+            raise NoAnswer(network_reason(error)) from None
 
     def _pools_for(self, url: Url) -> urllib3.PoolManager:
         """The open connections that may serve a URL: the direct ones, or a proxy's."""
@@ -2161,7 +2175,7 @@ def status_in_body(page: bytes) -> int:
     all that it refuses, also for an hour of trouble, and says there what it means."""
     try:
         status = int(json.loads(page)["statusCode"])
-    except (LookupError, TypeError, ValueError, RecursionError):
+    except (LookupError, TypeError, ValueError, OverflowError, RecursionError):
         return 0
     return status if 400 <= status < 600 else 0
 
@@ -2518,10 +2532,11 @@ def tls_context() -> ssl.SSLContext:
 def check_proxies(*needed: str) -> None:
     """Raises RunError where the environment names a SOCKS proxy that can't be used: one of another
     kind, or without the packages that are needed."""
-    for kind, proxy in getproxies().items():
+    proxies = getproxies()
+    for kind in ("http", "https", "all"):
         name = f"{kind}_proxy".upper()
-        scheme = proxy.partition(":")[0].lower()
-        if not scheme.startswith("socks"):
+        scheme, separator, _ = proxies.get(kind, "").lower().partition("://")
+        if not separator or not scheme.startswith("socks"):
             continue
         if scheme not in ("socks5", "socks5h"):
             raise RunError(f"{name}: write socks5h:// for {scheme}://, which httpx does not know")
@@ -3813,7 +3828,8 @@ ADVICE = {
     r"HTTP (408|423|425|5\d\d)|in time|not complete|compress|headers without end": "The host has "
     "trouble: run again later.",
     r"connection|reachable|TLS failed": "The host can't be reached: run again later.",
-    r"name server": "This machine's network is away: run again later.",
+    r"name server": "This machine's network is away, or the host's domain has trouble: run again "
+    "later.",
     r"host not found": "No host has this name: correct the address.",
     r"certificate": "It has expired, is another host's, or not complete: tell whoever runs the "
     "host. Behind a company's proxy, REQUESTS_CA_BUNDLE names the file with its certificates.",
@@ -3879,7 +3895,7 @@ def answer_questions(store: Store, settings: Settings) -> int:
     """What --search does: prints the pictures nearest to each question, best first. Embeds nothing
     else. Returns the exit code; raises RunError."""
     # Most of an answer's time goes to this import; the store and the pictures come meanwhile.
-    threading.Thread(target=import_module, args=["torch"], daemon=True).start()
+    threading.Thread(target=import_torch, daemon=True).start()
     status = status_in_time(store)
     if not status.done:
         raise RunError(
@@ -3897,6 +3913,12 @@ def answer_questions(store: Store, settings: Settings) -> int:
     if settings.gallery:
         write_gallery(store, settings, status, answers)
     return 0
+
+
+def import_torch() -> None:
+    """For those who need it soon, and who then say what is wrong with it."""
+    with contextlib.suppress(Exception):
+        import_module("torch")
 
 
 def answer_line(question: str, match: Match, settings: Settings) -> str:

@@ -126,6 +126,8 @@ end $$;
 -- A fourth column, title, is what --gallery and --search call an asset; without one they take the
 -- last part of its URL. Assets that this leaves out are left alone. More columns than these do no
 -- harm unless they are called like a parameter of the functions below, as "after" is.
+-- The same picture must read the same in each run: an image that reads otherwise is a new one, and
+-- is embedded anew. So no now() in it, no signature and no ?v= that changes without the picture.
 create or replace view public.embedding_sources with (security_invoker = true) as
   select a.id, a.image_url as image, a.client_name as client
   from public.assets a;
@@ -134,7 +136,8 @@ create or replace view public.embedding_sources with (security_invoker = true) a
 grant select on public.assets to service_role;
 
 -- A new image: forget what is known of the old one, so that the search no longer goes by it. (The
--- next run finds a new image with or without this.) The column that holds it, twice, and the name
+-- next run finds a new image with or without this, but where the vector's embedded_image_hash is
+-- null, as in rows from before that column.) The column that holds it, twice, and the name
 -- of the id's column, as it is spelled in the table and without double quotes.
 create or replace trigger forget_embedding
   after update on public.assets
@@ -168,11 +171,11 @@ create or replace trigger forget_embedding
 --   select a.id, a.images ->> 0 as image, a.client_name as client from public.assets a;
 -- Images in a table of their own, of which the first one counts (grant select on that one, too):
 --   select a.id, (select p.url from public.photos p where p.asset_id = a.id
---       order by p.position limit 1) as image, a.client_name as client
+--       order by p.position, p.url limit 1) as image, a.client_name as client
 --   from public.assets a;
 -- The trigger then watches that table, with the column that holds the asset's id. Each run looks up
 -- the first photo of each asset:
---   create index on public.photos (asset_id, position);
+--   create index on public.photos (asset_id, position, url);
 --   create or replace trigger forget_embedding
 --     after insert or delete or update of asset_id, url, position on public.photos
 --     for each row execute function public.forget_embedding('asset_id');
@@ -184,7 +187,7 @@ create or replace trigger forget_embedding
 --   from public.assets a;
 -- Assets whose rows cannot be locked: a materialised view, distinct, group by, an outer join. With
 -- "with" nothing is locked, and the next run sees that an image changed in the moment of storing:
---   with a as (select distinct on (b.id) b.* from public.assets b order by b.id)
+--   with a as (select distinct on (b.id) b.* from public.assets b order by b.id, b.image_url)
 --   select a.id, a.image_url as image, a.client_name as client from a;
 --
 -- No foreign key (partitioned, inherited, unlogged, foreign or materialised assets, assets without
@@ -265,7 +268,7 @@ end $$;
 -- asset's image the one that embedded_image_hash tells. So the next run finds each new image, be it
 -- by a change of the view or past the trigger. The search does not ask for the hash: the trigger is
 -- there for it. (Null, in rows from before the column: of any image. Those rely on the trigger
--- alone.) An embedding that you set to null counts as none.
+-- alone.) An embedding that is null, where an older table has such, counts as none.
 create table if not exists public.product_embeddings (
   asset_id uuid primary key,
   embedding vector(512) not null,
@@ -745,15 +748,13 @@ begin
   delete from product_embedding_failures f where f.asset_id = any (written);
 
   if due is not null then
-    -- Vectors of an older image: of another hash or, where they have none, with a failure beside
-    -- them (see forget_embedding).
-    delete from product_embeddings e
-    using json_to_recordset(failures) r (asset_id uuid, image_hash bigint)
+    -- A vector that does not know its image, with a failure beside it, is of an older one: see
+    -- forget_embedding. One that does know it stays: it counts again when a view that was mistaken
+    -- is mended.
+    delete from product_embeddings e using product_embedding_failures f
     where e.asset_id = any (due) and e.model_version = store_embedding_rows.model_version
-      and r.asset_id = e.asset_id and e.embedding is not null
-      and coalesce(e.embedded_image_hash <> r.image_hash, exists (
-        select from product_embedding_failures f
-        where f.asset_id = e.asset_id and f.model_version = store_embedding_rows.model_version));
+      and e.embedded_image_hash is null and e.embedding is not null
+      and f.asset_id = e.asset_id and f.model_version = store_embedding_rows.model_version;
 
     with recorded as (
       insert into product_embedding_failures as f
@@ -765,7 +766,8 @@ begin
       where r.asset_id = any (due)
         and not exists (
           select from product_embeddings e where e.asset_id = r.asset_id
-          and e.model_version = store_embedding_rows.model_version and e.embedding is not null)
+          and e.model_version = store_embedding_rows.model_version and e.embedding is not null
+          and coalesce(e.embedded_image_hash = r.image_hash, true))
       on conflict (asset_id) do update set
         model_version = excluded.model_version, image_hash = excluded.image_hash,
         stage = excluded.stage, reason = excluded.reason, permanent = excluded.permanent,
@@ -790,8 +792,10 @@ begin
         when g.outcome <> 'due' then g.outcome
         when g.asset_id = any (noted) then 'noted'
         when exists (
-          select from product_embeddings e where e.asset_id = g.asset_id
+          select from product_embeddings e join embedding_sources s on s.id = e.asset_id
+          where e.asset_id = g.asset_id
           and e.model_version = store_embedding_rows.model_version and e.embedding is not null
+          and coalesce(e.embedded_image_hash = embedding_image_hash(s.image), true)
         ) then 'superseded'
         else 'refused' end as outcome
       from unnest(ids, outcomes) g (asset_id, outcome)
@@ -1190,6 +1194,9 @@ begin
       case when a.grantee = 0 then 'public' else a.grantee::regrole::text end as grantee
     from pg_proc p cross join aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) a
     where p.pronamespace = 'public'::regnamespace and a.grantee <> p.proowner
+      -- What you granted to a role of your own stays, but for functions with their owner's rights.
+      and (p.prosecdef or a.grantee in (0, 'anon'::regrole, 'authenticated'::regrole,
+        'service_role'::regrole))
       and (p.proname = any (current_setting('embeddings.functions')::text[])
         or p.oid = 'public.forget_embedding'::regproc)
   loop

@@ -280,6 +280,15 @@ def test_a_link_whose_disk_is_away_keeps_its_vector(small, tmp_path):
     assert (status.assets, status.done) == (len(SMALL) + 1, len(SMALL) + 1)
 
 
+def test_rows_of_earlier_versions_hold(small):
+    """They have the file's time alone."""
+    settle(small)
+    for path in SMALL:
+        time = (small / path).stat().st_mtime_ns
+        folder_query(small, f"update images set modified = {time} where asset_id = '{path}'")
+    assert open_folder(small).status().done == len(SMALL)
+
+
 def test_another_image_of_the_same_time_is_another_image(small):
     """Exports and archives may give all files one time."""
     settle(small)

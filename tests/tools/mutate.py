@@ -136,7 +136,7 @@ MUTATIONS = [
     ),
     Mutation(
         "run: a silent host is given no time",
-        "SILENT_SECONDS = 30.0",
+        "SILENT_SECONDS = 20.0",
         "SILENT_SECONDS = 0.0",
         "tests/test_scheduling.py -k away_for_a_moment",
     ),
