@@ -24,7 +24,7 @@
 
     find pending assets -> fetch -> decode -> embed -> store -> report
 
-main reads flags and settings; embed_all asks the store for its status. --search answers, with
+main reads flags and settings; embed_all asks the store for its status. --search then answers, with
 --gallery on a page, too, and --dry-run lists, and that is all. Else, if anything is pending, the
 steps overlap in Run.loop; the first images are fetched while the model is loaded. The report comes
 in any case, also after an error; --gallery then, unless the run was stopped or could not go on.
@@ -61,8 +61,7 @@ Who runs where
     Decoders         processes, one a core: a file is not to be trusted, and may crash its decoder
     For moments      a timer for each file being decoded (answer_to), a thread a core while weights
                      are laid out (read_layers)
-    --gallery, --search    after the run, or without one: the main thread, and a pool that fetches;
-                     for a question a thread that imports torch meanwhile
+    --gallery, --search    after the run, or without one: the main thread, and a pool that fetches
 
 Where the answers to other questions stand
     What must be called before what, and what a third store must offer: Store
@@ -235,9 +234,9 @@ def main(argv: list[str] | None = None) -> int:
 def embed_all(settings: Settings, stop: Stop) -> int:
     """A run, from its start to its printed report. Returns the exit code."""
     store = open_store(settings, stop)
-    if settings.search:
-        return answer_questions(store, settings)
     status = status_in_time(store)
+    if settings.search:
+        return answer_questions(store, settings, status)
     report = Report(status, settings)
     log.info("%s: %s", counted(status.assets, "asset"), ", ".join(report.beginning()))
     if settings.dry_run:
@@ -3891,12 +3890,9 @@ Views = Mapping[Id, View | str]  # of pictures that were to be fetched; text: wh
 Group = list[Match]  # pictures that look the same, each with its cosine to the nearest of them
 
 
-def answer_questions(store: Store, settings: Settings) -> int:
+def answer_questions(store: Store, settings: Settings, status: Status) -> int:
     """What --search does: prints the pictures nearest to each question, best first. Embeds nothing
     else. Returns the exit code; raises RunError."""
-    # Most of an answer's time goes to this import; the store and the pictures come meanwhile.
-    threading.Thread(target=import_torch, daemon=True).start()
-    status = status_in_time(store)
     if not status.done:
         raise RunError(
             f"nothing is embedded yet as {settings.model_version}: run without --search first"
@@ -3915,12 +3911,6 @@ def answer_questions(store: Store, settings: Settings) -> int:
     return 0
 
 
-def import_torch() -> None:
-    """For those who need it soon, and who then say what is wrong with it."""
-    with contextlib.suppress(Exception):
-        import_module("torch")
-
-
 def answer_line(question: str, match: Match, settings: Settings) -> str:
     """Similarity, name, and path or id; and the question where there are several."""
     where = str(match.picture.id)
@@ -3934,19 +3924,17 @@ def answer_line(question: str, match: Match, settings: Settings) -> str:
 
 def question_vectors(settings: Settings) -> list[np.ndarray]:
     """The vector (512,) of each question; loads only the towers that these need."""
-    pictures = {}
-    words = []
-    for question in settings.search:
-        place = picture_place(question)
-        if place:
-            pictures[question] = place
-        else:
-            words.append(question)
+    places = {question: picture_place(question) for question in settings.search}
+    pixels = {
+        question: question_pixels(question, place, settings)
+        for question, place in places.items()
+        if place
+    }
+    words = [question for question in places if question not in pixels]
     vectors: dict[str, np.ndarray] = {}
-    if pictures:
-        pixels = [question_pixels(*picture, settings) for picture in pictures.items()]
-        made = ClipEncoder(settings).encode(np.stack(pixels))
-        vectors.update(zip(pictures, made, strict=True))
+    if pixels:
+        made = ClipEncoder(settings).encode(np.stack(list(pixels.values())))
+        vectors.update(zip(pixels, made, strict=True))
     if words:
         log.info("for words %s", NEAR_TO_WORDS)
         vectors.update(zip(words, TextEncoder(settings).encode(words), strict=True))
