@@ -101,9 +101,6 @@ for _number in (signal.SIGINT, signal.SIGTERM):
 if sys.version_info < (3, 11):
     print("error: Python 3.11 or later is needed, not " + sys.version.split()[0], file=sys.stderr)
     sys.exit(2)
-if __name__ == "__main__":
-    # Python processes of libraries (tqdm starts one on macOS) import nothing from this folder.
-    os.environ["PYTHONSAFEPATH"] = "1"
 
 import argparse
 import base64
@@ -207,6 +204,8 @@ HERE = Path(__file__).resolve().parent
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
+    # Python processes of libraries (tqdm starts one on macOS) import nothing from this folder.
+    os.environ["PYTHONSAFEPATH"] = "1"
     if sys.stderr is None:  # 2>&-
         # The next file that is opened must not get its number.
         sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115

@@ -317,7 +317,13 @@ def test_no_module_of_the_current_folder_runs_whatever_the_temporary_folder_is(
     for name in [*names, "generate_embeddings", "sitecustomize"]:
         (folder / f"{name}.py").write_text("open('planted', 'a').write(__name__)\n")
     # As tqdm does on macOS, where that starts one more Python, with the whole environment
-    script = patched("import multiprocessing; multiprocessing.get_context('spawn').RLock()")
+    script = patched("""
+def embed_all(*arguments, before=script.embed_all):
+    import multiprocessing
+    multiprocessing.get_context("spawn").RLock()
+    return before(*arguments)
+script.embed_all = embed_all
+""")
     long = tmp_path / ("x" * 120)
     run = cli("--local", ".", cwd=folder, script=script, cold=True, TMPDIR=long)
     assert (run.code, run.counts["embedded"]) == (0, 1), run.err
