@@ -89,7 +89,7 @@ import os
 import signal
 import sys
 
-AS_DECODER = "--decode"  # the one argument of a Decoder's process, see RUN_DECODER
+AS_DECODER = "as-decoder"  # the one argument of a Decoder's process, see RUN_DECODER
 IN_DECODER = sys.argv == ["-c", AS_DECODER]
 for _number in (signal.SIGINT, signal.SIGTERM):
     # A stop while the imports go on ends at once, without a traceback. A decoder ignores it, as
@@ -460,7 +460,7 @@ class Asset(NamedTuple):
 
     id: Id
     image: str
-    mark: int = 0  # the store's, of this very image: a hash of the URL, or the file's time
+    mark: int = 0  # the store's, of this very image: a hash of the URL, or of a file: mark_of
     size: int = 0  # bytes of the text `image`, which comes cut short where it is too large
 
     def __str__(self) -> str:
@@ -639,7 +639,7 @@ class Store(Protocol):
     An image may change between `pages` and `save`. Therefore an asset comes back with the `mark`
     that the store gave it. SupabaseStore compares URLs: a result for another one is "changed",
     neither an attempt nor a failure, and the asset is left for the next run; other bytes behind
-    the same URL nobody notices. FolderStore stores the result under the old mark, the file's time:
+    the same URL nobody notices. FolderStore stores the result under the old mark, see mark_of:
     the next run sees another one, and embeds it anew.
     """
 
@@ -1941,10 +1941,6 @@ ROBOT_WORDS = re.compile(
 )
 ROBOT_ADVICE = f"ask the host to let {AGENT} in, or slow down with --workers"
 
-# What goes wrong on the way to a host, and back. (A decoder has none of these modules.)
-TROUBLE: tuple[type[Exception], ...] = ()
-if not IN_DECODER:
-    TROUBLE = (OSError, ValueError, http.client.HTTPException, HTTPError)
 # What a library's message holds, and what we say.
 NETWORK_REASONS = {
     "CERTIFICATE": "the host's certificate is not valid",
@@ -2010,14 +2006,18 @@ class Fetcher:
         cookies: dict[str, dict[str, str]] = {}
         for hop in range(MAX_REDIRECTS + 1):
             own = cookies.setdefault(url.origin, {})
+            answer = None
             try:
                 with contextlib.closing(self._ask(url, headers, own, deadline)) as answer:
                     target = answer.headers.get("Location")
                     if meaning_of(answer) is not Meaning.ELSEWHERE or not target:
                         return self._picture(answer, deadline)
                     own.update(cookies_of(answer))
-            except TROUBLE as error:
-                raise TryAgain(network_reason(error), after=0) from None
+            except (OSError, ValueError, http.client.HTTPException, HTTPError) as error:
+                reason = network_reason(error)
+                if answer is None:
+                    raise NoAnswer(reason) from None
+                raise TryAgain(reason, after=0) from None
             except BadAddress as error:
                 if hop == 0:
                     raise
@@ -2035,18 +2035,15 @@ class Fetcher:
         if url.login and "Authorization" not in sent:
             sent |= urllib3.make_headers(basic_auth=url.login, basic_auth_encoding="utf-8")
         left = deadline.left()
-        try:
-            return self._pools_for(url).urlopen(
-                "GET",
-                f"{url.origin}/",
-                headers=sent,
-                timeout=urllib3.Timeout(connect=left, read=min(READ_SECONDS, left)),
-                retries=False,
-                redirect=False,
-                preload_content=False,
-            )
-        except TROUBLE as error:
-            raise NoAnswer(network_reason(error)) from None
+        return self._pools_for(url).urlopen(
+            "GET",
+            f"{url.origin}/",
+            headers=sent,
+            timeout=urllib3.Timeout(connect=left, read=min(READ_SECONDS, left)),
+            retries=False,
+            redirect=False,
+            preload_content=False,
+        )
 
     def _pools_for(self, url: Url) -> urllib3.PoolManager:
         """The open connections that may serve a URL: the direct ones, or a proxy's."""
@@ -3321,12 +3318,12 @@ def model_trouble(folder: Path, settings: Settings) -> Iterator[None]:
     except ImportError:
         raise
     except Exception as error:  # each file format, library and device has errors of its own
-        trouble = f"the model in {folder} can't be used ({shorten(str(error), 100)})"
+        said = [f"the model in {folder} can't be used ({shorten(str(error), 100)})"]
         if settings.clip_model:
-            trouble += f": CLIP_MODEL must be a folder with a copy of {MODEL_ID}"
+            said.append(f"CLIP_MODEL must be a folder with a copy of {MODEL_ID}")
         if settings.device != "cpu":
-            trouble += f": --device {settings.device} must be one that torch finds"
-        raise RunError(trouble) from None
+            said.append(f"torch must find the --device {settings.device}")
+        raise RunError("; ".join(said)) from None
 
 
 def read_config(folder: Path, tower: str, wanted: Mapping[str, Any]) -> dict[str, Any]:
@@ -3762,7 +3759,7 @@ def fetch_rest(name: str, part: Path) -> None:
     except (requests.ConnectionError, requests.Timeout, ChunkedEncodingError) as error:
         raise TryAgain(network_reason(error), HUB_WAIT) from None
     except requests.exceptions.InvalidHeader:  # its message quotes the token
-        raise NotNow("HF_TOKEN holds what no token may") from None
+        raise RunError("HF_TOKEN holds characters that no token may: set it anew") from None
     if have < size:
         raise TryAgain("cut off", HUB_WAIT)
 

@@ -482,12 +482,13 @@ end $$;
 -- The service role alone. It bypasses row level security, and there is no policy, which is meant so
 -- (the advisor's notice 0008).
 do $$ begin
-  if (select bool_and(relrowsecurity) from pg_class
-      where oid in ('product_embeddings'::regclass, 'product_embedding_failures'::regclass)) then
-    return;  -- see above: an alter only where it is lacking
+  if exists (  -- see above: an alter only where it is lacking
+    select from pg_class where not relrowsecurity
+      and oid in ('product_embeddings'::regclass, 'product_embedding_failures'::regclass)
+  ) then
+    alter table public.product_embeddings enable row level security;
+    alter table public.product_embedding_failures enable row level security;
   end if;
-  alter table public.product_embeddings enable row level security;
-  alter table public.product_embedding_failures enable row level security;
 end $$;
 revoke all on public.embedding_sources, public.product_embeddings, public.product_embedding_failures
   from public, anon, authenticated;
@@ -1049,7 +1050,7 @@ begin
 end $$;
 
 -- Pairs of assets that look the same. Copies (their vectors have the same signs) are sought among
--- 400,000, which takes 5 seconds; then each asset is compared with its nearest, until the seconds
+-- 400,000, which takes a while; then each asset is compared with its nearest, until the seconds
 -- are over: "looked_at" says how many of the "embedded" there was time for. Copies come paired with
 -- the first of their kind alone, and that one stands for them all where assets are compared.
 create or replace function public.embedding_pairs(

@@ -7,7 +7,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from answers import status
+from answers import hang_up, in_turn, length, raw, status
 from conftest import TINY_VERSION, wait_until
 from stack import ImageHost
 
@@ -239,6 +239,15 @@ def test_a_network_that_is_away_for_a_moment_ends_no_run(ride, photos, monkeypat
     assert (report.left, report.set_aside, report.exit_code) == (0, {}, 1)
     assert report.failed > script.HOST_FAILURES
     assert report.embedded == 400 - report.failed > 200
+
+
+def test_a_host_that_breaks_off_is_not_silent(ride, photos, monkeypatch):
+    monkeypatch.setattr(script, "FETCH_ATTEMPTS", 1)
+    breaks_off = raw(length(999), b"x", end=hang_up)
+    with ImageHost(otherwise=in_turn(status(200, body=photos["flower.jpg"]), breaks_off)) as host:
+        report, error = ride(MemoryStore(host.urls(60)), workers=1)
+    assert error is None
+    assert (report.embedded, report.failed, report.left) == (1, 20, 39)
 
 
 def test_what_no_host_was_asked_for_is_no_answer_of_the_network(ride, dead):

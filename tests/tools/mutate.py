@@ -402,6 +402,12 @@ MUTATIONS = [
     ),
     # Fetching
     Mutation(
+        "fetching: a host that breaks off counts as silent",
+        "if answer is None:",
+        "if True:",
+        "tests/test_scheduling.py -k breaks_off",
+    ),
+    Mutation(
         "fetching: Supabase's Storage means the 400 that it sends",
         "if status == 400 and (meant := status_in_body(page)):",
         "if False and (meant := status_in_body(page)):",
