@@ -137,7 +137,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from enum import Enum
 from functools import lru_cache, partial
 from importlib import import_module
@@ -237,7 +237,7 @@ def embed_all(settings: Settings, stop: Stop) -> int:
     if settings.search:
         return answer_questions(store, settings, status)
     report = Report(status, settings)
-    log.info("%s: %s", counted(status.assets, "asset"), ", ".join(report.beginning()))
+    log.info("%s", report.beginning())
     if settings.dry_run:
         say_what_would_be_done(store, settings, report)
         return 0
@@ -277,14 +277,14 @@ def open_store(settings: Settings, stop: Stop) -> Store:
 def status_in_time(store: Store) -> Status:
     """The store's status; raises RunError where it does not come, as a database may drip."""
     try:
-        return ThreadPoolExecutor(1).submit(store.status).result(store.longest)
+        return ThreadPoolExecutor(1).submit(store.status).result(store.patience)
     except TimeoutError:
         raise silence_of(store) from None
 
 
 def silence_of(store: Store) -> RunError:
     """What to say of a call that took too long."""
-    return RunError(f"{SILENCE} for {store.longest:.0f} s: {CHECK_URL}")
+    return RunError(f"{SILENCE} for {store.patience:.0f} s: {CHECK_URL}")
 
 
 def say_what_would_be_done(store: Store, settings: Settings, report: Report) -> None:
@@ -309,18 +309,17 @@ class Report:
 
     def __init__(self, status: Status, settings: Settings) -> None:
         self.status = status  # as the run found it
-        self.known_failures = 0  # of earlier runs, which this one does not try
+        self.waiting = 0  # failed before, and not tried by this run
         if not settings.retry_failed:
-            self.known_failures = status.failed_for_good + status.waiting
-        self.pending = status.assets - status.done - self.known_failures  # to be tried now
+            self.waiting = status.waiting
+        self.pending = status.assets - status.done - self.waiting  # to be tried now
         self.found = 0  # pending assets that came by
         self.found_all = False
         self.embedded = 0  # and stored
-        self.gone = 0  # pending no more, though not by this run
+        self.not_taken = 0  # by the store: changed or gone meanwhile
         self.reasons: Counter[str] = Counter()  # of what failed
         self.examples: dict[str, list[Asset]] = {}  # by reason
-        self.set_aside: Counter[str] = Counter()  # what was not attempted, by why
-        self.one_colour = 0  # of those embedded: there is nothing to see in them
+        self.left_of: dict[str, int] = {}  # assets that were not tried for a host's sake, by why
         self.started = time.monotonic()
 
     @property
@@ -333,51 +332,43 @@ class Report:
 
     @property
     def left(self) -> int:
-        """Assets that are still pending."""
+        """Assets that were to be tried, and were not, or came to nothing."""
         known = self.found
         if not self.found_all:
             known = max(self.pending, self.found)
-        return known - self.attempted - self.gone
+        return known - self.attempted
 
     @property
     def exit_code(self) -> int:
         """Of a run that came to its end."""
-        return 1 if self.failed else 0
+        return 1 if self.failed or self.left_of else 0
 
-    def count(self, result: Result, outcome: Outcome) -> None:
-        """Takes what the store says became of a result."""
-        if outcome.name == "stored":
+    def count(self, result: Result, taken: bool) -> None:
+        """Takes what became of a result in the store."""
+        if not taken:
+            self.not_taken += 1
+        elif isinstance(result, Embedded):
             self.embedded += 1
-            if isinstance(result, Embedded) and result.one_colour:
-                self.one_colour += 1
-                self._keep_example("one colour", result.asset)
-        elif outcome.name in SET_ASIDE:
-            self.set_aside[SET_ASIDE[outcome.name]] += 1
-            if outcome.name in GONE:
-                self.gone += 1
-        elif isinstance(result, Failed):
-            self._count_failure(result.asset, str(result))
         else:
-            self._count_failure(result.asset, f"store: {outcome.reason}")
+            reason = str(result)
+            self.reasons[reason] += 1
+            examples = self.examples.setdefault(reason, [])
+            if len(examples) < self.MOST_EXAMPLES:
+                examples.append(result.asset)
 
-    def beginning(self) -> Iterator[str]:
+    def beginning(self) -> str:
         """What is said before the run."""
-        if self.status.done:
-            yield f"{self.status.done:,} done"
-        if self.status.failed_for_good:
-            yield f"{self.status.failed_for_good:,} failed for good"
-        if self.status.waiting:
-            yield f"{self.status.waiting:,} failed before, tried later"
-        yield f"{self.pending:,} to do"
-
-    def _count_failure(self, asset: Asset, reason: str) -> None:
-        self.reasons[reason] += 1
-        self._keep_example(reason, asset)
-
-    def _keep_example(self, reason: str, asset: Asset) -> None:
-        examples = self.examples.setdefault(reason, [])
-        if len(examples) < self.MOST_EXAMPLES:
-            examples.append(asset)
+        status = self.status
+        parts = []
+        if status.done:
+            parts.append(f"{status.done:,} done")
+        if self.waiting:
+            parts.append(f"{self.waiting:,} failed before, tried again {from_when(status)}")
+        parts.append(f"{self.pending:,} to do")
+        again = status.failed - self.waiting
+        if again:
+            parts.append(f"of which {again:,} failed before")
+        return f"{counted(status.assets, 'asset')}: {', '.join(parts)}"
 
     def print(self) -> None:
         """Prints the report to stdout."""
@@ -392,30 +383,37 @@ class Report:
         yield f"Failed   {self.failed:>9,}"
         for reason, count in self.reasons.most_common(self.MOST_REASONS):
             yield f"  {count:>6,}  {reason}"
-            if advice(reason):
-                yield f"          {advice(reason)}"
+            what_to_do = advice(reason.partition(": ")[2])
+            if what_to_do:
+                yield f"          {what_to_do}"
             for asset in self.examples[reason]:
                 yield f"          {asset}"
-        if self.one_colour:
-            are = "image is" if self.one_colour == 1 else "images are"
-            yield f"  {self.one_colour:>6,}  embedded {are} one colour all over"
-            for asset in self.examples["one colour"]:
-                yield f"          {asset}"
-        if self.known_failures:
-            known = plural(self.known_failures, "known failure")
-            yield f"Skipped  {self.known_failures:>9,}  {known}; --retry-failed tries them"
+        if self.waiting:
+            when = f"tried again {from_when(self.status)}; --retry-failed: now"
+            yield f"Waiting  {self.waiting:>9,}  failed before, {when}"
         yield f"Left     {self.left:>9,}"
-        for why, count in self.set_aside.most_common(self.MOST_REASONS):
+        for why, count in self.left_of.items():
             yield f"  {count:>6,}  {why}"
+        if self.not_taken:
+            yield f"  {self.not_taken:>6,}  changed or gone meanwhile"
         if len(self.reasons) == 1 and self.failed == self.attempted > 1:
             (reason,) = self.reasons
             yield f"All {self.failed:,} that were tried failed for the same reason: {reason}"
         yield f"Elapsed  {seconds:>8.1f}s"
         yield (
             f"embedded={self.embedded} failed={self.failed} left={self.left} "
-            f"attempted={self.attempted} skipped={self.known_failures} gone={self.gone} "
-            f"seconds={seconds:.1f}"
+            f"attempted={self.attempted} waiting={self.waiting} seconds={seconds:.1f}"
         )
+
+
+def from_when(status: Status) -> str:
+    """As in: from 14:00 on."""
+    if status.next_attempt is None:
+        return "later"
+    when = status.next_attempt.astimezone()
+    if when - datetime.now(UTC) < timedelta(hours=20):
+        return f"from {when:%H:%M} on"
+    return f"from {when.day} {when:%B} on"
 
 
 # ================================================================================ Words
@@ -425,31 +423,116 @@ class RunError(Exception):
     """The run can't start or go on; the message is one line that says what to do."""
 
 
-class Rejected(Exception):  # noqa: N818 - no error of the program
-    """An image can't be used, for good: another try would give the same."""
+class ImageError(Exception):
+    """An image can't be used; the message is a reason of the table below."""
 
 
-class BadAddress(Rejected):
-    """An image's address leads to no host that could be asked."""
+class Strain(ImageError):  # noqa: N818 - a host's, and no defect
+    """A host did not cope: it is busy, silent, or lost the connection."""
 
-
-class NotNow(Exception):  # noqa: N818
-    """An image can't be had in this run; a later one may have it."""
-
-
-class TryAgain(NotNow):
-    """An image can't be had now; another attempt in this run may help, after a while."""
-
-    def __init__(self, reason: str, after: float) -> None:
+    def __init__(self, reason: str, rest: float = 0.0, first_byte: float | None = None) -> None:
         super().__init__(reason)
-        self.after = after
+        self.rest = rest  # seconds that the host asked for (Retry-After)
+        self.first_byte = first_byte  # when it came, where the rest of a body came too slowly
 
 
-class NoAnswer(TryAgain):
-    """Nobody has answered: a host is down, or this machine's network is away."""
+# Reasons: each stands here once, with what its reader can do about it. A reason that is reported
+# may have a detail in parentheses behind its name. The page shows the advice to a shop's owner.
 
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason, after=0)
+ADVICE: dict[str, str] = {}
+
+
+def reason(name: str, advice: str) -> str:
+    """Enters a reason into the table; returns its name."""
+    ADVICE[name] = advice
+    return name
+
+
+def advice(reason: str) -> str:
+    """What to do about a reported reason; empty where we don't know."""
+    return ADVICE.get(reason.partition(" (")[0], "")
+
+
+_CORRECT = "Correct the address."
+_LATER = "The host has trouble. Later runs try again."
+_BUSY = "The host wants fewer requests. Later runs try again."
+_CLOSED = "The host refuses us: make the image public, or ask the host to let us in."
+_OTHER_FORMAT = "Ask for the image as JPEG or PNG."
+_DAMAGED = "The file is damaged or was cut off: ask for it again."
+_SMALLER = "Save it smaller: 2,000 pixels a side are plenty."
+_AS_FILE = "Upload the picture as a file, and give its address."
+
+NO_IMAGE = reason("no image URL", "Give the product an image.")
+NO_URL = reason("no full URL", "Ask your developer to make a full URL of it.")
+MANY_URLS = reason("a list or JSON, not one URL", "Ask your developer to take the first of them.")
+NOT_A_URL = reason("not a valid URL", _CORRECT)
+OTHER_SCHEME = reason("only http, https and data URLs are fetched", _CORRECT)
+BAD_STORAGE_PATH = reason("a storage path with '..' or '\\' in it", _CORRECT)
+PRIVATE_BUCKET = reason(
+    "a private bucket, or none of that name",
+    "Ask your developer to make the bucket public, or to name it in STORAGE_BUCKETS.",
+)
+PRIVATE_ADDRESS = reason(
+    "a private address",
+    "Ask your developer: ALLOW_PRIVATE_IMAGE_HOSTS=1 allows pictures of your own network.",
+)
+BROKEN_DATA_URL = reason("a broken data: URL", _AS_FILE)
+LONG_DATA_URL = reason("a data: URL that is too long", _AS_FILE)
+UNREADABLE = reason("can't be read", "See whether the file is there, and yours to read.")
+TOO_LARGE = reason("a file that is too large", _SMALLER)
+NO_HOST = reason("host not found", "No host has this name: correct the address.")
+NO_NAME_SERVER = reason(
+    "no name server answered",
+    "This machine's network is away, or the host's domain has trouble. Later runs try again.",
+)
+CERTIFICATE = reason(
+    "the host's certificate is not valid",
+    "It has expired, is another host's, or is not complete: tell whoever runs the host.",
+)
+NO_TLS = reason("TLS failed", _LATER)
+NO_ANSWER = reason("no answer in time", _LATER)
+TOO_LATE = reason("not complete in time", _LATER)
+REFUSED = reason("connection refused", _LATER)
+UNREACHABLE = reason("host not reachable", _LATER)
+LOST = reason("connection lost", _LATER)
+BAD_COMPRESSION = reason("an unknown or broken compression", _LATER)
+BAD_HEADERS = reason("an answer with too many headers", _LATER)
+PART_OF_IMAGE = reason("a part of the image alone", _LATER)
+BAD_REDIRECT = reason("a redirect that leads nowhere", _CORRECT)
+HTTP = {
+    status: reason(f"HTTP {status}", words)
+    for statuses, words in (
+        (range(400, 500), "The host does not give us the image: see whether the address is right."),
+        (range(500, 600), _LATER),
+        ((401, 402, 403, 451), _CLOSED),
+        ((404, 410), "Nothing is at this address: correct it, or upload the image again."),
+        ((407,), "Ask your developer: the proxy wants a name and a password."),
+        ((408, 423, 425), _LATER),
+        ((420, 429, 430), _BUSY),
+    )
+    for status in statuses
+}
+
+EMPTY = reason("an empty file", _DAMAGED)
+WEB_PAGE = reason(
+    "a web page, not an image",
+    "The address is wrong, or the host asks for a login, or checks for robots: open it in a "
+    "browser, and take the address of the image itself.",
+)
+SVG = reason("an SVG drawing, which has no pixels", _OTHER_FORMAT)
+JSON = reason("JSON, not an image", _OTHER_FORMAT)
+PDF = reason("a PDF, not an image", _OTHER_FORMAT)
+HEIC = reason("HEIC", "Ask for it as JPEG, or ask your developer to install pillow-heif.")
+OTHER_FORMAT = reason("not an image in a known format", _OTHER_FORMAT)
+RARE_FORMAT = reason("an image of a rare kind", "Save it as an ordinary JPEG or PNG of 8 bits.")
+BROKEN = reason("broken or truncated image file", _DAMAGED)
+TOO_SMALL = reason("too few pixels", "Ask for a larger image.")
+TOO_MUCH = reason("needs too much memory to decode", _SMALLER)
+TOO_SLOW = reason("takes too long to decode", _SMALLER)
+DECODER_LOST = reason(
+    "its decoder was killed, or hung", "Ask your developer to see whether memory is short."
+)
+NOT_FINITE = reason("the model gave numbers that are not finite", "Ask your developer.")
 
 
 Id = str | int  # uuid and text come as str
@@ -460,8 +543,8 @@ class Asset(NamedTuple):
 
     id: Id
     image: str
-    mark: int = 0  # the store's, of this very image: a hash of the URL, or of a file: mark_of
-    size: int = 0  # bytes of the text `image`, which comes cut short where it is too large
+    image_hash: int = 0  # the store's: of the URL, or of a file's state
+    size: int = 0  # bytes of the text `image`, which comes cut where it is too long
 
     def __str__(self) -> str:
         if self.id == self.image:
@@ -469,8 +552,8 @@ class Asset(NamedTuple):
         return f"{self.id}  {shorten(self.image)}"
 
 
-class Place(NamedTuple):
-    """Where an image is, and the headers to send there."""
+class Source(NamedTuple):
+    """Where an image's file is, and the headers to send there."""
 
     where: str | Path  # a URL, or a file
     headers: Mapping[str, str]
@@ -490,14 +573,14 @@ class Loaded(NamedTuple):
 
     asset: Asset
     pixels: np.ndarray
-    one_colour: bool = False  # all over: a placeholder, perhaps
 
 
-class Fetched(NamedTuple):
-    """The bytes of an image's file, and how long their download took."""
+class Download(NamedTuple):
+    """The bytes of an image's file, and how long they took."""
 
     data: bytes
-    seconds: float  # all attempts, and the pauses between them
+    seconds: float  # from the start of the attempt
+    body_seconds: float  # of these, from the first byte on
 
 
 class Embedded(NamedTuple):
@@ -505,16 +588,14 @@ class Embedded(NamedTuple):
 
     asset: Asset
     vector: np.ndarray
-    one_colour: bool = False  # all over: a placeholder, perhaps
 
 
 class Failed(NamedTuple):
-    """An asset that got no vector. Stages: fetch, decode, embed, store."""
+    """An asset that got no vector. Stages: fetch, decode, embed."""
 
     asset: Asset
     stage: str
     reason: str
-    permanent: bool
 
     def __str__(self) -> str:
         return f"{self.stage}: {self.reason}"
@@ -523,33 +604,14 @@ class Failed(NamedTuple):
 Result = Embedded | Failed
 
 
-class Outcome(NamedTuple):
-    """What became of a result in the store.
-
-    stored, noted (a failure) and refused (by the store: the reason says why) are attempts.
-    The others, in SET_ASIDE, are none.
-    """
-
-    name: str
-    reason: str = ""
-
-
-SET_ASIDE = {
-    "deleted": "deleted meanwhile",
-    "superseded": "done by another run meanwhile",
-    "changed": "got another image meanwhile: for the next run",
-    "busy": "in the app's hands: for the next run",
-}
-GONE = ("deleted", "superseded")  # pending no more
-
-
 class Status(NamedTuple):
     """How many assets there are of the run's client and shard."""
 
     assets: int
     done: int
-    failed_for_good: int
-    waiting: int = 0  # failed several times: not yet tried again
+    failed: int  # in an earlier run, and not embedded since; of these
+    waiting: int = 0  # are not to be tried again yet,
+    next_attempt: datetime | None = None  # and the first of them is at this time
 
 
 # What a store tells the page, and a question
@@ -563,6 +625,7 @@ class Picture:
     image: str  # a URL, or a path below the folder
     client: str = ""
     title: str = ""
+    link: str = ""  # the product's page
 
     @property
     def name(self) -> str:
@@ -593,11 +656,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class FailedPicture:
-    """A picture that has no vector, and why."""
+    """A picture that could not be used, and why."""
 
     picture: Picture
     reason: str
-    permanent: bool
 
 
 @dataclass(frozen=True)
@@ -607,6 +669,7 @@ class Pair:
     one: Picture
     other: Picture
     similarity: float
+    same: bool  # their vectors are equal
 
 
 @dataclass(frozen=True)
@@ -616,7 +679,7 @@ class Catalog:
     pairs: list[Pair]
     embedded: int  # pictures, of which
     sought_among: int  # so many were looked through for copies,
-    looked_at: int  # and so many were compared with all others
+    compared: int  # and so many were compared with all others
     samples: list[Sample]
     typical: float | None  # the median cosine of the samples, which have little in common
     failures: list[FailedPicture]
@@ -625,26 +688,26 @@ class Catalog:
 class Store(Protocol):
     """Where assets and embeddings are, and what a run asks and tells there.
 
-    A third kind of store is a class with what stands here (outcomes: see Outcome), a line in
-    `open_store`, a flag or a setting that chooses it, and a look at each `settings.local` and at
-    `read_settings`, which wants Supabase's settings for every store but a folder. It heeds
-    client, shard, model_version, retry_failed and dry_run of the Settings by itself.
+    A third kind of store is a class with what stands here, a line in `open_store`, a flag or a
+    setting that chooses it, and a look at each `settings.local` and at `read_settings`, which wants
+    Supabase's settings for every store but a folder. It heeds client, shard, model_version,
+    retry_failed and dry_run of the Settings by itself.
 
     Order of calls: `status` first, then `pages`, once; `save`, one call at a time, perhaps while
     `pages` is at work in another thread; `locate` for each image, in the loop, so that it must not
-    wait, and for --gallery in several threads; `gallery` and `search` after a run, or without one.
-    Outcomes come in the order of the results; a page may be empty; each call, and each page, may
-    come in another thread. All may raise RunError, which ends the run.
+    wait, and for --gallery in several threads; `catalog` and `search` after a run, or without one.
+    A page may be empty; each call, and each page, may come in another thread. All may raise
+    RunError, which ends the run.
 
-    An image may change between `pages` and `save`. Therefore an asset comes back with the `mark`
-    that the store gave it. SupabaseStore compares URLs: a result for another one is "changed",
-    neither an attempt nor a failure, and the asset is left for the next run; other bytes behind
-    the same URL nobody notices. FolderStore stores the result under the old mark, see mark_of:
-    the next run sees another one, and embeds it anew.
+    An image may change between `pages` and `save`. Therefore an asset comes back with the
+    `image_hash` that the store gave it. SupabaseStore compares URLs: it does not take a result for
+    another URL, and the asset is left for the next run; nobody notices other bytes behind the same
+    URL. FolderStore stores the result under the old hash: the next run sees another one, and
+    embeds the image once more.
     """
 
     place: str  # in words, for the log
-    longest: float  # seconds: a call that takes longer counts as hung
+    patience: float  # seconds: a call that takes longer counts as hung
 
     def status(self) -> Status:
         """What there is; asked before anything heavy is loaded."""
@@ -653,13 +716,14 @@ class Store(Protocol):
         """Pending assets in a fixed order, a page at a time and each once. Those that failed in
         an earlier run come last, so that they never keep the others waiting."""
 
-    def locate(self, asset: Asset) -> Place:
-        """Where an image is; raises Rejected or NotNow."""
+    def locate(self, asset: Asset) -> Source:
+        """Where an image is; raises ImageError."""
 
-    def save(self, results: list[Result]) -> list[Outcome]:
-        """Stores vectors and notes failures, all or nothing; an outcome for each result."""
+    def save(self, results: list[Result]) -> set[Id]:
+        """Stores vectors and notes failures, all or nothing. Returns the ids of the results that
+        were taken: the other assets changed or vanished meanwhile."""
 
-    def gallery(self) -> Catalog:
+    def catalog(self) -> Catalog:
         """What the page shows; raises RunError."""
 
     def search(self, vector: np.ndarray, wanted: int) -> list[Match]:
@@ -744,7 +808,6 @@ MOST_SLOW = 64  # downloads that do
 HOST_FAILURES = 20  # in a row, none an image's own: the host counts as down,
 SILENT_SECONDS = 20.0  # unless it answered within these: Wi-Fi may be away for some
 HOSTS_DOWN = 3  # one after the other, with no answer between: the network is gone
-REFUSALS = 20  # of vectors, for one reason, with none stored: the rest would be refused, too
 
 PAGE_ROWS = 250  # assets to a page
 WRITE_ROWS = 50  # results to a call: at a million rows far below the timeout of 8 s
@@ -909,7 +972,7 @@ class Run:
             return
         if len(self.found) >= PAGE_ROWS or self.under_way("find"):
             return
-        task = Task("find", self.take_page, self.end, patience=self.store.longest)
+        task = Task("find", self.take_page, self.end, patience=self.store.patience)
         task.late = silence_of(self.store)
         self.start(task, next, self.pages, None)
 
@@ -958,7 +1021,7 @@ class Run:
             return False
         if self.hosts.is_down(place.host):
             why = f"of {place.host}, which failed {HOST_FAILURES} times in a row"
-            self.report.set_aside[why] += 1
+            self.report.left_of[why] = self.report.left_of.get(why, 0) + 1
             return False
         seconds = self.settings.fetch_seconds
         task = Task(
@@ -967,11 +1030,11 @@ class Run:
             partial(self.take_failure, asset, "fetch", place.host),
         )
         task.patience = seconds + 1
-        task.late = NotNow(not_in_time(seconds))
+        task.late = ImageError(not_in_time(seconds))
         self.start(task, self.loader.fetch, place)
         return True
 
-    def take_bytes(self, asset: Asset, host: str, fetched: Fetched) -> None:
+    def take_bytes(self, asset: Asset, host: str, fetched: Download) -> None:
         self.line_is_slow = fetched.seconds > SLOW_SECONDS
         self.hosts.answered(host)
         failed = partial(self.take_failure, asset, "decode", "")
@@ -982,21 +1045,19 @@ class Run:
 
     def take_failure(self, asset: Asset, stage: str, host: str, error: Exception) -> None:
         """Makes an error the asset's failure, and tells Hosts; RunError ends the run instead. Only
-        Rejected is for good: what nobody foresaw is our defect, not the image's."""
+        ImageError is for good: what nobody foresaw is our defect, not the image's."""
         if isinstance(error, RunError):
             self.end(error)
             return
         reason = str(error)
-        if not isinstance(error, Rejected | NotNow):
+        if not isinstance(error, ImageError):
             log.debug("%s", asset, exc_info=error)
             reason = f"unexpected {type(error).__name__}"
-        failed = Failed(asset, stage, reason, permanent=isinstance(error, Rejected))
+        failed = Failed(asset, stage, reason)
         self.take_result(failed)
-        if isinstance(error, BadAddress):
-            return
-        if failed.permanent:
+        if not isinstance(error, Strain):
             self.hosts.answered(host)
-        elif self.hosts.failed(host, silent=isinstance(error, NoAnswer)):
+        elif self.hosts.failed(host, silent=True):
             left = "its other images are left for the next run"
             log.warning("%s: %s; %s", host, failed, left)
 
@@ -1045,19 +1106,14 @@ class Run:
         batch = self.results[:WRITE_ROWS]
         self.results = self.results[WRITE_ROWS:]
         self.store_by = time.monotonic() + WRITE_SECONDS
-        task = Task("store", partial(self.take_outcomes, batch), self.end_storing)
-        task.patience = self.store.longest
+        task = Task("store", partial(self.take_stored, batch), self.end_storing)
+        task.patience = self.store.patience
         task.late = silence_of(self.store)
         self.start(task, self.store.save, batch)
 
-    def take_outcomes(self, batch: list[Result], outcomes: list[Outcome]) -> None:
-        for result, outcome in zip(batch, outcomes, strict=True):
-            self.report.count(result, outcome)
-        refused = {outcome.reason for outcome in outcomes if outcome.name == "refused"}
-        if len(refused) == 1 and not self.report.embedded:
-            (reason,) = refused
-            if self.report.reasons[f"store: {reason}"] >= REFUSALS:
-                self.end(RunError(f"the database refuses every row: {reason}"))
+    def take_stored(self, batch: list[Result], taken: set[Id]) -> None:
+        for result in batch:
+            self.report.count(result, result.asset.id in taken)
 
     def end_storing(self, error: Exception) -> None:
         """What was not stored is counted as left."""
@@ -1251,10 +1307,10 @@ class SupabaseStore:
 
         self._settings = settings
         self._stop = stop
-        self._patience = CHECK_SECONDS  # until it has answered once
+        self._seconds = CHECK_SECONDS  # patience; until it has answered once
         self.place = f"product_embeddings at {settings.url}"
         answer_seconds = min(ANSWER_SECONDS, max(CHECK_SECONDS, settings.db_retry_seconds))
-        self.longest = settings.db_retry_seconds + answer_seconds  # all attempts at a call
+        self.patience = settings.db_retry_seconds + answer_seconds  # all attempts at a call
         # The HTTP status of this thread's last answer, and where that leads: an APIError of a
         # gateway's JSON lacks them.
         self._http = threading.local()
@@ -1283,15 +1339,15 @@ class SupabaseStore:
         status: Status = self._call(
             "embedding_status", self._read_status, **self._catalog, **self._part
         )
-        self._patience = self._settings.db_retry_seconds
+        self._seconds = self._settings.db_retry_seconds
         return status
 
     def _read_status(self, answer: Any) -> Status:
         if answer["contract"] != CONTRACT:
             raise RunError(f"the database's functions are of another version: {RUN_SQL}")
-        if not answer["client_exists"]:
+        if answer["clients"] is not None:
             client = str(self._settings.client)
-            others = [str(name) for name in answer["other_clients"] or []]
+            others = [str(name) for name in answer["clients"]]
             near = difflib.get_close_matches(client, others, n=1)
             hint = f"did you mean {near[0]!r}?" if near else "check the spelling"
             raise RunError(f"no asset is of client {client!r}: {hint}")
@@ -1299,8 +1355,9 @@ class SupabaseStore:
         return Status(
             assets=answer["assets"],
             done=answer["done"],
-            failed_for_good=answer["failed_for_good"],
+            failed=answer["failed"],
             waiting=answer["waiting"],
+            next_attempt=answer["next_attempt"] and datetime.fromisoformat(answer["next_attempt"]),
         )
 
     def pages(self) -> Iterator[list[Asset]]:
@@ -1308,7 +1365,7 @@ class SupabaseStore:
         wanted = min(self._settings.limit or PAGE_ROWS, PAGE_ROWS)
         new = self._catalog | self._part | {"wanted": wanted}
         yield from self._walk(new)
-        failed = {"failed_before": self._run_began, "permanent_too": self._settings.retry_failed}
+        failed = {"failed_before": self._run_began, "waiting_too": self._settings.retry_failed}
         yield from self._walk(new | failed)
 
     def _walk(self, which: dict[str, Any]) -> Iterator[list[Asset]]:
@@ -1322,75 +1379,68 @@ class SupabaseStore:
 
     def _read_page(self, answer: Any) -> tuple[list[Asset], Id | None]:
         page = [
-            Asset(row["id"], row["image"] or "", mark=row["image_hash"], size=row["bytes"])
+            Asset(row["id"], row["image"] or "", image_hash=row["image_hash"], size=row["bytes"])
             for row in answer["assets"]
         ]
         return page, answer["last"]
 
-    def locate(self, asset: Asset) -> Place:
+    def locate(self, asset: Asset) -> Source:
         """As Store says. The key goes to the project's own Storage only, and there to the
         buckets of STORAGE_BUCKETS: whoever may type an image's URL must not read all others."""
         image = asset.image.strip()
         if len(asset.image) < asset.size // 4:  # a character has at most 4 bytes: it was cut
             megabytes = asset.size // 2**20
-            raise Rejected(f"a data: URL of {megabytes} MB, which belongs into a file")
+            raise ImageError(f"a data: URL of {megabytes} MB, which belongs into a file")
         if not image:
-            raise Rejected("no image URL")
+            raise ImageError("no image URL")
         if image.startswith("//"):
             image = f"https:{image}"
         if image.startswith(STORAGE):
             image = self._settings.url + image
         own_storage = self._settings.url + STORAGE
         if not image.startswith(own_storage):
-            return Place(image, {})
+            return Source(image, {})
         return self._locate_in_storage(image, image.removeprefix(own_storage))
 
-    def _locate_in_storage(self, image: str, path: str) -> Place:
+    def _locate_in_storage(self, image: str, path: str) -> Source:
         access, _, object_path = path.partition("/")
         if access == "sign":  # it carries a token of its own
-            return Place(image, {})
+            return Source(image, {})
         if access not in ("public", "authenticated"):
             access = ""
             object_path = path
         # What becomes a slash, or vanishes, on its way to the host (parse_url) must not hide one.
         if ".." in unquote(object_path).split("/") or re.search(r"[\\\t\r\n]", path):
-            raise Rejected("a storage path with '..' or '\\' in it")
+            raise ImageError("a storage path with '..' or '\\' in it")
         bucket = unquote(object_path.partition("/")[0])
         if bucket in self._readable_buckets:
             key = self._settings.key
             headers = {"apikey": key, "Authorization": f"Bearer {key}"}
-            return Place(f"{self._settings.url}{STORAGE}authenticated/{object_path}", headers)
+            return Source(f"{self._settings.url}{STORAGE}authenticated/{object_path}", headers)
         if access == "public":
-            return Place(image, {})
-        raise NotNow(f"in a private bucket: STORAGE_BUCKETS={bucket} lets this script read it")
+            return Source(image, {})
+        raise ImageError(f"in a private bucket: STORAGE_BUCKETS={bucket} lets this script read it")
 
-    def save(self, results: list[Result]) -> list[Outcome]:
-        """As Store says; schema.sql lists the outcomes."""
+    def save(self, results: list[Result]) -> set[Id]:
+        """As Store says."""
         vectors = []
         failures = []
         for result in results:
-            row = {"asset_id": result.asset.id, "image_hash": result.asset.mark}
+            row = {"asset_id": result.asset.id, "image_hash": result.asset.image_hash}
             if isinstance(result, Embedded):
                 vectors.append(row | {"embedding": vector_text(result.vector)})
             else:
-                failures.append(row | failure_columns(result))
-
-        def read(answer: Any) -> list[Outcome]:
-            outcomes = {
-                row["asset_id"]: Outcome(row["outcome"], row.get("reason", "")) for row in answer
-            }
-            return [outcomes[result.asset.id] for result in results]
-
-        saved: list[Outcome] = self._call(
+                failures.append(row | {"stage": result.stage, "reason": result.reason})
+        taken: set[Id] = self._call(
             "store_embeddings",
-            read,
+            set,
             model_version=self._settings.model_version,
             vectors=vectors,
             failures=failures,
         )
-        return saved
+        return taken
 
-    def gallery(self) -> Catalog:
+    def catalog(self) -> Catalog:
         """As Store says; asked in pieces, each of which fits into the time of one call."""
         samples, typical = self._call("embedding_gallery", read_samples, **self._catalog)
         same = {"min_similarity": SAME, "seconds": LOOK_SECONDS}
@@ -1434,7 +1484,7 @@ class SupabaseStore:
                 trouble = f"{type(error).__name__}: {error}"
             except (AttributeError, LookupError, TypeError, ValueError, RecursionError):
                 trouble = f"an answer that {function} never gives"
-            patience = self._patience
+            patience = self._seconds
             if self._stop.code:
                 patience = min(patience, STOP_SECONDS)
             left = started + patience - time.monotonic()
@@ -1544,7 +1594,12 @@ def read_pairs(answer: Any) -> tuple[list[Pair], int, int, int]:
     """Pairs; and how many are embedded, were looked through for copies, compared with all."""
     pictures = read_pictures(answer)
     pairs = [
-        Pair(pictures[row["one"]], pictures[row["other"]], float(row["similarity"]))
+        Pair(
+            pictures[row["one"]],
+            pictures[row["other"]],
+            float(row["similarity"]),
+            bool(row["same"]),
+        )
         for row in answer["pairs"]
     ]
     return pairs, int(answer["embedded"]), int(answer["sought_among"]), int(answer["looked_at"])
@@ -1554,15 +1609,9 @@ def read_failures(answer: Any) -> tuple[list[FailedPicture], Id | None]:
     """Some failures, and the id after which to go on."""
     pictures = read_pictures(answer)
     failures = [
-        FailedPicture(pictures[row["id"]], str(row["reason"]), bool(row["permanent"]))
-        for row in answer["failures"]
+        FailedPicture(pictures[row["id"]], str(row["reason"])) for row in answer["failures"]
     ]
     return failures, answer["last"]
-
-
-def failure_columns(failed: Failed) -> dict[str, Any]:
-    """What both stores keep of a failure, by its column."""
-    return {"stage": failed.stage, "reason": failed.reason, "permanent": failed.permanent}
 
 
 def vector_text(vector: np.ndarray) -> str:
@@ -1575,19 +1624,21 @@ IMAGE_SUFFIXES |= {".tif", ".tiff", ".bmp", ".heic", ".heif"}
 # Copies, thumbnails and deleted files, as NAS systems, archives and desktops keep them
 SYSTEM_FOLDERS = {"@eadir", "#recycle", "@recycle", "#snapshot", "@recently-snapshot", "@tmp"}
 SYSTEM_FOLDERS |= {"$recycle.bin", "system volume information", "lost+found", "__macosx"}
-# A row is of the image as its file's mark ("modified") was then, see mark_of
+# "modified" is the file's image_hash when its row was made: see hash_of. Files of earlier versions
+# have a column more, "permanent".
 FOLDER_TABLE = """
 create table if not exists images (asset_id text primary key, modified integer not null,
-    model_version text not null, embedding blob, stage text, reason text, permanent integer,
+    model_version text not null, embedding blob, stage text, reason text,
     created_at text not null, updated_at text not null)
 """
 # A failure never takes the place of a vector of the same image and version
 FOLDER_SAVE = """
-insert into images values (:id, :mark, :version, :embedding, :stage, :reason, :permanent, :now,
-    :now)
-on conflict do update set modified = :mark, model_version = :version, embedding = :embedding,
-    stage = :stage, reason = :reason, permanent = :permanent, updated_at = :now
-where :embedding is not null or embedding is null or modified <> :mark
+insert into images (asset_id, modified, model_version, embedding, stage, reason, created_at,
+    updated_at)
+values (:id, :image_hash, :version, :embedding, :stage, :reason, :now, :now)
+on conflict do update set modified = :image_hash, model_version = :version,
+    embedding = :embedding, stage = :stage, reason = :reason, updated_at = :now
+where :embedding is not null or embedding is null or modified <> :image_hash
     or model_version <> :version
 """
 
@@ -1597,7 +1648,7 @@ class KnownImage(NamedTuple):
 
     modified: int
     model_version: str
-    permanent: int | None  # of a failure; null where there is a vector
+    failed: int
 
 
 class FolderStore:
@@ -1608,7 +1659,7 @@ class FolderStore:
     """
 
     FILE = "product_embeddings.sqlite3"
-    longest = threading.TIMEOUT_MAX  # a disk has no deadline
+    patience = threading.TIMEOUT_MAX  # a disk has no deadline
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -1644,7 +1695,7 @@ class FolderStore:
         if not mine:
             self._explain_nothing(files)
         with self._database() as database:
-            query = "select asset_id, modified, model_version, permanent from images"
+            query = "select asset_id, modified, model_version, reason is not null from images"
             known = {path: KnownImage(*row) for path, *row in database.execute(query)}
             if not self._settings.dry_run:
                 gone = known.keys() - files.keys()
@@ -1653,22 +1704,17 @@ class FolderStore:
                 database.executemany("delete from images where asset_id = ?", deleted)
         version = self._settings.model_version
         done = 0
-        failed_for_good = []
         for path in mine:
             row = known.get(path)
             stat = files[path]
-            asset = Asset(path, path, mark=mark_of(stat) if stat else 0)
+            asset = Asset(path, path, image_hash=hash_of(stat) if stat else 0)
             if not row or not is_same_file(row, stat) or row.model_version != version:
                 self._new.append(asset)
-            elif row.permanent is None:
-                done += 1
-            elif row.permanent:
-                failed_for_good.append(asset)
-            else:
+            elif row.failed:
                 self._failed.append(asset)
-        if self._settings.retry_failed:
-            self._failed += failed_for_good
-        return Status(len(mine), done, len(failed_for_good))
+            else:
+                done += 1
+        return Status(len(mine), done, len(self._failed))
 
     def _is_mine(self, path: str) -> bool:
         return composed(path).startswith(self._below)
@@ -1720,27 +1766,25 @@ class FolderStore:
             for start in range(0, len(assets), PAGE_ROWS):
                 yield assets[start : start + PAGE_ROWS]
 
-    def locate(self, asset: Asset) -> Place:
+    def locate(self, asset: Asset) -> Source:
         """As Store says; a file needs no headers."""
-        return Place(self._folder / asset.image, {})
+        return Source(self._folder / asset.image, {})
 
-    def save(self, results: list[Result]) -> list[Outcome]:
-        """As Store says."""
+    def save(self, results: list[Result]) -> set[Id]:
+        """As Store says; takes all."""
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-        outcomes = []
         with self._database() as database:
             for result in results:
-                row: dict[str, Any] = {"id": result.asset.id, "mark": result.asset.mark}
-                row |= {"version": self._settings.model_version, "now": now}
-                row |= {"embedding": None, "stage": None, "reason": None, "permanent": None}
+                row: dict[str, Any] = {"id": result.asset.id, "now": now}
+                row |= {"image_hash": result.asset.image_hash}
+                row |= {"version": self._settings.model_version}
+                row |= {"embedding": None, "stage": None, "reason": None}
                 if isinstance(result, Failed):
-                    row |= failure_columns(result)
-                    outcomes.append(Outcome("noted"))
+                    row |= {"stage": result.stage, "reason": result.reason}
                 else:
                     row["embedding"] = result.vector.astype("<f4").tobytes()
-                    outcomes.append(Outcome("stored"))
                 database.execute(FOLDER_SAVE, row)
-        return outcomes
+        return {result.asset.id for result in results}
 
     def search(self, vector: np.ndarray, wanted: int) -> list[Match]:
         """As Store says; compares all, in blocks."""
@@ -1753,7 +1797,7 @@ class FolderStore:
             del best[wanted:]
         return best
 
-    def gallery(self) -> Catalog:
+    def catalog(self) -> Catalog:
         """As Store says, of the first MOST_COMPARED vectors."""
         pictures: list[Picture] = []
         blocks = [np.empty((0, DIMENSIONS), np.float32)]
@@ -1766,7 +1810,15 @@ class FolderStore:
         vectors = np.concatenate(blocks)
         blocks.clear()  # 200 MB
         rows, looked_at = rows_alike(vectors)
-        pairs = [Pair(pictures[one], pictures[other], cosine) for one, other, cosine in rows]
+        pairs = [
+            Pair(
+                pictures[one],
+                pictures[other],
+                cosine,
+                same=bool((vectors[one] == vectors[other]).all()),
+            )
+            for one, other, cosine in rows
+        ]
         spread = np.linspace(0, len(pictures) - 1, min(SAMPLES, len(pictures))).astype(int)
         samples = []
         for own, cosines in zip(spread, vectors[spread] @ vectors.T, strict=True):
@@ -1792,14 +1844,12 @@ class FolderStore:
                 yield [picture_of(path) for path, _ in mine], vectors.reshape(-1, DIMENSIONS)
 
     def _failures(self) -> list[FailedPicture]:
-        query = """select asset_id, reason, permanent from images
+        query = """select asset_id, reason from images
             where model_version = ? and reason is not null order by asset_id"""
         with self._database() as database:
             return [
-                FailedPicture(picture_of(path), reason, bool(permanent))
-                for path, reason, permanent in database.execute(
-                    query, [self._settings.model_version]
-                )
+                FailedPicture(picture_of(path), reason)
+                for path, reason in database.execute(query, [self._settings.model_version])
                 if self._is_mine(path)
             ]
 
@@ -1810,7 +1860,7 @@ def picture_of(path: str) -> Picture:
     return Picture(path, path, folder, name)
 
 
-def mark_of(stat: os.stat_result) -> int:
+def hash_of(stat: os.stat_result) -> int:
     """What tells an image file from one that takes its place: its time of modification, in
     nanoseconds, and its size, as some exports and archives give all files one time."""
     return stat.st_mtime_ns + stat.st_size
@@ -1819,7 +1869,7 @@ def mark_of(stat: os.stat_result) -> int:
 def is_same_file(row: KnownImage, stat: os.stat_result | None) -> bool:
     """Whether a row is of this very file. Rows of earlier versions hold its time alone; and
     of one that can't be looked at now, what is known stays."""
-    return stat is None or row.modified in (mark_of(stat), stat.st_mtime_ns)
+    return stat is None or row.modified in (hash_of(stat), stat.st_mtime_ns)
 
 
 def is_link(path: Path) -> bool:
@@ -1851,7 +1901,6 @@ def unreadable(error: OSError) -> None:
 # ============================================================================= Fetching
 
 MAX_BYTES = 50 * 2**20  # of one image file
-TOO_LARGE = f"larger than {MAX_BYTES // 2**20} MB"
 HEAVY_BYTES = 4 * 2**20  # files above this are heavy,
 HEAVY_FILES = 4  # and no more of them are downloaded at once
 PAGE_BYTES = 2**16  # of a page in the place of an image; checks for robots are shorter,
@@ -1883,11 +1932,11 @@ class Meaning(Enum):
 
 
 # What an answer means, by its status; what is not listed means LATER.
-# NEVER, which is only about the URL itself, becomes Rejected: a failure for good.
-# AGAIN, and LATER or ROBOTS with Retry-After, become TryAgain: the image's own thread sleeps that
+# NEVER, which is only about the URL itself, becomes ImageError: a failure for good.
+# AGAIN, and LATER or ROBOTS with Retry-After, become Strain: the image's own thread sleeps that
 # long and asks again, FETCH_ATTEMPTS in all; other images of the host go on. Where less time than
 # that is left of settings.fetch_seconds, it gives up at once.
-# What fails so becomes NotNow: later runs try again. All failures but NEVER count in Hosts.
+# What fails so becomes ImageError: later runs try again. All failures but NEVER count in Hosts.
 ANSWERS = {
     200: Meaning.PICTURE,
     203: Meaning.PICTURE,  # RFC 9110: a proxy on the way has changed something
@@ -1957,8 +2006,6 @@ NETWORK_REASONS = {
 # Encodings that a host should not send unless asked; urllib3 has some where packages for them are.
 UNASKED = {"br", "zstd", "compress", "x-compress", "dcb", "dcz"}
 
-NO_URL = 'no full URL: see "Your tables" in schema.sql'
-MANY_URLS = 'a list or JSON, not one URL: see "Your tables" in schema.sql'
 BLANKS = "".join(map(chr, range(33)))  # what browsers strip from a URL's ends
 PATH_CHARACTERS = "%!$&'()*+,-./:;=@[]_|~"  # those that browsers leave as they are
 QUERY_CHARACTERS = PATH_CHARACTERS.replace("'", "") + "?^`{}\\"
@@ -1976,10 +2023,10 @@ class Fetcher:
         self._pools: dict[str, urllib3.PoolManager] = {}  # by proxy, "" for none
         self._pools_lock = threading.Lock()
 
-    def fetch(self, place: Place) -> bytes:
+    def fetch(self, place: Source) -> bytes:
         """The bytes of an image, at most MAX_BYTES, within FETCH_SECONDS, all attempts together.
 
-        Raises Rejected, NotNow.
+        Raises ImageError.
         """
         if isinstance(place.where, Path):
             return read_file(place.where)
@@ -1991,13 +2038,13 @@ class Fetcher:
         while True:
             try:
                 return self._follow(url, place.headers, deadline)
-            except TryAgain as error:
+            except Strain as error:
                 left = deadline.seconds
-                if attempt == FETCH_ATTEMPTS or error.after > max(left, 0):
+                if attempt == FETCH_ATTEMPTS or error.rest > max(left, 0):
                     raise
-                pause = max(error.after, 2**attempt * random.uniform(0.125, 0.25))
+                pause = max(error.rest, 2**attempt * random.uniform(0.125, 0.25))
                 if pause > left:  # it is not the host's pause that does not fit, but ours
-                    raise NotNow(f"{deadline.missed} ({error})") from None
+                    raise ImageError(f"{deadline.missed} ({error})") from None
             time.sleep(pause)
             attempt += 1
 
@@ -2016,15 +2063,15 @@ class Fetcher:
             except (OSError, ValueError, http.client.HTTPException, HTTPError) as error:
                 reason = network_reason(error)
                 if answer is None:
-                    raise NoAnswer(reason) from None
-                raise TryAgain(reason, after=0) from None
-            except BadAddress as error:
+                    raise Strain(reason) from None
+                raise Strain(reason) from None
+            except ImageError as error:
                 if hop == 0:
                     raise
-                raise NotNow(f"a redirect elsewhere: {error}") from None
+                raise ImageError(f"a redirect elsewhere: {error}") from None
             url = next_url(url, target)
             headers = {}  # they were for the first place alone
-        raise NotNow(f"more than {MAX_REDIRECTS} redirects")
+        raise ImageError(f"more than {MAX_REDIRECTS} redirects")
 
     def _ask(
         self, url: Url, headers: Mapping[str, str], cookies: dict[str, str], deadline: Deadline
@@ -2086,10 +2133,10 @@ class Fetcher:
             raise refusal(answer, first_bytes(answer, deadline))
         encodings = set(re.split(r"[\s,]+", answer.headers.get("Content-Encoding", "").lower()))
         for encoding in encodings & UNASKED - set(urllib3.HTTPResponse.CONTENT_DECODERS):
-            raise NotNow(f"compressed as {encoding}, which it was not asked for")
+            raise ImageError(f"compressed as {encoding}, which it was not asked for")
         data = self._body(answer, deadline)
         if is_page(data) and is_robots_check(answer, data):
-            raise NotNow(f"HTTP {answer.status}, a check for robots: {ROBOT_ADVICE}")
+            raise ImageError(f"HTTP {answer.status}, a check for robots: {ROBOT_ADVICE}")
         return data
 
     def _body(self, answer: BaseHTTPResponse, deadline: Deadline) -> bytes:
@@ -2099,7 +2146,7 @@ class Fetcher:
             while chunk := answer.read1(2**16, decode_content=True):
                 data += chunk
                 if len(data) > MAX_BYTES:
-                    raise Rejected(TOO_LARGE)
+                    raise ImageError(TOO_LARGE)
                 left = deadline.left()
                 if len(data) > HEAVY_BYTES and not heavy:
                     heavy = self._heavy.acquire(timeout=left)
@@ -2122,10 +2169,10 @@ class Deadline:
         return self._end - time.monotonic()
 
     def left(self) -> float:
-        """The same, above 0. Raises NotNow where it is over."""
+        """The same, above 0. Raises ImageError where it is over."""
         seconds = self.seconds
         if seconds <= 0:
-            raise NotNow(self.missed)
+            raise ImageError(self.missed)
         return seconds
 
 
@@ -2146,7 +2193,7 @@ def meaning_of(answer: BaseHTTPResponse) -> Meaning:
     return ANSWERS.get(answer.status, Meaning.LATER)
 
 
-def refusal(answer: BaseHTTPResponse, page: bytes) -> Rejected | NotNow:
+def refusal(answer: BaseHTTPResponse, page: bytes) -> ImageError:
     """What an answer means that is no picture; `page` is how its body begins."""
     status = answer.status
     meaning = meaning_of(answer)
@@ -2155,14 +2202,14 @@ def refusal(answer: BaseHTTPResponse, page: bytes) -> Rejected | NotNow:
         meaning = ANSWERS.get(status, Meaning.LATER)
     reason = f"HTTP {status} {http.client.responses.get(status, '')}".strip()
     if meaning is Meaning.NEVER:
-        return Rejected(reason)
+        return ImageError(reason)
     checks = meaning is Meaning.ROBOTS or is_robots_check(answer, page)
     if checks or (answer.status == 202 and is_page(page)):
         reason = f"{reason}, a check for robots: {ROBOT_ADVICE}"
     after = retry_after(answer.headers)
     if meaning is Meaning.AGAIN or after > 0:
-        return TryAgain(reason, after)
-    return NotNow(reason)
+        return Strain(reason, after)
+    return ImageError(reason)
 
 
 def status_in_body(page: bytes) -> int:
@@ -2206,7 +2253,7 @@ def first_bytes(answer: BaseHTTPResponse, deadline: Deadline) -> bytes:
     data = b""
     if answer.status < 200:  # the answer proper follows, on a connection that is not used again
         return data
-    with contextlib.suppress(OSError, http.client.HTTPException, HTTPError, NotNow):
+    with contextlib.suppress(OSError, http.client.HTTPException, HTTPError, ImageError):
         while len(data) < PAGE_BYTES and deadline.left():
             chunk = answer.read1(PAGE_BYTES - len(data), decode_content=True)
             if not chunk:
@@ -2267,22 +2314,22 @@ PORTS = {"http": 80, "https": 443}
 
 
 def read_url(text: str) -> Url:
-    """The URL that a text of the catalog is. Raises Rejected with what the text is instead."""
+    """The URL that a text of the catalog is. Raises ImageError with what the text is instead."""
     text = text.strip(BLANKS)
     if re.match(r"[\[{]|.*[\s,;|]https?://", text, re.IGNORECASE | re.DOTALL):
-        raise BadAddress(MANY_URLS)
+        raise ImageError(MANY_URLS)
     if not re.match(r"[\w!+.-]{2,}:(?!\d+/)", text):  # host:80 and C:\ are no schemes
         if re.search(r"\.\w{3,4}\s*[,;|\n]", text):
-            raise BadAddress(MANY_URLS)
-        raise BadAddress(NO_URL)
+            raise ImageError(MANY_URLS)
+        raise ImageError(NO_URL)
     try:
         return parse_url(text)
     except ValueError:
-        raise BadAddress("not a valid URL") from None
+        raise ImageError("not a valid URL") from None
 
 
 def next_url(url: Url, location: str) -> Url:
-    """Where a redirect leads. Raises NotNow where that is nowhere: a host may have a bad hour."""
+    """Where a redirect leads. Raises ImageError where that is nowhere."""
     try:
         # Headers come as latin-1, hosts mean UTF-8
         location = quote(location.strip(BLANKS).encode("latin-1"), safe=string.punctuation)
@@ -2290,19 +2337,19 @@ def next_url(url: Url, location: str) -> Url:
             location = urljoin(url.origin + url.target, location)
         return parse_url(location)
     except ValueError:
-        raise NotNow("a redirect to no valid URL") from None
-    except Rejected as error:
-        raise NotNow(f"a redirect elsewhere: {error}") from None
+        raise ImageError("a redirect to no valid URL") from None
+    except ImageError as error:
+        raise ImageError(f"a redirect elsewhere: {error}") from None
 
 
 def parse_url(text: str) -> Url:
-    """The parts of a URL. Raises ValueError, and Rejected for schemes that are not fetched."""
+    """The parts of a URL. Raises ValueError, and ImageError for schemes that are not fetched."""
     text, _, _ = re.sub(r"[\t\r\n]", "", text).partition("#")
     start, question, query = text.partition("?")
     scheme, _, rest = start.replace("\\", "/").partition(":")
     scheme = scheme.lower()
     if scheme not in PORTS:
-        raise BadAddress("only http, https and data URLs are fetched")
+        raise ImageError("only http, https and data URLs are fetched")
     if not rest.startswith("//"):
         raise ValueError
     authority, slash, path = rest[2:].partition("/")
@@ -2350,23 +2397,23 @@ def host_in_ascii(host: str) -> str:
 
 
 def read_data_url(text: str) -> bytes:
-    """The bytes that a data: URL holds. Raises Rejected."""
+    """The bytes that a data: URL holds. Raises ImageError."""
     try:
         return DataHandler().data_open(Request(text)).read()
     except ValueError:
-        raise Rejected("broken data: URL") from None
+        raise ImageError("broken data: URL") from None
 
 
 def read_file(path: Path) -> bytes:
-    """A file's bytes. Raises Rejected, NotNow."""
+    """A file's bytes. Raises ImageError."""
     try:
         if not path.is_file():  # a named pipe, say, would never end
             raise OSError(0, "no regular file")
         if path.stat().st_size > MAX_BYTES:
-            raise Rejected(TOO_LARGE)
+            raise ImageError(TOO_LARGE)
         return path.read_bytes()
     except OSError as error:
-        raise NotNow(f"can't be read ({error.strerror})") from None
+        raise ImageError(f"can't be read ({error.strerror})") from None
 
 
 # Connections
@@ -2397,7 +2444,7 @@ class Guard:
             self._own = (own.host, own.port)
 
     def connect(self, host: str, port: int, seconds: float, options: Any) -> socket.socket:
-        """Connects to the first of a host's addresses that answers. Raises OSError, Rejected."""
+        """Connects to the first of a host's addresses that answers. Raises OSError, ImageError."""
         addresses = self._allowed(host, port)
         share = seconds / len(addresses)
         for address in addresses[:-1]:
@@ -2406,7 +2453,7 @@ class Guard:
         return create_connection((addresses[-1], port), share, None, options)
 
     def check_name(self, url: Url) -> None:
-        """Raises Rejected where the host is a private address itself, no name of one."""
+        """Raises ImageError where the host is a private address itself, no name of one."""
         host = url.host
         if re.fullmatch(r"(.+\.)?localhost", host):
             host = "127.0.0.1"
@@ -2423,8 +2470,8 @@ class Guard:
         if not public:
             reason = f"private address {addresses[0]} (ALLOW_PRIVATE_IMAGE_HOSTS=1 allows it)"
             if is_name(host):  # it leads there now, as all do behind a network's login page
-                raise NotNow(reason)
-            raise BadAddress(f"{reason}; --retry-failed tries it again")
+                raise ImageError(reason)
+            raise ImageError(f"{reason}; --retry-failed tries it again")
         return public
 
     @classmethod
@@ -2551,9 +2598,6 @@ KEEP_SCALE = 2  # large images are first reduced, by a whole number, to so many 
 # Other Pillow plugins stay shut: some start programs (EPS), none is a product photo.
 FORMATS = ["JPEG", "PNG", "GIF", "WEBP", "AVIF", "TIFF", "BMP"]
 MOST_ZEROS = 4096  # bytes that may end a JPEG's pixels: in white areas they are zeros
-BROKEN = "broken or truncated image file"
-TOO_MUCH = f"needs over {DECODE_MB} MB to decode"
-TOO_SLOW = f"takes over {DECODE_SECONDS} s to decode"
 # What Pillow raises for broken files, as hundreds of thousands of damaged ones showed. Its other
 # errors (AttributeError, TypeError) mean that we call it wrongly.
 BROKEN_FILE = (OSError, EOFError, SyntaxError, ValueError, RuntimeError, struct.error, zlib.error)
@@ -2567,7 +2611,7 @@ TiffImagePlugin.OPEN_INFO[b"MM", 0, (1,), 1, (16,), ()] = ("I;16B", "I;16B")
 def levels_of(data: bytes) -> bytes:
     """What CLIP sees of an image file, as a browser shows it: levels (224, 224, 3), a byte each.
 
-    Raises Rejected; NotNow for a format that needs another package; MemoryError. Any other
+    Raises ImageError; ImageError for a format that needs another package; MemoryError. Any other
     exception is a defect, of ours or of Pillow's, and not the file's.
     """
     return in_srgb(square(decode(data))).tobytes()
@@ -2595,17 +2639,17 @@ def decode(data: bytes) -> Image.Image:
 
 @contextlib.contextmanager
 def errors_of_broken_files() -> Iterator[None]:
-    """Around what reads a file: makes Rejected of the errors that broken files cause."""
+    """Around what reads a file: makes ImageError of the errors that broken files cause."""
     try:
         yield
     except Image.DecompressionBombError:
-        raise Rejected(TOO_MUCH) from None
+        raise ImageError(TOO_MUCH) from None
     except BROKEN_FILE as error:
-        raise Rejected(BROKEN) from error
+        raise ImageError(BROKEN) from error
 
 
 def mended(data: bytes) -> bytes:
-    """The file without what browsers pass over and Pillow stumbles on. Raises Rejected."""
+    """The file without what browsers pass over and Pillow stumbles on. Raises ImageError."""
     if data.startswith(b"\x89PNG"):
         return png_of_pixels(data)
     if data.startswith(b"\xff\xd8\xff"):
@@ -2640,7 +2684,7 @@ def png_of_pixels(data: bytes) -> bytes:
 
 
 def jpeg_with_end(data: bytes) -> bytes:
-    """A JPEG with an end marker. Raises Rejected where pixels are missing, too.
+    """A JPEG with an end marker. Raises ImageError where pixels are missing, too.
 
     Uploads often lack their last bytes, the marker FFD9, and nothing else. Where more is missing
     (or is zeros, as in a copy that stopped halfway) decoders fill up with gray and say nothing.
@@ -2661,7 +2705,7 @@ def jpeg_with_end(data: bytes) -> bytes:
     files = (data + end_marker, data + more + end_marker)
     pictures = [Image.open(io.BytesIO(file), formats=["JPEG"]).tobytes() for file in files]
     if pictures[0] != pictures[1]:
-        raise Rejected(BROKEN)
+        raise ImageError(BROKEN)
     return data + end_marker
 
 
@@ -2687,26 +2731,26 @@ NO_IMAGES = (
 
 
 def opened(data: bytes) -> Image.Image:
-    """An image file of which the header was read; raises Rejected or NotNow for what is none."""
+    """An image file of which the header was read; raises ImageError for what is none."""
     formats = FORMATS
     if re.match(rb"....ftyp(hei|hev|mif|msf)", data, re.DOTALL):
         try:
             import pillow_heif
         except (ImportError, OSError):  # OSError: it was installed meanwhile (see shut_in)
-            raise NotNow("HEIC: pip install pillow-heif, then run again") from None
+            raise ImageError("HEIC: pip install pillow-heif, then run again") from None
         pillow_heif.register_heif_opener()
         formats = ["HEIF"]
     with contextlib.suppress(UnidentifiedImageError):
         return Image.open(io.BytesIO(data), formats=formats)
     if data.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
-        raise NotNow("JPEG XL, a format that is not supported yet")
+        raise ImageError("JPEG XL, a format that is not supported yet")
     if has_tiff_directory(data):
-        raise Rejected("a TIFF of a kind that is not supported")
+        raise ImageError("a TIFF of a kind that is not supported")
     head = data[: 2**16].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     for beginning, name in NO_IMAGES:
         if re.match(beginning, head, re.DOTALL):
-            raise Rejected(name)
-    raise Rejected("not an image in a known format")
+            raise ImageError(name)
+    raise ImageError("not an image in a known format")
 
 
 def has_tiff_directory(data: bytes) -> bool:
@@ -2725,20 +2769,20 @@ def has_tiff_directory(data: bytes) -> bool:
 
 
 def refuse_odd_sizes(image: Image.Image) -> None:
-    """Raises Rejected for an image that is too large, too small or too thin."""
+    """Raises ImageError for an image that is too large, too small or too thin."""
     width, height = image.size
     if width * height * 4 > DECODE_MB * 2**20 and image.format not in ("JPEG", "MPO"):
-        raise Rejected(TOO_MUCH)  # JPEG shrinks while it decodes
+        raise ImageError(TOO_MUCH)  # JPEG shrinks while it decodes
     if min(width, height) < MIN_SIDE:
-        raise Rejected(f"smaller than {MIN_SIDE} pixels a side")
+        raise ImageError(f"smaller than {MIN_SIDE} pixels a side")
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise Rejected(f"a strip, more than {MAX_ASPECT} times as long as wide")
+        raise ImageError(f"a strip, more than {MAX_ASPECT} times as long as wide")
 
 
 def in_eight_bits(image: Image.Image, data: bytes) -> Image.Image:
     """A loaded image in mode L, LA, RGB, RGBA or CMYK: those that cost no more than they must."""
     if image.mode in ("I", "F", "LAB"):
-        raise Rejected(f"pixels of a kind that is not supported (mode {image.mode})")
+        raise ImageError(f"pixels of a kind that is not supported (mode {image.mode})")
     if image.mode.startswith("I;16"):
         return gray_of_16_bits(image)
     if image.format == "GIF":
@@ -2872,11 +2916,6 @@ def to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform:
     return ImageCms.buildTransform(io.BytesIO(profile), SRGB, mode, "RGB")
 
 
-def is_one_colour(levels: np.ndarray) -> bool:
-    """Whether levels show nothing at all: a placeholder, or a file made wrongly."""
-    return bool((levels == levels[0, 0]).all())
-
-
 @lru_cache
 def pixels_by_level() -> np.ndarray:
     """The pixel of each channel and level (3, 256), by the arithmetic of transformers' processor:
@@ -2901,7 +2940,6 @@ MOST_CALLS = 20  # of a traceback that are sent
 
 # The first byte of an answer that is no levels; a text follows.
 REJECTED = b"R"
-NOT_NOW = b"N"
 UNEXPECTED = b"U"  # with a traceback: the defect is ours, or a library's
 
 OUT_OF_MEMORY = 77  # a decoder's exit code
@@ -2945,7 +2983,7 @@ PR_SET_NO_NEW_PRIVS = 38
 class Loader:
     """The way from a place to pixels, for any number of threads.
 
-    Raises Rejected and NotNow, and RunError where no decoder can be started.
+    Raises ImageError, and RunError where no decoder can be started.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -2954,14 +2992,15 @@ class Loader:
         for _ in range(cores()):
             self._decoders.put(Decoder())
 
-    def fetch(self, place: Place) -> Fetched:
+    def fetch(self, place: Source) -> Download:
         started = time.monotonic()
         data = self._fetcher.fetch(place)
-        return Fetched(data, time.monotonic() - started)
+        seconds = time.monotonic() - started
+        return Download(data, seconds, seconds)
 
     def load(self, asset: Asset, data: bytes) -> Loaded:
         levels = self.decode(data)
-        return Loaded(asset, normalise(levels), one_colour=is_one_colour(levels))
+        return Loaded(asset, normalise(levels))
 
     def decode(self, data: bytes) -> np.ndarray:
         decoder = self._decoders.get()
@@ -2983,7 +3022,7 @@ class Decoder:
         self._process: Any = None
 
     def decode(self, data: bytes) -> np.ndarray:
-        """The levels (224, 224, 3) of an image file. Raises Rejected and NotNow, and
+        """The levels (224, 224, 3) of an image file. Raises ImageError, and
         RunError where no process can be started."""
         process = self._process or started_decoder()
         self._process = None
@@ -2993,8 +3032,8 @@ class Decoder:
             process.kill()
             reason = DEATHS.get(process.wait())
             if reason:
-                raise Rejected(reason) from None
-            raise NotNow(LOST) from None
+                raise ImageError(reason) from None
+            raise ImageError(LOST) from None
         self._process = process
         if isinstance(result, Exception):
             raise result
@@ -3041,7 +3080,7 @@ def answer_to(data: bytes, process: Any) -> bytes:
         patience.cancel()
 
 
-def decoded_answer(answer: bytes) -> np.ndarray | Rejected | NotNow:
+def decoded_answer(answer: bytes) -> np.ndarray | ImageError:
     """An answer as levels, or as what is to be raised. Raises ValueError for any other."""
     if len(answer) == LEVELS_BYTES:
         return np.frombuffer(answer, np.uint8).reshape(SIDE, SIDE, 3)
@@ -3049,13 +3088,11 @@ def decoded_answer(answer: bytes) -> np.ndarray | Rejected | NotNow:
     lines = answer[1:].decode().splitlines() or [""]
     reason = shorten(printable(lines[-1]), MOST_REASON)
     if kind == REJECTED:
-        return Rejected(reason)
-    if kind == NOT_NOW:
-        return NotNow(reason)
+        return ImageError(reason)
     if kind == UNEXPECTED:
         for line in lines:
             log.debug("decoder: %s", line)
-        return NotNow(f"unexpected {reason}")
+        return ImageError(f"unexpected {reason}")
     raise ValueError(f"{kind!r} is no kind of answer")
 
 
@@ -3104,10 +3141,8 @@ def answer_for(data: bytes) -> bytes:
     """The levels of an image file, or why there are none."""
     try:
         return levels_of(data)
-    except Rejected as reason:
+    except ImageError as reason:
         return REJECTED + str(reason).encode()
-    except NotNow as reason:
-        return NOT_NOW + str(reason).encode()
     except MemoryError:
         # There may be too little left to say more, or to go on with.
         os._exit(OUT_OF_MEMORY)
@@ -3204,7 +3239,6 @@ VIT_B_32_TEXT: dict[str, Any] = {
 }
 LAYERS_AT_ONCE = 4  # read at once: some 120 MB of the file in memory beside the model
 GELU_SLOPE = 1.702  # quick_gelu(x) = x * sigmoid(1.702 x)
-NOT_FINITE = "the model gave numbers that are not finite"
 
 Tensor = Any  # torch's
 
@@ -3258,9 +3292,9 @@ class ClipEncoder:
         results: list[Result] = []
         for loaded, vector in zip(batch, vectors, strict=True):
             if np.isfinite(vector).all():
-                results.append(Embedded(loaded.asset, vector, loaded.one_colour))
+                results.append(Embedded(loaded.asset, vector))
             else:
-                results.append(Failed(loaded.asset, "embed", NOT_FINITE, permanent=False))
+                results.append(Failed(loaded.asset, "embed", NOT_FINITE))
         return results
 
 
@@ -3629,7 +3663,7 @@ def download(needed: tuple[str, ...] = TO_ASK) -> Path:
         with one_run_at_a_time(folder):
             for name in MODEL_FILES:
                 get_file(folder / name)
-    except (OSError, Rejected, NotNow) as error:  # the disk's, requests', and the hub's
+    except (OSError, ImageError) as error:  # the disk's, requests', and the hub's
         raise RunError(
             f"{MODEL_ID} could not be downloaded ({shorten(str(error), 100)}): check network and "
             "disk and run again, which goes on where this stopped, or set CLIP_MODEL to a folder "
@@ -3682,7 +3716,7 @@ def one_run_at_a_time(folder: Path) -> Iterator[None]:
 
 def get_file(path: Path) -> None:
     """Puts a file of the model there, unless it is. A damaged one is deleted and fetched anew.
-    Raises Rejected where the hub has another file, and what fetch_rest raises."""
+    Raises ImageError where the hub has another file, and what fetch_rest raises."""
     if is_whole(path):
         return
     if path.exists():
@@ -3693,7 +3727,7 @@ def get_file(path: Path) -> None:
         fetch_file(path)
     if not is_whole(path):
         path.unlink()
-        raise Rejected(f"{hub()} serves another {path.name}")
+        raise ImageError(f"{hub()} serves another {path.name}")
 
 
 def delete_damaged(path: Path) -> None:
@@ -3717,19 +3751,19 @@ def fetch_file(path: Path) -> None:
         before = length(part)
         try:
             fetch_rest(path.name, part)
-        except TryAgain as error:
+        except Strain as error:
             in_vain += 1
             if length(part) > before:
                 in_vain = 0
             if in_vain == HUB_ATTEMPTS:
                 raise
-            time.sleep(min(max(error.after, HUB_WAIT), HUB_LONGEST_WAIT))
+            time.sleep(min(max(error.rest, HUB_WAIT), HUB_LONGEST_WAIT))
     part.replace(path)
 
 
 def fetch_rest(name: str, part: Path) -> None:
-    """Asks the hub for what is missing of a file. Raises TryAgain where that did not bring all of
-    it, Rejected and NotNow where another attempt would bring no more."""
+    """Asks the hub for what is missing of a file. Raises Strain where that did not bring all of
+    it, ImageError where another attempt would bring no more."""
     size = MODEL_FILES[name].size
     have = length(part)
     headers = {"User-Agent": HEADERS["User-Agent"], "Accept-Encoding": "identity"}
@@ -3747,7 +3781,7 @@ def fetch_rest(name: str, part: Path) -> None:
                 have = 0
             coming = answer.headers.get("Content-Length", "")
             if coming.isdecimal() and have + int(coming) != size:
-                raise Rejected(f"{hub()} serves another {name}")
+                raise ImageError(f"{hub()} serves another {name}")
             with part.open("ab" if have else "wb") as file:
                 for chunk in answer.iter_content(HUB_CHUNK):
                     file.write(chunk)
@@ -3757,19 +3791,19 @@ def fetch_rest(name: str, part: Path) -> None:
                     if name == WEIGHTS and tenths > tenths_before:
                         log.info("downloaded %d %% of the model", 10 * tenths)
     except (requests.ConnectionError, requests.Timeout, ChunkedEncodingError) as error:
-        raise TryAgain(network_reason(error), HUB_WAIT) from None
+        raise Strain(network_reason(error), HUB_WAIT) from None
     except requests.exceptions.InvalidHeader:  # its message quotes the token
         raise RunError("HF_TOKEN holds characters that no token may: set it anew") from None
     if have < size:
-        raise TryAgain("cut off", HUB_WAIT)
+        raise Strain("cut off", HUB_WAIT)
 
 
-def refusal_of_hub(answer: requests.Response) -> NotNow:
+def refusal_of_hub(answer: requests.Response) -> ImageError:
     """What an answer of the hub means that is no file."""
     reason = f"HTTP {answer.status_code} {answer.reason}".strip()
     if ANSWERS.get(answer.status_code) is Meaning.AGAIN:
-        return TryAgain(reason, retry_after(answer.headers))
-    return NotNow(reason)
+        return Strain(reason, retry_after(answer.headers))
+    return ImageError(reason)
 
 
 # =============================================================== The page, the question
@@ -3810,42 +3844,6 @@ NEAR_TO_WORDS = "0.2 to 0.35 is near; pictures are nearer to each other"
 
 SAME_FILE = "same file"
 SAME_PICTURE = "same picture"  # to the last bit of what the model sees
-
-# What to do about a failure, by what its reason says; the first that fits counts.
-ADVICE = {
-    r": see |pip install|STORAGE_BUCKETS|robots|belongs": "",  # they say it themselves
-    r"HTTP 407": "The proxy wants a name and a password.",
-    r"HTTP (401|402|403|451)": "The host refuses us: make the image public, or ask the host to "
-    f"let {AGENT} in.",
-    r"HTTP (404|410)": "Nothing is at this address: correct it, or upload the image again.",
-    r"HTTP (400|414)": "The host has nothing at this address, or can't read it: correct it.",
-    r"HTTP (420|429|430)": "The host wants fewer requests: run again later, with fewer --workers.",
-    r"HTTP (408|423|425|5\d\d)|in time|not complete|compress|headers without end": "The host has "
-    "trouble: run again later.",
-    r"connection|reachable|TLS failed": "The host can't be reached: run again later.",
-    r"name server": "This machine's network is away, or the host's domain has trouble: run again "
-    "later.",
-    r"host not found": "No host has this name: correct the address.",
-    r"certificate": "It has expired, is another host's, or not complete: tell whoever runs the "
-    "host. Behind a company's proxy, REQUESTS_CA_BUNDLE names the file with its certificates.",
-    r"no image URL": "Give the product an image.",
-    r"valid URL|are fetched|redirect|data: URL|storage path": "Correct the address.",
-    r"HTML": "This is a web page: take the address of the image itself, or save that.",
-    r"JSON|PDF|SVG|known format|not supported": "Ask for the image as JPEG or PNG.",
-    r"broken|empty file": "The file is damaged or was cut off: ask for it again.",
-    r"smaller than": "Ask for a larger image.",
-    r"a strip": "Crop it to the product.",
-    r"larger than|to decode": "Save it smaller: 2,000 pixels a side are plenty.",
-    r"can't be read": "See whether the file is there, and yours to read.",
-}
-
-
-def advice(reason: str) -> str:
-    """What to do about a failure; empty where we don't know."""
-    for pattern, words in ADVICE.items():
-        if re.search(pattern, reason):
-            return words
-    return ""
 
 
 @dataclass(frozen=True)
@@ -3937,23 +3935,23 @@ def question_vectors(settings: Settings) -> list[np.ndarray]:
     return [vectors[question] for question in settings.search]
 
 
-def picture_place(question: str) -> Place | None:
+def picture_place(question: str) -> Source | None:
     """Where the picture is that a question names: a URL, or a file that is there. None: it is
     words. Raises RunError for what looks like a file and is none."""
     if re.match("(?i)https?://", question):
-        return Place(question, {})
+        return Source(question, {})
     if os.path.isfile(question):  # noqa: PTH113 - Path's raises for many words
-        return Place(Path(question), {})
+        return Source(Path(question), {})
     if image_ending(question) in IMAGE_SUFFIXES:
         raise RunError(f"--search {question}: there is no such file")
     return None
 
 
-def question_pixels(question: str, place: Place, settings: Settings) -> np.ndarray:
+def question_pixels(question: str, place: Source, settings: Settings) -> np.ndarray:
     """The pixels (3, 224, 224) of a question's picture; raises RunError."""
     try:
         return normalise(Decoder().decode(Fetcher(settings).fetch(place)))
-    except (Rejected, NotNow) as error:
+    except ImageError as error:
         raise RunError(f"--search {shorten(question, 200)}: {error}") from None
 
 
@@ -3962,7 +3960,7 @@ def write_gallery(
 ) -> None:
     """Writes the page, and the table beside it. Raises RunError where that can't be done."""
     log.info("making the page")
-    catalog = store.gallery()
+    catalog = store.catalog()
     groups = groups_of(catalog.pairs)
     shown = {match.picture for group in groups[:SHOWN_GROUPS] for match in group[:SHOWN_MEMBERS]}
     for answer in answers:
@@ -4076,7 +4074,7 @@ def views_of(pictures: set[Picture], store: Store, settings: Settings) -> Views:
 
 
 def view_of(picture: Picture, store: Store, loader: Loader) -> View:
-    """Fetches a picture and looks at it; raises Rejected, NotNow."""
+    """Fetches a picture and looks at it; raises ImageError."""
     data = loader.fetch(store.locate(Asset(picture.id, picture.image))).data
     levels = loader.decode(data)
     sight = hashlib.sha256(levels.tobytes()).digest()
@@ -4269,9 +4267,9 @@ class Page:
         ]
         if not groups:
             parts.append("<p>No two pictures do.</p>")
-        if catalog.looked_at < catalog.embedded:
+        if catalog.compared < catalog.embedded:
             parts.append(
-                f"<p>Time was short: of {catalog.embedded:,} pictures {catalog.looked_at:,} were "
+                f"<p>Time was short: of {catalog.embedded:,} pictures {catalog.compared:,} were "
                 f"compared with all others, {catalog.sought_among:,} looked through for copies.</p>"
             )
         return "".join(parts)
@@ -4381,8 +4379,6 @@ class Page:
         again = "Tried again when the address changes, or with --retry-failed."
         if self._settings.local:
             again = "Tried again when the file changes."
-        if not all(failure.permanent for failure in failures):
-            again = "Later runs try again."
         lines = [self._failure(failure.picture) for failure in failures[:SHOWN_NAMES]]
         if len(failures) > SHOWN_NAMES:
             lines.append(f"<li>and {len(failures) - SHOWN_NAMES:,} more: see {self._table}</li>")
