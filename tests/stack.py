@@ -543,14 +543,18 @@ class Stack:
         self.reload_schema()
 
     def sql_as_editor(self, script):
-        """Runs statements in a new session of the user who owns the tables, as the SQL editor."""
+        """Runs statements in a new session of the user who owns the tables, as the SQL editor;
+        returns the last one's rows."""
         with psycopg.connect(self.db_uri, user="editor", autocommit=True) as editor:
-            editor.execute(script)
+            cursor = editor.execute(script)
+            while cursor.nextset():
+                pass
+            return cursor.fetchall() if cursor.description else []
 
     def apply_schema(self, id_type="uuid", script=None):
-        """Runs schema.sql, or another text of it, for this type of id."""
+        """Runs schema.sql, or another text of it, for this type of id; returns what it shows."""
         script = script or (REPO / "schema.sql").read_text()
-        self.sql_as_editor(re.sub(r"\buuid\b", id_type, script))
+        return self.sql_as_editor(re.sub(r"\buuid\b", id_type, script))
 
     def add_assets(self, rows):
         """Inserts (id, image_url, client_name) rows; a million take some seconds."""
@@ -586,8 +590,8 @@ class Stack:
         }
 
     def failures(self):
-        """asset_id -> (stage, reason, permanent, attempts)."""
-        columns = "asset_id, stage, reason, permanent, attempts"
+        """asset_id -> (stage, reason, attempts)."""
+        columns = "asset_id, stage, reason, attempts"
         rows = self.sql(f"select {columns} from product_embedding_failures")
         return {asset: rest for asset, *rest in rows}
 
