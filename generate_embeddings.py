@@ -2500,8 +2500,10 @@ def guarded_adapter(guard: Guard, workers: int) -> requests.adapters.HTTPAdapter
         def begin(self) -> None:
             stream = self.fp
             self.fp = Headers(stream)  # type: ignore[assignment]
-            super().begin()
-            self.fp = stream
+            try:
+                super().begin()
+            finally:
+                self.fp = stream
 
     def change(manager: Any, **changes: Any) -> None:
         """Changes the connections that a manager of urllib3 opens."""
