@@ -510,7 +510,7 @@ NO_ANSWER = reason("no answer in time", _LATER)
 TOO_LATE = reason("not complete in time", _LATER)
 REFUSED = reason("connection refused", _LATER)
 UNREACHABLE = reason("host not reachable", _LATER)
-LOST = reason("connection lost", _LATER)
+CONNECTION_LOST = reason("connection lost", _LATER)
 BAD_COMPRESSION = reason("a broken compression", _LATER)
 BAD_HEADERS = reason("an answer with too many headers", _LATER)
 BAD_REDIRECT = reason("a redirect that leads nowhere", _CORRECT)
@@ -2241,12 +2241,14 @@ class Deadline:
 def body_of(answer: requests.Response, deadline: Deadline) -> bytes:
     """The bytes of an image, unpacked where its host packed them, unasked."""
     unpacker = None
+    piece = 2**16
     if answer.headers.get("Content-Encoding", "").lower() in ("gzip", "x-gzip", "deflate"):
         unpacker = zlib.decompressobj(wbits=47)  # either of gzip's and zlib's headers
+        piece = 2**12  # of which no more than 4 MB can come
     data = bytearray()
     # A packed body may end before its Content-Length, which some hosts take from the plain file.
     while not (unpacker and unpacker.eof):
-        chunk = answer.raw.read1(2**16)
+        chunk = answer.raw.read1(piece)
         if not chunk:
             break
         if unpacker:
@@ -2264,7 +2266,8 @@ def body_of(answer: requests.Response, deadline: Deadline) -> bytes:
 def first_bytes(answer: requests.Response) -> bytes:
     """How a page begins. Its connection is used again if that was all."""
     page = b""
-    if answer.status_code >= 200:  # else the answer proper follows, and must not be another's
+    # By HTTP others than these have no body. What comes anyway must not be another image's answer.
+    if answer.status_code >= 400:
         with contextlib.suppress(OSError, HTTPError):
             page = answer.raw.read(PAGE_BYTES)
     return page
@@ -2299,12 +2302,12 @@ def retry_after(headers: Mapping[str, str]) -> float:
 # The errors at the root of those of requests, urllib3 and httpx, the more special ones first
 NETWORK_REASONS: dict[type[Exception], str] = {
     ssl.SSLCertVerificationError: CERTIFICATE,
-    ssl.SSLEOFError: LOST,
+    ssl.SSLEOFError: CONNECTION_LOST,
     ssl.SSLError: NO_TLS,
     socket.gaierror: NO_HOST,
     TimeoutError: NO_ANSWER,
     ConnectionRefusedError: REFUSED,
-    ConnectionError: LOST,
+    ConnectionError: CONNECTION_LOST,
     OSError: UNREACHABLE,
     UnicodeError: NOT_A_URL,  # a part of the host's name is too long
     zlib.error: BAD_COMPRESSION,
@@ -2325,7 +2328,7 @@ def network_reason(error: BaseException) -> str:
     for kind, reason in NETWORK_REASONS.items():
         if isinstance(root, kind):
             return reason
-    return LOST
+    return CONNECTION_LOST
 
 
 def failure_of(error: Exception, deadline: Deadline) -> ImageError:
