@@ -79,7 +79,7 @@ What an upgrade of a package may break, as no documentation promises it
     transformers    brings tokenizers, safetensors and filelock, which are used here (Model)
     supabase    brings httpx and postgrest, whose errors are known here (SupabaseStore)
     tqdm        bar.initial, bar.start_t (Progress)
-    pillow      TiffImagePlugin.OPEN_INFO, READ_LIBTIFF; an image's tile, dispose_extent (Pictures)
+    pillow      TiffImagePlugin.READ_LIBTIFF, a GIF's dispose_extent (Pictures)
 
 Exit codes: 0 all done, 1 some assets failed, 2 could not run, or not go on, 130 interrupted (143 by
 SIGTERM, 129 by a closed terminal).
@@ -168,7 +168,6 @@ try:
         AvifImagePlugin,
         ExifTags,
         Image,
-        ImageChops,
         ImageCms,
         PngImagePlugin,
         TiffImagePlugin,
@@ -551,6 +550,7 @@ TOO_SLOW = reason("takes too long to decode", _SMALLER)
 DECODER_LOST = reason(
     "its decoder was killed, or hung", "Ask your developer to see whether memory is short."
 )
+DEFECT = reason("an unexpected error", "Ask your developer: it is a defect of the program.")
 NOT_FINITE = reason("the model gave numbers that are not finite", "Ask your developer.")
 
 
@@ -2583,57 +2583,56 @@ def check_proxies(*needed: str) -> None:
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, by channel
 STD = (0.26862954, 0.26130258, 0.27577711)
 DECODE_SECONDS = 5  # of a core for one image; the largest honest ones take 2
-DECODE_MB = 400  # of memory for one image, on each core: twice 45 megapixels in 4 channels
+DECODE_MB = 1000  # of memory for one image, on each core; a WebP of 50 megapixels takes 800
 MIN_SIDE = 16  # pixels; below it: tracking pixels and spacers
-MAX_ASPECT = 100  # above it: rules and borders, of which CLIP would see a sliver
 KEEP_SCALE = 2  # large images are first reduced, by a whole number, to so many times SIDE
 # Other Pillow plugins stay shut: some start programs (EPS), none is a product photo.
 FORMATS = ["JPEG", "PNG", "GIF", "WEBP", "AVIF", "TIFF", "BMP"]
-MOST_ZEROS = 4096  # bytes that may end a JPEG's pixels: in white areas they are zeros
+# Memory that a decoder takes. Where these three lack it, their libraries call the file broken.
+PIXEL_BYTES = {"WEBP": 20, "AVIF": 20, "HEIF": 20}
+PIXEL_BYTES |= {"JPEG": 0, "MPO": 0}  # they shrink while they are decoded
 # What Pillow raises for broken files, as hundreds of thousands of damaged ones showed. Its other
 # errors (AttributeError, TypeError) mean that we call it wrongly.
 BROKEN_FILE = (OSError, EOFError, SyntaxError, ValueError, RuntimeError, struct.error, zlib.error)
 PngImagePlugin.MAX_TEXT_CHUNK = 2**24  # bytes of an ICC profile; some have over 1 MB
 # Pillow itself reads planes of 16 bits as if they were of 8; libtiff does not.
 TiffImagePlugin.READ_LIBTIFF = True
-# Gray of 16 bits, zero is white, big-endian: the one such kind that Pillow has not in its table.
-TiffImagePlugin.OPEN_INFO[b"MM", 0, (1,), 1, (16,), ()] = ("I;16B", "I;16B")
 
 
 def levels_of(data: bytes) -> bytes:
     """What CLIP sees of an image file, as a browser shows it: levels (224, 224, 3), a byte each.
 
-    Raises ImageError; ImageError for a format that needs another package; MemoryError. Any other
-    exception is a defect, of ours or of Pillow's, and not the file's.
+    Raises ImageError and MemoryError. Any other exception is a defect, ours or Pillow's.
     """
-    return in_srgb(square(decode(data))).tobytes()
+    return in_srgb(square(decoded(data))).tobytes()
 
 
-def decode(data: bytes) -> Image.Image:
-    """The picture of an image file: upright, on white, of mode L, RGB or CMYK in the file's own
-    colours, and reduced where CLIP needs far less. Raises what levels_of raises."""
-    with errors_of_broken_files():
-        data = mended(data)
-        image = opened(data)
-        refuse_odd_sizes(image)
-        # Where EXIF is silent Pillow would turn an image by XMP. Browsers don't.
-        image.info.pop("xmp", None)
-        # JPEG's decoder can shrink by 2, 4 or 8 as it goes; the others take no draft.
-        shrink = max(1.0, min(image.size) / (KEEP_SCALE * SIDE))
-        image.draft(None, (int(image.width / shrink), int(image.height / shrink)))
-        image.load()
-    picture = in_eight_bits(image, data)
+def decoded(data: bytes) -> Image.Image:
+    """The picture in an image file, upright and on white.
+
+    Its mode is L, RGB or CMYK, its colours are still those of the file's ICC profile. A large
+    picture comes reduced. Raises what levels_of raises.
+    """
+    image = loaded(data)
+    picture = in_eight_bits(image)
     factor = min(picture.size) // (KEEP_SCALE * SIDE)
     if factor > 1:
         picture = picture.reduce(factor)
     return upright(on_white(picture), image)
 
 
-@contextlib.contextmanager
-def errors_of_broken_files() -> Iterator[None]:
-    """Around what reads a file: makes ImageError of the errors that broken files cause."""
+def loaded(data: bytes) -> Image.Image:
+    """An image file with its pixels, as Pillow reads them. Raises ImageError, MemoryError."""
     try:
-        yield
+        image = opened(mended(data))
+        refuse_sizes(image)
+        # Where EXIF is silent Pillow would turn an image by XMP. Browsers don't.
+        image.info.pop("xmp", None)
+        # JPEG's decoder can shrink by 2, 4 or 8 as it goes. The other decoders ignore this.
+        shrink = max(1.0, min(image.size) / (KEEP_SCALE * SIDE))
+        image.draft(None, (int(image.width / shrink), int(image.height / shrink)))
+        image.load()
+        return image
     except Image.DecompressionBombError:
         raise ImageError(TOO_MUCH) from None
     except BROKEN_FILE as error:
@@ -2641,23 +2640,22 @@ def errors_of_broken_files() -> Iterator[None]:
 
 
 def mended(data: bytes) -> bytes:
-    """The file without what browsers pass over and Pillow stumbles on. Raises ImageError."""
+    """The file without what browsers ignore and Pillow refuses. Raises ImageError."""
     if data.startswith(b"\x89PNG"):
         return png_of_pixels(data)
     if data.startswith(b"\xff\xd8\xff"):
         return jpeg_with_end(data)
-    if data[4:8] == b"ftyp":
-        return with_main_brand(data)
     return data
 
 
 def png_of_pixels(data: bytes) -> bytes:
-    """A PNG with only the chunks that make its picture.
+    """A PNG with only the chunks that make its picture. Raises ImageError.
 
-    For a wrong checksum in a comment, or a comment over 1 MB, Pillow refuses the whole file;
-    browsers pass over it. Of the other chunks they heed three, if they come before the pixels and
-    their checksum is right. Of an animation the still picture is left.
+    Pillow refuses a whole file for a wrong checksum in a comment, or a comment over 1 MB.
+    Browsers ignore both. They use three chunks beside the pixels, if these come before the pixels
+    and have the right checksum. Of an animation the still picture is left.
     """
+    depth, colour_type = data[24:26].ljust(2)
     kept = [data[:8]]
     pixels_seen = False
     at = 8
@@ -2670,6 +2668,9 @@ def png_of_pixels(data: bytes) -> bytes:
             wanted = zlib.crc32(data[at + 4 : end - 4]) == checksum
         if wanted:
             kept.append(data[at:end])
+        if wanted and kind == b"tRNS" and depth != 8 and colour_type in (0, 2):
+            # Pillow compares this colour with pixels that it has scaled to 8 bits already.
+            raise ImageError(f"{RARE_FORMAT} ({depth}-bit PNG with a transparent colour)")
         pixels_seen = pixels_seen or kind == b"IDAT"
         at = end
     return b"".join(kept)
@@ -2678,116 +2679,78 @@ def png_of_pixels(data: bytes) -> bytes:
 def jpeg_with_end(data: bytes) -> bytes:
     """A JPEG with an end marker. Raises ImageError where pixels are missing, too.
 
-    Uploads often lack their last bytes, the marker FFD9, and nothing else. Where more is missing
-    (or is zeros, as in a copy that stopped halfway) decoders fill up with gray and say nothing.
-    What they do with more bytes tells: behind the last pixel these change none.
+    Uploads often lack their last bytes, the marker FFD9, and nothing else. Where more is missing,
+    decoders fill up with gray and report no error. So the file is decoded twice, the second time
+    with noise at its end. Behind the last pixel noise changes nothing.
     """
     start_of_scan, end_marker = b"\xff\xda", b"\xff\xd9"
     if data.find(end_marker, data.rfind(start_of_scan)) >= 0:
         return data
-    without_zeros = data.rstrip(b"\0")
-    if len(data) - len(without_zeros) > MOST_ZEROS:
-        data = without_zeros + b"\0"
-    if data.rstrip(b"\r\n").endswith(b"\xff"):
-        # Half a marker, or the last byte of the pixels, which a zero has to follow. Behind
-        # the last pixel such a byte does no harm.
-        data = data.rstrip(b"\r\n") + b"\0"
-    more = b"".join(bytes([0xFF, 0xD0 + n]) + b"\xaa\x55" * 32 for n in range(8))
-    more = b"\xaa\x55" * 32 + more
-    files = (data + end_marker, data + more + end_marker)
+    data = data.removesuffix(b"\xff")  # half a marker
+    # A copy that stopped halfway ends in zeros, which a decoder takes for pixels.
+    if data.endswith(b"\0\0"):
+        raise ImageError(BROKEN)
+    noise = b"\xaa\x55" * 32
+    restarts = (bytes([0xFF, 0xD0 + n]) for n in range(8))
+    noise += b"".join(restart + noise for restart in restarts)
+    files = (data + end_marker, data + noise + end_marker)
     pictures = [Image.open(io.BytesIO(file), formats=["JPEG"]).tobytes() for file in files]
     if pictures[0] != pictures[1]:
         raise ImageError(BROKEN)
     return data + end_marker
 
 
-def with_main_brand(data: bytes) -> bytes:
-    """An AVIF or HEIC file that says so in its first brand, the one that Pillow looks at: it may
-    be a general one, such as mif1."""
-    brands = data[8 : int.from_bytes(data[:4])]
-    for brand in (b"avis", b"avif", b"heic"):
-        if brand in brands:
-            return data[:8] + brand + data[12:]
-    return data
-
-
-# How files begin that Pillow can't open, in small letters. The first that fits counts.
-NO_IMAGES = (
-    (rb"$", "an empty file"),
-    (rb"<((?!<(!doctype html|html|head|body)\b).)*?<?svg\b", "an SVG drawing, which has no pixels"),
-    (rb"<.*?(html|head|body)\b", "an HTML page, not an image"),
-    (rb"[\[{]", "JSON, not an image"),
-    (rb"%pdf", "a PDF, not an image"),
-    (rb"\xff\xd8\xff|\x89png|gif8|ii[*+]\0|mm\0[*+]|riff|bm|....ftyp(avi|hei)", BROKEN),
+# How files begin that Pillow can't open, and what they are. The first that fits counts.
+_BLANKS = rb"[\s\0\xef\xbb\xbf\xfe\xff]*"  # with a byte order mark, or half of UTF-16
+UNREADABLE_FILES = (
+    (rb"\s*\Z", EMPTY),
+    (rb"\xff\xd8\xff|\x89png|gif8|riff|bm|....ftyp(avi|he[iv]|m[is]f)", BROKEN),
+    (rb"ii[*+]\0|mm\0[*+]", f"{RARE_FORMAT} (TIFF, if it is not broken)"),
+    (rb"\xff\x0a|\0\0\0\x0cjxl ", f"{RARE_FORMAT} (JPEG XL)"),
+    (_BLANKS + rb"(?=<)(?:(?!<\w).)*+<(\w+:)?svg\b", SVG),
+    (_BLANKS + rb"<", WEB_PAGE),
+    (_BLANKS + rb"[\[{]", JSON),
+    (_BLANKS + rb"%pdf", PDF),
 )
 
 
 def opened(data: bytes) -> Image.Image:
-    """An image file of which the header was read; raises ImageError for what is none."""
+    """An image file of which the header was read. Raises ImageError for any other file."""
     formats = FORMATS
-    if re.match(rb"....ftyp(hei|hev|mif|msf)", data, re.DOTALL):
+    if re.match(rb"....ftyp(hei|hev|m[is]f1(?!.{,40}avif))", data, re.DOTALL):
         try:
             import pillow_heif
         except (ImportError, OSError):  # OSError: it was installed meanwhile (see shut_in)
-            raise ImageError("HEIC: pip install pillow-heif, then run again") from None
+            raise ImageError(HEIC) from None
         pillow_heif.register_heif_opener()
         formats = ["HEIF"]
     with contextlib.suppress(UnidentifiedImageError):
         return Image.open(io.BytesIO(data), formats=formats)
-    if data.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
-        raise ImageError("JPEG XL, a format that is not supported yet")
-    if has_tiff_directory(data):
-        raise ImageError("a TIFF of a kind that is not supported")
-    head = data[: 2**16].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    for beginning, name in NO_IMAGES:
-        if re.match(beginning, head, re.DOTALL):
-            raise ImageError(name)
-    raise ImageError("not an image in a known format")
+    for beginning, reason in UNREADABLE_FILES:
+        if re.match(beginning, data[: 2**16], re.DOTALL | re.IGNORECASE):
+            raise ImageError(reason)
+    raise ImageError(OTHER_FORMAT)
 
 
-def has_tiff_directory(data: bytes) -> bool:
-    """Whether a TIFF file's list of tags can be read, so that the file is not broken there."""
-    header = 8
-    if data[2:4] in (b"+\0", b"\0+"):  # BigTIFF
-        header = 16
-    try:
-        tags = TiffImagePlugin.ImageFileDirectory_v2(data[:header])
-        file = io.BytesIO(data)
-        file.seek(tags.next)
-        tags.load(file)
-    except BROKEN_FILE:
-        return False
-    return TiffImagePlugin.IMAGEWIDTH in tags
-
-
-def refuse_odd_sizes(image: Image.Image) -> None:
-    """Raises ImageError for an image that is too large, too small or too thin."""
+def refuse_sizes(image: Image.Image) -> None:
+    """Raises ImageError for an image that is too large or too small."""
     width, height = image.size
-    if width * height * 4 > DECODE_MB * 2**20 and image.format not in ("JPEG", "MPO"):
-        raise ImageError(TOO_MUCH)  # JPEG shrinks while it decodes
+    if width * height * PIXEL_BYTES.get(image.format or "", 4) > DECODE_MB * 2**20:
+        raise ImageError(TOO_MUCH)
     if min(width, height) < MIN_SIDE:
-        raise ImageError(f"smaller than {MIN_SIDE} pixels a side")
-    if max(width, height) > MAX_ASPECT * min(width, height):
-        raise ImageError(f"a strip, more than {MAX_ASPECT} times as long as wide")
+        raise ImageError(f"{TOO_SMALL} ({width} x {height})")
 
 
-def in_eight_bits(image: Image.Image, data: bytes) -> Image.Image:
-    """A loaded image in mode L, LA, RGB, RGBA or CMYK: those that cost no more than they must."""
-    if image.mode in ("I", "F", "LAB"):
-        raise ImageError(f"pixels of a kind that is not supported (mode {image.mode})")
-    if image.mode.startswith("I;16"):
-        return gray_of_16_bits(image)
+def in_eight_bits(image: Image.Image) -> Image.Image:
+    """A loaded image in mode L, LA, RGB, RGBA or CMYK. Raises ImageError."""
+    if image.mode == "I;16" and image.format == "PNG":
+        # Pillow itself would cut off at 255.
+        return image.convert("I").point([value >> 8 for value in range(2**16)], "L")
+    if image.mode.startswith(("I", "F", "LAB")):
+        # Among them is gray TIFF of 12 and 16 bits, where zero may be white.
+        raise ImageError(f"{RARE_FORMAT} ({image.format} with pixels of mode {image.mode})")
     if image.format == "GIF":
         return gif_on_its_canvas(image)
-    if image.format == "PNG" and "transparency" in image.info:
-        depth = data[24]
-        colour = image.info["transparency"]
-        if image.mode == "L":
-            # Pillow spreads the pixels over 0 to 255, but not this value.
-            colour %= 2**depth
-            image.info["transparency"] = colour * 255 // (2**depth - 1)
-        if image.mode == "RGB" and depth == 16:
-            return rgb_of_16_bits(image, data)
     if image.has_transparency_data and image.mode not in ("LA", "RGBA"):
         return image.convert("RGBA")
     if image.mode not in ("L", "LA", "RGB", "RGBA", "CMYK"):
@@ -2802,40 +2765,6 @@ def gif_on_its_canvas(image: Any) -> Image.Image:
     canvas = Image.new("RGBA", image.size)
     canvas.paste(image.convert("RGBA").crop(box), box)
     return canvas
-
-
-def gray_of_16_bits(image: Image.Image) -> Image.Image:
-    """A gray image of 16 bits (in TIFF also 12) in 8. Pillow would cut off at 255."""
-    bits = 16
-    zero_is_white = False
-    if image.format == "TIFF":
-        tags: Any = image
-        bits = tags.tag_v2[TiffImagePlugin.BITSPERSAMPLE][0]
-        zero_is_white = tags.tag_v2[TiffImagePlugin.PHOTOMETRIC_INTERPRETATION] == 0
-    grays = [(value >> (bits - 8)) & 255 for value in range(2**16)]
-    if zero_is_white:
-        grays = [255 - gray for gray in grays]
-    image = image.convert("I")
-    gray = image.point(grays, "L")
-    if "transparency" in image.info:
-        alphas = [255] * 2**16
-        alphas[image.info["transparency"]] = 0
-        gray.putalpha(image.point(alphas, "L"))
-    return gray
-
-
-def rgb_of_16_bits(image: Image.Image, data: bytes) -> Image.Image:
-    """A PNG of 16 bits a channel, of which Pillow has loaded the upper 8, with a transparent
-    colour: pixels are transparent if their lower 8 fit as well."""
-    colour = image.info["transparency"]
-    lower: Any = opened(data)
-    lower.tile = [lower.tile[0]._replace(args="RGB;16L")]
-    alphas = []
-    for half, shift in ((image, 8), (lower, 0)):
-        half.info["transparency"] = tuple((value >> shift) & 255 for value in colour)
-        alphas.append(half.convert("RGBA").getchannel("A"))
-    image.putalpha(ImageChops.lighter(*alphas))
-    return image
 
 
 def on_white(image: Image.Image) -> Image.Image:
@@ -2888,8 +2817,10 @@ PROFILED = {b"GRAY": "L", b"RGB ": "RGB", b"CMYK": "CMYK"}  # a profile's colour
 
 
 def in_srgb(image: Image.Image) -> Image.Image:
-    """An image of mode L, RGB or CMYK in sRGB, by its ICC profile if it has one that fits. The
-    smaller the better: of 224 x 224 pixels this takes 2 ms, of a photograph 25."""
+    """An image of mode L, RGB or CMYK in sRGB, by its ICC profile if it has one that fits.
+
+    The smaller the better: 224 x 224 pixels take 2 ms, a photograph 25.
+    """
     profile = image.info.get("icc_profile") or b""
     mode = PROFILED.get(profile[16:20])
     if mode == "RGB" and image.mode == "L":
@@ -2931,12 +2862,11 @@ MOST_REASON = 200  # characters of a reason that are kept
 MOST_CALLS = 20  # of a traceback that are sent
 
 # The first byte of an answer that is no levels; a text follows.
-REJECTED = b"R"
-UNEXPECTED = b"U"  # with a traceback: the defect is ours, or a library's
+REFUSED_IMAGE = b"R"  # with the reason
+UNEXPECTED = b"U"  # with a traceback
 
 OUT_OF_MEMORY = 77  # a decoder's exit code
-LOST = f"its decoder was killed (is memory short?), or hung for {DECODE_PATIENCE:g} s"
-# What an exit code says of the image; all other deaths are the machine's trouble.
+# What an exit code says of the image. All other deaths are the machine's trouble.
 DEATHS = {
     -24: TOO_SLOW,  # SIGXCPU, for which Windows has no name
     -signal.SIGSEGV: BROKEN,
@@ -2960,7 +2890,7 @@ sys.exit(decoder.serve_as_decoder())
 # What Python may need to start. The rest of the environment may hold secrets.
 DECODER_NEEDS = re.compile("PYTHON|LD_|DYLD_|(PATH|HOME|APPDATA|SYSTEMROOT)$")
 DECODER_SETTINGS = {
-    # glibc would else give memory back after each image and fetch it anew: 2 ms.
+    # Else glibc gives memory back after each image and asks for it again, which takes 2 ms.
     "MALLOC_TRIM_THRESHOLD_": str(64 * 2**20),
     "MALLOC_MMAP_THRESHOLD_": str(64 * 2**20),
 }
@@ -2973,7 +2903,7 @@ PR_SET_NO_NEW_PRIVS = 38
 
 
 class Loader:
-    """The way from a place to pixels, for any number of threads.
+    """The way from a source to pixels, for any number of threads.
 
     Raises ImageError, and RunError where no decoder can be started.
     """
@@ -2992,6 +2922,7 @@ class Loader:
         return Loaded(asset, normalise(levels))
 
     def decode(self, data: bytes) -> np.ndarray:
+        """The levels (224, 224, 3) of an image file, by the first decoder that is free."""
         decoder = self._decoders.get()
         try:
             return decoder.decode(data)
@@ -3004,33 +2935,31 @@ class Decoder:
     what it holds, and codecs have holes. It is this script again (RUN_DECODER).
 
     Bytes go in and bytes come out: levels, or a reason. A process that sends anything else
-    is killed. So is one that hangs; where one died, its exit code says whose fault it was.
+    is killed. So is one that hangs. Where one died, its exit code says whose fault it was.
     """
 
     def __init__(self) -> None:
         self._process: Any = None
 
     def decode(self, data: bytes) -> np.ndarray:
-        """The levels (224, 224, 3) of an image file. Raises ImageError, and
-        RunError where no process can be started."""
+        """The levels (224, 224, 3) of an image file. Raises ImageError, and RunError where no
+        process can be started."""
         process = self._process or started_decoder()
-        self._process = None
+        self._process = None  # an answer that was not read whole would be the next image's
         try:
-            result = decoded_answer(answer_to(data, process))
+            levels = levels_in(answer_to(data, process))
+        except ImageError:
+            self._process = process
+            raise
         except (OSError, EOFError, ValueError):
             process.kill()
-            reason = DEATHS.get(process.wait())
-            if reason:
-                raise ImageError(reason) from None
-            raise ImageError(LOST) from None
+            raise ImageError(DEATHS.get(process.wait(), DECODER_LOST)) from None
         self._process = process
-        if isinstance(result, Exception):
-            raise result
-        return result
+        return levels
 
 
 def started_decoder() -> Any:
-    """A decoder's process that has had its first file, an empty one; raises RunError."""
+    """A decoder's process that has answered once, to an empty file. Raises RunError."""
     needs = {name: text for name, text in os.environ.items() if DECODER_NEEDS.match(name)}
     try:
         process: Any = subprocess.Popen(  # noqa: S603 - runs this very script
@@ -3045,18 +2974,22 @@ def started_decoder() -> Any:
     except OSError as error:
         raise RunError(f"{CANT_START} ({error.strerror})") from None
     try:
-        decoded_answer(answer_to(b"", process))
+        with contextlib.suppress(ImageError):  # the reason EMPTY
+            levels_in(answer_to(b"", process))
     except (OSError, EOFError, ValueError):
         process.kill()
-        said = process.stderr.read().decode(errors="replace").splitlines()
+        errors = process.stderr.read().decode(errors="replace").splitlines()
         code = process.wait()
-        why = said[-1] if said else f"exit code {code}"
+        why = errors[-1] if errors else f"exit code {code}"
         raise RunError(f"{CANT_START} ({shorten(why, MOST_REASON)})") from None
     return process
 
 
 def answer_to(data: bytes, process: Any) -> bytes:
-    """What a decoder sends back. One that takes longer than DECODE_PATIENCE is killed."""
+    """What a decoder sends back. A decoder that takes longer than DECODE_PATIENCE is killed.
+
+    Raises OSError, EOFError or ValueError for a decoder that is lost, and RunError.
+    """
     patience = threading.Timer(DECODE_PATIENCE, process.kill)
     try:
         patience.start()
@@ -3069,19 +3002,20 @@ def answer_to(data: bytes, process: Any) -> bytes:
         patience.cancel()
 
 
-def decoded_answer(answer: bytes) -> np.ndarray | ImageError:
-    """An answer as levels, or as what is to be raised. Raises ValueError for any other."""
+def levels_in(answer: bytes) -> np.ndarray:
+    """The levels (224, 224, 3) of a decoder's answer. Raises the ImageError that it tells, and
+    ValueError for what is no answer."""
     if len(answer) == LEVELS_BYTES:
         return np.frombuffer(answer, np.uint8).reshape(SIDE, SIDE, 3)
     kind = answer[:1]
     lines = answer[1:].decode().splitlines() or [""]
     reason = shorten(printable(lines[-1]), MOST_REASON)
-    if kind == REJECTED:
-        return ImageError(reason)
+    if kind == REFUSED_IMAGE:
+        raise ImageError(reason)
     if kind == UNEXPECTED:
         for line in lines:
             log.debug("decoder: %s", line)
-        return ImageError(f"unexpected {reason}")
+        raise ImageError(f"{DEFECT} ({reason})")
     raise ValueError(f"{kind!r} is no kind of answer")
 
 
@@ -3116,12 +3050,12 @@ def serve_as_decoder() -> int:
     answers = os.fdopen(os.dup(1), "wb")
     for stream in (1, 2):  # where libraries print
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-    memory = own_memory()
+    limit_memory()
     shut_in()
     with contextlib.suppress(EOFError, OSError):  # the run is over
         while True:
             data = receive(sys.stdin.buffer, most=sys.maxsize)
-            limit_one_image(memory)
+            limit_seconds()
             send(answers, answer_for(data))
     return 0
 
@@ -3131,7 +3065,7 @@ def answer_for(data: bytes) -> bytes:
     try:
         return levels_of(data)
     except ImageError as reason:
-        return REJECTED + str(reason).encode()
+        return REFUSED_IMAGE + str(reason).encode()
     except MemoryError:
         # There may be too little left to say more, or to go on with.
         os._exit(OUT_OF_MEMORY)
@@ -3144,18 +3078,20 @@ def load_codecs() -> None:
     Image.preinit()  # BMP, GIF, JPEG, PNG; AVIF and TIFF are imported above
     for name in ("Mpo", "WebP"):
         import_module(f"PIL.{name}ImagePlugin")
-    # Each core has a decoder; of 64 threads the stacks alone would take over DECODE_MB.
+    # Each core has a decoder, and the stacks of 64 threads alone would take over DECODE_MB.
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1
     with contextlib.suppress(ImportError):
         import_module("pillow_heif")
 
 
-def own_memory() -> int:
-    """An open file that says how much memory this process has; -1 where Linux is not."""
-    try:
-        return os.open("/proc/self/statm", os.O_RDONLY)
-    except OSError:
-        return -1
+def limit_memory() -> None:
+    """Limits the memory that this process may take from now on. Only Linux can."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        pages = int(Path("/proc/self/statm").read_text().split()[5])
+        most = pages * resource.getpagesize() + DECODE_MB * 2**20
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
 
 
 def shut_in() -> None:
@@ -3182,18 +3118,13 @@ def lock_files() -> None:
     linux.syscall(LANDLOCK_RESTRICT_SELF, ruleset, 0)
 
 
-def limit_one_image(memory: int) -> None:
-    """Limits what this process may take from now on, where the system can: Linux holds it
-    to both limits, macOS to the seconds, Windows to none."""
+def limit_seconds() -> None:
+    """Limits the seconds of a core that this process may take from now on. Windows can't."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
-        def limit(kind: int, most: int) -> None:
-            resource.setrlimit(kind, (most, resource.getrlimit(kind)[1]))
-
-        limit(resource.RLIMIT_CPU, math.ceil(time.process_time()) + DECODE_SECONDS)
-        pages = int(os.pread(memory, 100, 0).split()[5])
-        limit(resource.RLIMIT_DATA, pages * resource.getpagesize() + DECODE_MB * 2**20)
+        most = math.ceil(time.process_time()) + DECODE_SECONDS
+        resource.setrlimit(resource.RLIMIT_CPU, (most, resource.getrlimit(resource.RLIMIT_CPU)[1]))
 
 
 # ================================================================================ Model
