@@ -3,8 +3,10 @@
 # dependencies = [
 #     "torch==2.13.0",
 #     "transformers==5.23.0",
+#     "huggingface-hub==2.4.0",
 #     "pillow==13.0.0",
 #     "requests==2.34.2",
+#     "urllib3==2.8.0",
 #     "supabase==2.34.1",
 #     "python-dotenv==1.2.4",
 #     "tqdm==4.70.1",
@@ -67,17 +69,17 @@ Where the answers to other questions stand
     What must be called before what, and what a third store must offer: Store
     What happens to an image that changes meanwhile: Store
     When a run ends early, with which exit code, and what bounds memory: Run
-    What a host's answer does: ANSWERS. How to add a setting: Settings
+    What a host's answer means: STRAINED. How to add a setting: Settings
 
 What an upgrade of a package may break, as no documentation promises it
-    urllib3     connection._new_conn, pools.pool_classes_by_scheme (pool_classes, Fetcher)
-    http.client _MAXHEADERS (Fetcher)
-    requests    brings urllib3, certifi and idna, all of which are used here (Fetching)
+    urllib3     connection._new_conn, response_class, pool_classes_by_scheme (guarded_adapter)
+    http.client _MAXHEADERS, response.fp (guarded_adapter)
+    requests    adapter.cert_verify, proxy_manager (guarded_adapter); brings certifi
     torch       torch.ops.mkldnn._linear_pointwise, _reorder_linear_weight (Linear)
     transformers    brings tokenizers, safetensors and filelock, which are used here (Model)
     supabase    brings httpx and postgrest, whose errors are known here (SupabaseStore)
     tqdm        bar.initial, bar.start_t (Progress)
-    pillow      TiffImagePlugin.OPEN_INFO, READ_LIBTIFF; an image's tile, dispose_extent (Pictures)
+    pillow      TiffImagePlugin.READ_LIBTIFF, a GIF's dispose_extent (Pictures)
 
 Exit codes: 0 all done, 1 some assets failed, 2 could not run, or not go on, 130 interrupted (143 by
 SIGTERM, 129 by a closed terminal).
@@ -136,7 +138,6 @@ import shutil
 import socket
 import sqlite3
 import ssl
-import string
 import struct
 import subprocess
 import textwrap
@@ -151,8 +152,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from enum import Enum
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -168,7 +168,6 @@ try:
         AvifImagePlugin,
         ExifTags,
         Image,
-        ImageChops,
         ImageCms,
         PngImagePlugin,
         TiffImagePlugin,
@@ -178,19 +177,17 @@ try:
     if not IN_DECODER:  # which has no use for these, and starts in half the time without them
         import http.client
         from email.utils import parsedate_to_datetime
-        from urllib.request import DataHandler, Request, getproxies
+        from urllib.request import getproxies
 
         import certifi
         import dotenv
-        import idna
         import numpy as np
         import requests
         import urllib3
-        from requests.exceptions import ChunkedEncodingError
+        from requests.cookies import RequestsCookieJar
         from tqdm import tqdm
         from tqdm.contrib.logging import logging_redirect_tqdm
-        from urllib3.exceptions import HTTPError, MaxRetryError
-        from urllib3.response import BaseHTTPResponse
+        from urllib3.exceptions import HTTPError
         from urllib3.util.connection import create_connection
 except ImportError as error:
     if __name__ != "__main__":
@@ -494,7 +491,7 @@ PRIVATE_ADDRESS = reason(
     "a private address",
     "Ask your developer: ALLOW_PRIVATE_IMAGE_HOSTS=1 allows pictures of your own network.",
 )
-BROKEN_DATA_URL = reason("a broken data: URL", _AS_FILE)
+BROKEN_DATA_URL = reason("a data: URL that is broken, or not in base64", _AS_FILE)
 LONG_DATA_URL = reason("a data: URL that is too long", _AS_FILE)
 UNREADABLE = reason("can't be read", "See whether the file is there, and yours to read.")
 TOO_LARGE = reason("a file that is too large", _SMALLER)
@@ -512,20 +509,23 @@ NO_ANSWER = reason("no answer in time", _LATER)
 TOO_LATE = reason("not complete in time", _LATER)
 REFUSED = reason("connection refused", _LATER)
 UNREACHABLE = reason("host not reachable", _LATER)
-LOST = reason("connection lost", _LATER)
-BAD_COMPRESSION = reason("an unknown or broken compression", _LATER)
+CONNECTION_LOST = reason("connection lost", _LATER)
+BAD_COMPRESSION = reason("a broken compression", _LATER)
 BAD_HEADERS = reason("an answer with too many headers", _LATER)
-PART_OF_IMAGE = reason("a part of the image alone", _LATER)
 BAD_REDIRECT = reason("a redirect that leads nowhere", _CORRECT)
 HTTP = {
     status: reason(f"HTTP {status}", words)
     for statuses, words in (
-        (range(400, 500), "The host does not give us the image: see whether the address is right."),
+        (range(100, 500), "The host does not give us the image: see whether the address is right."),
         (range(500, 600), _LATER),
         ((401, 402, 403, 451), _CLOSED),
         ((404, 410), "Nothing is at this address: correct it, or upload the image again."),
         ((407,), "Ask your developer: the proxy wants a name and a password."),
-        ((408, 423, 425), _LATER),
+        ((408, 425), _LATER),
+        (
+            (202, 423),
+            "The host has not made the image yet, or checks for robots. Later runs try again.",
+        ),
         ((420, 429, 430), _BUSY),
     )
     for status in statuses
@@ -550,6 +550,7 @@ TOO_SLOW = reason("takes too long to decode", _SMALLER)
 DECODER_LOST = reason(
     "its decoder was killed, or hung", "Ask your developer to see whether memory is short."
 )
+DEFECT = reason("an unexpected error", "Ask your developer: it is a defect of the program.")
 NOT_FINITE = reason("the model gave numbers that are not finite", "Ask your developer.")
 
 
@@ -1636,16 +1637,12 @@ class SupabaseStore:
         failures = []
         for result in results:
             asset = result.asset
-            row: dict[str, Any] = {"asset_id": asset.id}
             if isinstance(result, Embedded):
-                row["embedded_image_hash"] = asset.image_hash
-                row["embedding"] = vector_text(result.vector)
-                vectors.append(row)
+                row = {"asset_id": asset.id, "embedded_image_hash": asset.image_hash}
+                vectors.append(row | {"embedding": vector_text(result.vector)})
             else:
-                row["image_hash"] = asset.image_hash
-                row["stage"] = result.stage
-                row["reason"] = result.reason
-                failures.append(row)
+                row = {"asset_id": asset.id, "image_hash": asset.image_hash}
+                failures.append(row | {"stage": result.stage, "reason": result.reason})
         taken: set[Id] = self._call(
             "store_embeddings",
             set,
@@ -2127,13 +2124,18 @@ def unreadable(error: OSError) -> None:
 # ============================================================================= Fetching
 
 MAX_BYTES = 50 * 2**20  # of one image file
-HEAVY_BYTES = 4 * 2**20  # files above this are heavy,
-HEAVY_FILES = 4  # and no more of them are downloaded at once
-PAGE_BYTES = 2**16  # of a page in the place of an image; checks for robots are shorter,
-SCRIPT_BYTES = 2**13  # and those that are no more than a script much shorter
-FETCH_ATTEMPTS = 4  # at one image, in a run
+HEADER_BYTES = 2**17  # of an answer, all its headers together
+MOST_HEADERS = 400  # of an answer; some shops send 120, and Python takes 100
+PAGE_BYTES = 2**16  # that are read of an answer without an image
 MAX_REDIRECTS = 5
-READ_SECONDS = 10.0  # between two packets; FETCH_SECONDS is for the whole
+LIVELY_BYTES = 50_000  # arrived bytes that give a download one more second
+DEAD_SECONDS = 2.0  # for an address that does not answer, where its host has others
+HOSTS_KEPT = 64  # hosts whose connections stay open
+
+# The statuses by which a host says that it did not cope. Every other one is about its image alone:
+# S3 answers 403 for what is missing, Cloudinary 423 for what it still makes, and 202 comes with a
+# check for robots, which does not go away when we ask more slowly.
+STRAINED = frozenset((408, 420, 425, 429, 430, *range(500, 600)))
 
 # A host's admin finds this name in the log, and can let it in. Words that many hosts refuse are
 # not in it: python-requests, bot, openai.
@@ -2144,244 +2146,109 @@ HEADERS = {
     "User-Agent": f"{AGENT}/{VERSION} (product images for visual search; CLIP ViT-B/32)",
     "Accept": "image/jpeg,image/png,image/*;q=0.9,*/*;q=0.8",
 }
-
-
-class Meaning(Enum):
-    """What a host's answer means for the image that was asked for."""
-
-    PICTURE = "here it is"
-    ELSEWHERE = "it is where Location says"
-    NEVER = "it can't be had, for good"
-    LATER = "it can't be had in this run"
-    AGAIN = "another attempt in this run may get it, after Retry-After"
-    ROBOTS = "it can't be had in this run, as the host takes us for a bad robot"
-
-
-# What an answer means, by its status; what is not listed means LATER.
-# NEVER, which is only about the URL itself, becomes ImageError: a failure for good.
-# AGAIN, and LATER or ROBOTS with Retry-After, become Strain: the image's own thread sleeps that
-# long and asks again, FETCH_ATTEMPTS in all; other images of the host go on. Where less time than
-# that is left of settings.fetch_seconds, it gives up at once.
-# What fails so becomes ImageError: later runs try again. All failures but NEVER count in Hosts.
-ANSWERS = {
-    200: Meaning.PICTURE,
-    203: Meaning.PICTURE,  # RFC 9110: a proxy on the way has changed something
-    206: Meaning.PICTURE,  # if it is the whole; a part means LATER
-    301: Meaning.ELSEWHERE,
-    302: Meaning.ELSEWHERE,
-    303: Meaning.ELSEWHERE,
-    307: Meaning.ELSEWHERE,
-    308: Meaning.ELSEWHERE,
-    400: Meaning.NEVER,
-    404: Meaning.NEVER,
-    410: Meaning.NEVER,
-    414: Meaning.NEVER,
-    451: Meaning.NEVER,  # RFC 7725: for legal reasons
-    202: Meaning.AGAIN,  # still being made; with a page: ROBOTS (SiteGround, AWS WAF)
-    408: Meaning.AGAIN,
-    420: Meaning.AGAIN,  # Cloudinary: too many requests
-    421: Meaning.AGAIN,  # RFC 9110: over another connection
-    423: Meaning.AGAIN,  # Cloudinary: still being made
-    425: Meaning.AGAIN,  # RFC 8470: too early
-    429: Meaning.AGAIN,  # RFC 6585: too many requests
-    430: Meaning.AGAIN,  # Shopify: too many requests, or suspicious ones
-    **dict.fromkeys(range(100, 200), Meaning.AGAIN),  # 103 comes before the answer proper
-    **dict.fromkeys(range(500, 600), Meaning.AGAIN),
-    # Nothing but a firewall answers these to the question for a file.
-    405: Meaning.ROBOTS,  # AWS WAF's and Alibaba's captcha
-    406: Meaning.ROBOTS,  # mod_security
-    418: Meaning.ROBOTS,
-    999: Meaning.ROBOTS,  # LinkedIn
-}
-
-# What firewalls put into a check for robots, whatever its status (some send these with pictures
-# and with a true 404, too, which therefore stay what they are).
-ROBOT_HEADERS = {
-    "cf-mitigated",  # Cloudflare
-    "sg-captcha",  # SiteGround
-    "x-amzn-waf-action",  # AWS WAF, whose page stays away from who does not accept HTML
-    "x-dd-b",  # DataDome
-    "x-vercel-mitigated",
-    "x-sucuri-block",
-}
-ROBOT_WORDS = re.compile(
-    # what such pages say to people,
-    rb"captcha|just a moment|one moment, please|checking your browser|attention required"
-    rb"|robot or human|(not|are you) a (ro)?bot|(verify|confirm)[^<]{0,20} human"
-    rb"|(human|bot|security|browser) (check|verification|challenge)|client challenge"
-    rb"|unusual traffic|pardon our interruption|ddos.(guard|protection)"
-    # and the scripts of Cloudflare, Imperva, AWS, Akamai, HUMAN, Kasada, Sucuri, Alibaba, F5
-    rb"|_cf_chl|incapsula|awswaf|bm-verify|sec-if-cpt|_pxappid|kpsdk|sucuri|acw_sc__|bobcmn",
-    re.IGNORECASE,
-)
-ROBOT_ADVICE = f"ask the host to let {AGENT} in, or slow down with --workers"
-
-# What a library's message holds, and what we say.
-NETWORK_REASONS = {
-    "CERTIFICATE": "the host's certificate is not valid",
-    "SSL": "TLS failed",
-    "Temporary failure in name": "no name server answered",  # EAI_AGAIN, as offline
-    "gaierror": "host not found",
-    "NameResolution": "host not found",
-    "timed out": "the host did not answer in time",
-    "refused": "connection refused",
-    "unreachable": "host not reachable",
-    "got more than": "an answer with headers without end",
-    "to decode": "broken compression",
-}
-# Encodings that a host should not send unless asked; urllib3 has some where packages for them are.
-UNASKED = {"br", "zstd", "compress", "x-compress", "dcb", "dcz"}
-
-BLANKS = "".join(map(chr, range(33)))  # what browsers strip from a URL's ends
-PATH_CHARACTERS = "%!$&'()*+,-./:;=@[]_|~"  # those that browsers leave as they are
-QUERY_CHARACTERS = PATH_CHARACTERS.replace("'", "") + "?^`{}\\"
-TARGET = ":path"  # a header of our own, as in HTTP/2, that is never sent: see pool_classes
+PORTS = {"http": 80, "https": 443}
 
 
 class Fetcher:
     """Gets the bytes of images over connections that stay open, for any number of threads."""
 
     def __init__(self, settings: Settings) -> None:
-        http.client._MAXHEADERS = 400  # type: ignore[attr-defined]  # not 100: some shops send 120
         self._settings = settings
         self._guard = Guard(settings)
-        self._heavy = threading.Semaphore(HEAVY_FILES)
-        self._pools: dict[str, urllib3.PoolManager] = {}  # by proxy, "" for none
-        self._pools_lock = threading.Lock()
+        # By origin: it takes as long as half a download to look for them in the environment.
+        self._proxies_of = lru_cache(maxsize=1000)(requests.utils.get_environ_proxies)
 
-    def fetch(self, place: Source, deadline: Deadline) -> bytes:
-        if isinstance(place.where, Path):
-            return read_file(place.where)
-        if place.where[:5].lower() == "data:":
-            return read_data_url(place.where)
-        return self._follow(read_url(place.where), place.headers, deadline)
+    @cached_property
+    def _adapter(self) -> requests.adapters.HTTPAdapter:
+        """Made for the first URL: a folder needs none."""
+        return guarded_adapter(self._guard, self._settings.workers)
 
-    def _follow(self, url: Url, headers: Mapping[str, str], deadline: Deadline) -> bytes:
-        """One attempt, along its redirects. Cookies live that long, and go to no other origin."""
-        cookies: dict[str, dict[str, str]] = {}
-        for hop in range(MAX_REDIRECTS + 1):
-            own = cookies.setdefault(url.origin, {})
-            answer = None
-            try:
-                with contextlib.closing(self._ask(url, headers, own, deadline)) as answer:
-                    target = answer.headers.get("Location")
-                    if meaning_of(answer) is not Meaning.ELSEWHERE or not target:
-                        return self._picture(answer, deadline)
-                    own.update(cookies_of(answer))
-            except (OSError, ValueError, http.client.HTTPException, HTTPError) as error:
-                reason = network_reason(error)
-                if answer is None:
-                    raise Strain(reason) from None
-                raise Strain(reason) from None
-            except ImageError as error:
-                if hop == 0:
-                    raise
-                raise ImageError(f"a redirect elsewhere: {error}") from None
-            url = next_url(url, target)
-            headers = {}  # they were for the first place alone
-        raise ImageError(f"more than {MAX_REDIRECTS} redirects")
+    def fetch(self, source: Source, deadline: Deadline) -> Download:
+        """One attempt at an image, of at most MAX_BYTES.
 
-    def _ask(
-        self, url: Url, headers: Mapping[str, str], cookies: dict[str, str], deadline: Deadline
-    ) -> BaseHTTPResponse:
-        sent = {**HEADERS, **headers, TARGET: url.target}
-        if cookies:
-            sent["Cookie"] = "; ".join(f"{name}={value}" for name, value in cookies.items())
-        if url.login and "Authorization" not in sent:
-            sent |= urllib3.make_headers(basic_auth=url.login, basic_auth_encoding="utf-8")
-        left = deadline.left()
-        return self._pools_for(url).urlopen(
-            "GET",
-            f"{url.origin}/",
-            headers=sent,
-            timeout=urllib3.Timeout(connect=left, read=min(READ_SECONDS, left)),
-            retries=False,
-            redirect=False,
-            preload_content=False,
-        )
-
-    def _pools_for(self, url: Url) -> urllib3.PoolManager:
-        """The open connections that may serve a URL: the direct ones, or a proxy's."""
-        proxies = requests.utils.get_environ_proxies(url.origin)
-        proxy = requests.utils.select_proxy(url.origin, proxies) or ""
-        if proxy:
-            self._guard.check_name(url)
-        with self._pools_lock:
-            if proxy not in self._pools:
-                self._pools[proxy] = self._open_pools(proxy)
-            return self._pools[proxy]
-
-    def _open_pools(self, proxy: str) -> urllib3.PoolManager:
-        options: dict[str, Any] = {
-            "num_pools": 64,  # hosts whose connections are kept
-            "maxsize": self._settings.workers,
-            "ssl_context": tls_context(),
-        }
-        connect: Connect | None = None
-        if not proxy:
-            connect = self._guard.connect
-            pools = urllib3.PoolManager(**options)
-        elif proxy.startswith("socks"):
-            connect = SocksProxy(proxy).connect
-            pools = urllib3.PoolManager(**options)
+        Raises Strain where its host did not cope, and ImageError where the image can't be had.
+        """
+        if isinstance(source.where, Path):
+            data = read_file(source.where)
+        elif source.where[:5].lower() == "data:":
+            data = read_data_url(source.where)
         else:
-            if "://" not in proxy:
-                proxy = f"http://{proxy}"
-            user, password = requests.utils.get_auth_from_url(proxy)
-            if user:
-                login = urllib3.make_headers(proxy_basic_auth=f"{user}:{password}")
-                options["proxy_headers"] = login
-            pools = urllib3.ProxyManager(proxy, **options)
-        pools.pool_classes_by_scheme = pool_classes(connect)
-        return pools
+            try:
+                data = self._follow(read_url(source.where), source.headers, deadline)
+            except (OSError, ValueError, HTTPError, zlib.error) as error:
+                raise failure_of(error, deadline) from None
+        return deadline.download(data)
 
-    def _picture(self, answer: BaseHTTPResponse, deadline: Deadline) -> bytes:
+    def _follow(self, url: str, headers: Mapping[str, str], deadline: Deadline) -> bytes:
+        """Goes along an image's redirects. Cookies live that long.
+
+        This is not left to requests, which reads all of a redirect's body and sends the key on.
+        """
+        cookies = RequestsCookieJar()
+        for hop in range(MAX_REDIRECTS + 1):
+            # Without a session: one would read passwords from .netrc.
+            request = requests.Request("GET", url, HEADERS | dict(headers), cookies=cookies)
+            try:
+                prepared = request.prepare()
+            except ValueError:
+                raise ImageError(BAD_REDIRECT if hop else NOT_A_URL) from None
+            with contextlib.closing(self._ask(prepared, deadline)) as answer:
+                if not answer.is_redirect:
+                    return self._image(answer, deadline)
+                cookies.update(answer.cookies)
+                url = next_url(answer)
+            headers = {}  # they were for the first URL alone
+        raise ImageError(f"{BAD_REDIRECT} (more than {MAX_REDIRECTS})")
+
+    def _ask(self, request: requests.PreparedRequest, deadline: Deadline) -> requests.Response:
+        url = str(request.url)
+        proxies = self._proxies_of(urljoin(url, "/"))
+        if requests.utils.select_proxy(url, proxies):
+            check_proxies("socks")
+            self._guard.check_name(url)
+        return self._adapter.send(request, True, deadline.left(), proxies=proxies)
+
+    def _image(self, answer: requests.Response, deadline: Deadline) -> bytes:
         """The bytes of an answer that is the image. Raises what any other answer means."""
-        if meaning_of(answer) is not Meaning.PICTURE:
-            raise refusal(answer, first_bytes(answer, deadline))
-        encodings = set(re.split(r"[\s,]+", answer.headers.get("Content-Encoding", "").lower()))
-        for encoding in encodings & UNASKED - set(urllib3.HTTPResponse.CONTENT_DECODERS):
-            raise ImageError(f"compressed as {encoding}, which it was not asked for")
-        data = self._body(answer, deadline)
-        if is_page(data) and is_robots_check(answer, data):
-            raise ImageError(f"HTTP {answer.status}, a check for robots: {ROBOT_ADVICE}")
-        return data
+        status = answer.status_code
+        if status in (200, 203, 206):  # a part of a file shows when it is decoded
+            return body_of(answer, deadline)
+        page = first_bytes(answer)
+        if status == 400:
+            # So Supabase's Storage refuses nearly everything, and names the true status.
+            self._check_bucket(answer.url, page)
+            named = re.search(rb'"statusCode": ?"?([45]\d\d)\b', page)
+            if named:
+                status = int(named[1])
+        if status in STRAINED:
+            raise Strain(f"HTTP {status}", retry_after(answer.headers))
+        raise ImageError(f"HTTP {status}")
 
-    def _body(self, answer: BaseHTTPResponse, deadline: Deadline) -> bytes:
-        data = bytearray()
-        heavy = False
-        try:
-            while chunk := answer.read1(2**16, decode_content=True):
-                data += chunk
-                deadline.arrived(len(chunk))
-                if len(data) > MAX_BYTES:
-                    raise ImageError(TOO_LARGE)
-                left = deadline.left()
-                if len(data) > HEAVY_BYTES and not heavy:
-                    heavy = self._heavy.acquire(timeout=left)
-        finally:
-            if heavy:
-                self._heavy.release()
-        return bytes(data)
+    def _check_bucket(self, url: str, page: bytes) -> None:
+        """Raises ImageError where the project's own Storage has no such bucket for the public."""
+        if b"Bucket not found" in page and url.startswith(self._settings.url):
+            bucket = url.partition("/public/")[2].partition("/")[0]
+            raise ImageError(f"{PRIVATE_BUCKET} ({unquote(bucket)})")
 
 
 class Deadline:
-    """The end of the time that an attempt has: a slow line is no fault, so each 50 KB that arrive
-    bring a second more."""
+    """When a download is given up: some seconds after its start, and one more second for each
+    LIVELY_BYTES that arrived. A slow line is no fault, one byte a second is."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self._end = time.monotonic() + seconds
-        self.first_byte: float | None = None  # when it came
+        self._started = time.monotonic()
+        self._end = self._started + seconds
+        self.first_byte: float | None = None  # when the body began to come
 
-    def arrived(self, size: int) -> None:
-        """So many bytes of the body came."""
+    def arrived(self, count: int) -> None:
+        """So many more bytes of the body are here."""
         if self.first_byte is None:
             self.first_byte = time.monotonic()
-        self._end += size / 50_000
+        self._end += count / LIVELY_BYTES
 
     def left(self) -> float:
-        """The seconds until then. Raises Strain where it is over."""
+        """The seconds that are left, above 0. Raises Strain where there are none."""
         seconds = self._end - time.monotonic()
         if seconds <= 0:
             raise self.missed()
@@ -2389,53 +2256,69 @@ class Deadline:
 
     @property
     def overdue(self) -> bool:
-        """Whether it was over a second ago, and whoever has it hangs."""
+        """Whether it was over a second ago, and the download hangs where no time-out reaches:
+        in headers that drip, or on a dead file system."""
         return time.monotonic() > self._end + 1
 
     def missed(self) -> Strain:
-        """What to say where it is over."""
+        """What to raise, or to note, once it is over."""
         return Strain(f"{TOO_LATE} ({self._seconds:g} s)", first_byte=self.first_byte)
 
-
-# What an answer means
-
-
-def meaning_of(answer: BaseHTTPResponse) -> Meaning:
-    """What an answer's status says."""
-    if answer.status == 206:
-        whole = re.fullmatch(r"bytes 0-(\d+)/(\d+)", answer.headers.get("Content-Range", ""))
-        if not whole or int(whole[1]) + 1 != int(whole[2]):
-            return Meaning.LATER
-    return ANSWERS.get(answer.status, Meaning.LATER)
+    def download(self, data: bytes) -> Download:
+        """What arrived, with the time that it took."""
+        now = time.monotonic()
+        return Download(data, now - self._started, now - (self.first_byte or now))
 
 
-def refusal(answer: BaseHTTPResponse, page: bytes) -> ImageError:
-    """What an answer means that is no picture; `page` is how its body begins."""
-    status = answer.status
-    meaning = meaning_of(answer)
-    if status == 400 and (meant := status_in_body(page)):
-        status = meant
-        meaning = ANSWERS.get(status, Meaning.LATER)
-    reason = f"HTTP {status}"
-    if meaning is Meaning.NEVER:
-        return ImageError(reason)
-    checks = meaning is Meaning.ROBOTS or is_robots_check(answer, page)
-    if checks or (answer.status == 202 and is_page(page)):
-        reason = f"{reason}, a check for robots: {ROBOT_ADVICE}"
-    after = retry_after(answer.headers)
-    if meaning is Meaning.AGAIN or after > 0:
-        return Strain(reason, after)
-    return ImageError(reason)
+# What an answer holds
 
 
-def status_in_body(page: bytes) -> int:
-    """The status that an answer's JSON names; 0 if none. Supabase's Storage answers 400 to nearly
-    all that it refuses, also for an hour of trouble, and says there what it means."""
+def body_of(answer: requests.Response, deadline: Deadline) -> bytes:
+    """The bytes of an image, unpacked where its host packed them, unasked."""
+    unpacker = None
+    piece = 2**16
+    if answer.headers.get("Content-Encoding", "").lower() in ("gzip", "x-gzip", "deflate"):
+        unpacker = zlib.decompressobj(wbits=47)  # either of gzip's and zlib's headers
+        piece = 2**12  # of which no more than 4 MB can come
+    data = bytearray()
+    # A packed body may end before its Content-Length, which some hosts take from the plain file.
+    while not (unpacker and unpacker.eof):
+        chunk = answer.raw.read1(piece)
+        if not chunk:
+            break
+        if unpacker:
+            chunk = unpacker.decompress(chunk, MAX_BYTES + 1 - len(data))
+        data += chunk
+        if len(data) > MAX_BYTES:
+            raise ImageError(TOO_LARGE)
+        deadline.arrived(len(chunk))
+        deadline.left()
+    if unpacker and not unpacker.eof:
+        raise ImageError(BAD_COMPRESSION)
+    return bytes(data)
+
+
+def first_bytes(answer: requests.Response) -> bytes:
+    """How a page begins. Its connection is used again if that was all."""
+    page = b""
+    # By HTTP others than these have no body. What comes anyway must not be another image's answer.
+    if answer.status_code >= 400:
+        with contextlib.suppress(OSError, HTTPError):
+            page = answer.raw.read(PAGE_BYTES)
+    return page
+
+
+def next_url(answer: requests.Response) -> str:
+    """Where a redirect leads. Raises ImageError where no image can be."""
+    # Headers come as latin-1, hosts mean UTF-8.
+    location = answer.headers["Location"].encode("latin-1").decode("utf-8", "replace")
     try:
-        status = int(json.loads(page)["statusCode"])
-    except (LookupError, TypeError, ValueError, OverflowError, RecursionError):
-        return 0
-    return status if 400 <= status < 600 else 0
+        url = urljoin(answer.url, location.strip())
+    except ValueError:
+        url = ""
+    if not re.match("https?:", url, re.IGNORECASE):
+        raise ImageError(BAD_REDIRECT)
+    return url
 
 
 def retry_after(headers: Mapping[str, str]) -> float:
@@ -2444,180 +2327,84 @@ def retry_after(headers: Mapping[str, str]) -> float:
     if re.fullmatch(r"\d+(\.\d+)?", text, re.ASCII):
         return float(text)
     try:
-        return parsedate_to_datetime(text).timestamp() - time.time()
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
     except (ValueError, OverflowError):
         return 0.0
 
 
-def is_page(data: bytes) -> bool:
-    """Whether these are markup or JSON."""
-    return data[:100].lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"<", b"{")
+# What goes wrong on the way
 
-
-def is_robots_check(answer: BaseHTTPResponse, page: bytes) -> bool:
-    """Whether an answer asks for a proof that a person is asking. Long pages are not searched:
-    a shop's own may have a captcha in a form."""
-    if any(name.lower() in ROBOT_HEADERS for name in answer.headers):
-        return True
-    if len(page) < SCRIPT_BYTES and re.search(rb"document\.cookie|location\.reload", page):
-        return True  # a script that asks again
-    return len(page) < PAGE_BYTES and ROBOT_WORDS.search(page) is not None
-
-
-def first_bytes(answer: BaseHTTPResponse, deadline: Deadline) -> bytes:
-    """How a body begins; what there is of it, where it breaks off or comes too slowly."""
-    data = b""
-    if answer.status < 200:  # the answer proper follows, on a connection that is not used again
-        return data
-    with contextlib.suppress(OSError, http.client.HTTPException, HTTPError, ImageError):
-        while len(data) < PAGE_BYTES and deadline.left():
-            chunk = answer.read1(PAGE_BYTES - len(data), decode_content=True)
-            if not chunk:
-                break
-            data += chunk
-    return data
-
-
-def cookies_of(answer: BaseHTTPResponse) -> dict[str, str]:
-    """The cookies that an answer sets, without their conditions."""
-    cookies = {}
-    for line in answer.headers.getlist("Set-Cookie"):
-        name, _, value = line.partition(";")[0].partition("=")
-        cookies[name.strip()] = value.strip()
-    return cookies
+# The errors at the root of those of requests, urllib3 and httpx, the more special ones first
+NETWORK_REASONS: dict[type[Exception], str] = {
+    ssl.SSLCertVerificationError: CERTIFICATE,
+    ssl.SSLEOFError: CONNECTION_LOST,
+    ssl.SSLError: NO_TLS,
+    socket.gaierror: NO_HOST,
+    TimeoutError: NO_ANSWER,
+    ConnectionRefusedError: REFUSED,
+    ConnectionError: CONNECTION_LOST,
+    OSError: UNREACHABLE,
+    UnicodeError: NOT_A_URL,  # a part of the host's name is too long
+    zlib.error: BAD_COMPRESSION,
+}
+# These say nothing of how the host copes.
+LASTING = (CERTIFICATE, NO_TLS, NOT_A_URL, BAD_COMPRESSION, BAD_HEADERS)
 
 
 def network_reason(error: BaseException) -> str:
-    """What went wrong on the way to a host, in words that group well."""
-    said = ""
-    cause: BaseException | None = error
-    while cause:
-        # These name the URL, which may hold any word.
-        if not isinstance(cause, (requests.RequestException, MaxRetryError)):
-            said = f"{said} {cause!r}"
-        cause = cause.__cause__ or cause.__context__
-    for sign, reason in NETWORK_REASONS.items():
-        if sign in said:
+    """What went wrong on the way to a host."""
+    root = error
+    while root.__context__:
+        root = root.__context__
+    if str(root).startswith("got more than"):
+        return BAD_HEADERS
+    if isinstance(root, socket.gaierror) and root.errno == socket.EAI_AGAIN:
+        return NO_NAME_SERVER
+    for kind, reason in NETWORK_REASONS.items():
+        if isinstance(root, kind):
             return reason
-    return "connection lost"
+    return CONNECTION_LOST
 
 
-# URLs
+def failure_of(error: Exception, deadline: Deadline) -> ImageError:
+    """What became of an image whose download broke off."""
+    reason = network_reason(error)
+    if reason in LASTING:
+        return ImageError(reason)
+    if reason == NO_ANSWER and deadline.first_byte:
+        return deadline.missed()
+    return Strain(reason)
 
 
-class Url(NamedTuple):
-    """A URL as a browser would ask for it: nothing is rewritten that need not be, as signed URLs
-    and object stores compare byte for byte."""
-
-    scheme: str  # http or https
-    host: str  # in ASCII, small letters, without brackets
-    port: int
-    target: str  # path and query
-    login: str  # user:password, or empty
-
-    @property
-    def origin(self) -> str:
-        """The URL's beginning, up to the path."""
-        host = self.host
-        if ":" in host:
-            host = f"[{host}]"
-        if self.port == PORTS[self.scheme]:
-            return f"{self.scheme}://{host}"
-        return f"{self.scheme}://{host}:{self.port}"
+# What is no answer of a host
 
 
-PORTS = {"http": 80, "https": 443}
-
-
-def read_url(text: str) -> Url:
+def read_url(text: str) -> str:
     """The URL that a text of the catalog is. Raises ImageError with what the text is instead."""
-    text = text.strip(BLANKS)
+    text = text.strip()
     if re.match(r"[\[{]|.*[\s,;|]https?://", text, re.IGNORECASE | re.DOTALL):
         raise ImageError(MANY_URLS)
     if not re.match(r"[\w!+.-]{2,}:(?!\d+/)", text):  # host:80 and C:\ are no schemes
         if re.search(r"\.\w{3,4}\s*[,;|\n]", text):
             raise ImageError(MANY_URLS)
         raise ImageError(NO_URL)
-    try:
-        return parse_url(text)
-    except ValueError:
-        raise ImageError("not a valid URL") from None
-
-
-def next_url(url: Url, location: str) -> Url:
-    """Where a redirect leads. Raises ImageError where that is nowhere."""
-    try:
-        # Headers come as latin-1, hosts mean UTF-8
-        location = quote(location.strip(BLANKS).encode("latin-1"), safe=string.punctuation)
-        if not re.match(r"[\w+.-]+:", location):
-            location = urljoin(url.origin + url.target, location)
-        return parse_url(location)
-    except ValueError:
-        raise ImageError("a redirect to no valid URL") from None
-    except ImageError as error:
-        raise ImageError(f"a redirect elsewhere: {error}") from None
-
-
-def parse_url(text: str) -> Url:
-    """The parts of a URL. Raises ValueError, and ImageError for schemes that are not fetched."""
-    text, _, _ = re.sub(r"[\t\r\n]", "", text).partition("#")
-    start, question, query = text.partition("?")
-    scheme, _, rest = start.replace("\\", "/").partition(":")
-    scheme = scheme.lower()
-    if scheme not in PORTS:
-        raise ImageError("only http, https and data URLs are fetched")
-    if not rest.startswith("//"):
-        raise ValueError
-    authority, slash, path = rest[2:].partition("/")
-    parts = urlsplit(f"//{authority}")
-    path = quote(without_dots(slash + path), safe=PATH_CHARACTERS)
-    query = quote(query, safe=QUERY_CHARACTERS)
-    login = ""
-    if parts.username is not None:
-        login = unquote(f"{parts.username}:{parts.password or ''}")
-    host = host_in_ascii(parts.hostname or "")
-    port = parts.port or PORTS[scheme]
-    return Url(scheme, host, port, f"{path}{question}{query}", login)
-
-
-def without_dots(path: str) -> str:
-    """A path without segments `.` and `..`, which browsers resolve before they ask."""
-    kept: list[str] = []
-    name = ""
-    for segment in path.split("/")[1:]:
-        name = segment.lower().replace("%2e", ".")
-        if name == "..":
-            del kept[-1:]
-        elif name != ".":
-            kept.append(segment)
-    if name in (".", ".."):
-        kept.append("")
-    return "/" + "/".join(kept)
-
-
-def host_in_ascii(host: str) -> str:
-    """A host's name or address as it is looked up. Raises ValueError where it can't be one."""
-    if ":" in host:
-        ipaddress.IPv6Address(host)
-        return host
-    host = unquote(host)
-    try:
-        if not host.isascii():
-            host = idna.encode(host, uts46=True).decode()
-    except idna.IDNAError:
-        pass  # browsers take names of emoji, which Python's older rules have
-    host = host.encode("idna").decode().rstrip(".").lower()
-    if not host or re.search(r'[\x00-\x20"#%/<>?@\[\\\]^`{|}\x7f]', host):
-        raise ValueError
-    return host
+    if not re.match("https?:", text, re.IGNORECASE):
+        raise ImageError(OTHER_SCHEME)
+    return text
 
 
 def read_data_url(text: str) -> bytes:
-    """The bytes that a data: URL holds. Raises ImageError."""
+    """The bytes that a data: URL holds in base64. Raises ImageError."""
+    found = re.match(r"data:[^,]*;\s*base64\s*,([^#]*)", text, re.IGNORECASE)
+    if not found:
+        raise ImageError(BROKEN_DATA_URL)
+    letters = found[1].translate(dict.fromkeys(b"\t\n\f\r "))
+    letters = letters.rstrip("=")
+    padding = "=" * (-len(letters) % 4)
     try:
-        return DataHandler().data_open(Request(text)).read()
+        return base64.b64decode(letters + padding, validate=True)
     except ValueError:
-        raise ImageError("broken data: URL") from None
+        raise ImageError(BROKEN_DATA_URL) from None
 
 
 def read_file(path: Path) -> bytes:
@@ -2629,13 +2416,10 @@ def read_file(path: Path) -> bytes:
             raise ImageError(TOO_LARGE)
         return path.read_bytes()
     except OSError as error:
-        raise ImageError(f"can't be read ({error.strerror})") from None
+        raise ImageError(f"{UNREADABLE} ({error.strerror})") from None
 
 
 # Connections
-
-# Opens a socket: host, port, seconds, options
-Connect = Callable[[str, int, Any, Any], socket.socket]
 
 
 class Guard:
@@ -2648,46 +2432,57 @@ class Guard:
     literally private is refused.
     """
 
-    NAT64 = "64:ff9b::/96"
-    # What older Pythons' is_global takes for public: metadata, site-local, NAT64, IPv4 in IPv6
-    NOT_PUBLIC = ("192.0.0.0/24", "fec0::/10", "64:ff9b:1::/48", "::/96")
+    INTERNET = ipaddress.ip_network("2000::/3")  # the whole of it, in IPv6
+    NAT64 = ipaddress.ip_network("64:ff9b::/96")
+    # What is_global takes for public: a range of clouds' services (in older Pythons), and Azure's
+    CLOUDS = (ipaddress.ip_network("192.0.0.0/24"), ipaddress.ip_network("168.63.129.16"))
 
     def __init__(self, settings: Settings) -> None:
         self._all = settings.private_hosts
-        self._own: tuple[str, int] | None = None
-        if settings.url:
-            own = parse_url(settings.url)
-            self._own = (own.host, own.port)
+        self._own = host_and_port(settings.url)
+        self._failing: set[str] = set()  # addresses, when they were last tried
 
-    def connect(self, host: str, port: int, seconds: float, options: Any) -> socket.socket:
-        """Connects to the first of a host's addresses that answers. Raises OSError, ImageError."""
-        addresses = self._allowed(host, port)
-        share = seconds / len(addresses)
-        for address in addresses[:-1]:
-            with contextlib.suppress(OSError):
-                return create_connection((address, port), share, None, options)
-        return create_connection((addresses[-1], port), share, None, options)
+    def connect(self, connection: urllib3.connection.HTTPConnection) -> socket.socket:
+        """A socket to the first of a host's addresses that answers. Raises OSError, ImageError."""
+        allowed = self._allowed(connection.host, connection.port)
+        addresses = [address for address in allowed if address not in self._failing] or allowed
+        seconds = float(connection.timeout or 0)
+        share = min(DEAD_SECONDS, seconds / len(addresses))
+        while True:
+            address = addresses.pop(0)
+            try:
+                opened = create_connection(
+                    (address, connection.port),
+                    share if addresses else seconds,
+                    socket_options=connection.socket_options,
+                )
+            except OSError:
+                self._failing.add(address)
+                seconds -= share
+                if not addresses:
+                    raise
+            else:
+                self._failing.discard(address)
+                return opened
 
-    def check_name(self, url: Url) -> None:
+    def check_name(self, url: str) -> None:
         """Raises ImageError where the host is a private address itself, no name of one."""
-        host = url.host
+        host, port = host_and_port(url)
+        host = unquote(host).rstrip(".")
         if re.fullmatch(r"(.+\.)?localhost", host):
             host = "127.0.0.1"
         with contextlib.suppress(socket.gaierror):  # a name
-            self._allowed(host, url.port, socket.AI_NUMERICHOST)
+            self._allowed(host, port, socket.AI_NUMERICHOST)
 
     def _allowed(self, host: str, port: int, flags: int = 0) -> list[str]:
         """The addresses of a host that may be connected to: one at least, or it raises."""
         entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
-        addresses = [str(entry[4][0]) for entry in entries]
+        addresses = list(dict.fromkeys(str(entry[4][0]) for entry in entries))
         if self._all or (host, port) == self._own:
             return addresses
         public = [address for address in addresses if self.is_public(address)]
         if not public:
-            reason = f"private address {addresses[0]} (ALLOW_PRIVATE_IMAGE_HOSTS=1 allows it)"
-            if is_name(host):  # it leads there now, as all do behind a network's login page
-                raise ImageError(reason)
-            raise ImageError(f"{reason}; --retry-failed tries it again")
+            raise ImageError(f"{PRIVATE_ADDRESS} ({addresses[0]})")
         return public
 
     @classmethod
@@ -2695,76 +2490,82 @@ class Guard:
         """Whether an IP address is one of the open internet, also inside its IPv6 wrappings."""
         ip = ipaddress.ip_address(address.partition("%")[0])
         if isinstance(ip, ipaddress.IPv6Address):
-            if ip in ipaddress.ip_network(cls.NAT64):
-                ip = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-            else:
-                ip = ip.ipv4_mapped or ip.sixtofour or ip
-        if any(ip in ipaddress.ip_network(network) for network in cls.NOT_PUBLIC):
+            inner = ip.ipv4_mapped or ip.sixtofour
+            if ip in cls.NAT64:
+                inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+            if not inner and ip not in cls.INTERNET:
+                return False
+            ip = inner or ip
+        if any(ip in network for network in cls.CLOUDS):
             return False
         return ip.is_global and not ip.is_multicast
 
 
-def is_name(host: str) -> bool:
-    """Whether a host is neither an address, in whatever spelling, nor this machine."""
-    if host == "localhost" or ":" in host:
-        return False
-    try:
-        socket.inet_aton(host)
-    except OSError:
-        return True
-    return False
+def host_and_port(url: str) -> tuple[str, int]:
+    """Where a URL leads; an empty host where it leads nowhere."""
+    parts = urlsplit(url)
+    return parts.hostname or "", parts.port or PORTS.get(parts.scheme, 0)
 
 
-class SocksProxy:
-    """The way through a SOCKS proxy. Raises RunError."""
+def guarded_adapter(guard: Guard, workers: int) -> requests.adapters.HTTPAdapter:
+    """requests' connections, for all threads together. Those without a proxy ask the guard; the
+    headers of any answer must fit into HEADER_BYTES.
 
-    def __init__(self, proxy: str) -> None:
-        check_proxies("socks")
-        socks = import_module("socks")
-        parts = urlsplit(proxy)
-        self._proxy = {
-            "proxy_type": socks.SOCKS5,
-            "proxy_addr": parts.hostname,
-            "proxy_port": parts.port or 1080,
-            "proxy_rdns": parts.scheme == "socks5h",  # who looks up names
-            "proxy_username": unquote(parts.username or "") or None,
-            "proxy_password": unquote(parts.password or "") or None,
-        }
-        self._open: Callable[..., socket.socket] = socks.create_connection
+    The classes stand in a function, as decoders do without requests.
+    """
+    # No documentation promises this hook. Without it nobody would ask the guard.
+    if not hasattr(urllib3.connection.HTTPConnection, "_new_conn"):
+        raise RunError(f"another version of urllib3 is needed: {INSTALL}")
+    http.client._MAXHEADERS = MOST_HEADERS  # type: ignore[attr-defined]
+    tls = tls_as_browsers()
 
-    def connect(self, host: str, port: int, seconds: float, options: Any) -> socket.socket:
-        """A connection to a host. Raises OSError."""
-        return self._open((host, port), seconds, socket_options=options, **self._proxy)
+    class Headers:
+        """The lines of a stream before a body."""
 
+        def __init__(self, stream: IO[bytes]) -> None:
+            self._stream = stream
+            self._left = HEADER_BYTES
+            self.close = stream.close
 
-def pool_classes(connect: Connect | None) -> dict[str, type[urllib3.HTTPConnectionPool]]:
-    """urllib3's pools, with connections that `connect` opens, and that send URLs as they are
-    written: urllib3 writes `%2F` for `%2f`, and `%25` for a percent sign that stands alone."""
+        def readline(self, limit: int) -> bytes:
+            line = self._stream.readline(limit)
+            self._left -= len(line)
+            if self._left < 0:
+                raise http.client.HTTPException(f"got more than {HEADER_BYTES} bytes of headers")
+            return line
 
-    class Connection(urllib3.connection.HTTPConnection):
-        def _new_conn(self) -> socket.socket:
-            if connect is None:  # to a proxy
-                return super()._new_conn()
-            return connect(self.host, self.port, self.timeout, self.socket_options)
+    class Answer(http.client.HTTPResponse):
+        def begin(self) -> None:
+            stream = self.fp
+            self.fp = Headers(stream)  # type: ignore[assignment]
+            try:
+                super().begin()
+            finally:
+                self.fp = stream
 
-        def request(
-            self, method: str, url: str, body: Any = None, headers: Any = None, **options: Any
-        ) -> None:
-            headers = dict(headers)
-            # The URL that urllib3 gives is the origin, for a proxy, and a slash.
-            target = url.removesuffix("/") + headers.pop(TARGET)
-            super().request(method, target, body, headers, **options)
+    def change(manager: Any, **changes: Any) -> None:
+        """Changes the connections that a manager of urllib3 opens."""
+        changes["response_class"] = Answer
+        pools = {}
+        for scheme, pool in manager.pool_classes_by_scheme.items():
+            connection = type("Connection", (pool.ConnectionCls,), changes)
+            pools[scheme] = type("Pool", (pool,), {"ConnectionCls": connection})
+        manager.pool_classes_by_scheme = pools
 
-    class TlsConnection(Connection, urllib3.connection.HTTPSConnection):
-        pass
+    class Adapter(requests.adapters.HTTPAdapter):
+        def init_poolmanager(self, *counts: Any, **options: Any) -> None:
+            super().init_poolmanager(*counts, ssl_context=tls, **options)
+            change(self.poolmanager, _new_conn=lambda connection: guard.connect(connection))
 
-    class Pool(urllib3.HTTPConnectionPool):
-        ConnectionCls = Connection
+        def proxy_manager_for(self, proxy: str, **options: Any) -> Any:
+            if proxy not in self.proxy_manager:
+                change(super().proxy_manager_for(proxy, ssl_context=tls, **options))
+            return self.proxy_manager[proxy]
 
-    class TlsPool(urllib3.HTTPSConnectionPool):
-        ConnectionCls = TlsConnection
+        def cert_verify(self, *_: Any) -> None:
+            """requests would read its certificates for each connection. The context has ours."""
 
-    return {"http": Pool, "https": TlsPool}
+    return Adapter(HOSTS_KEPT, workers)
 
 
 def certificates() -> str:
@@ -2787,6 +2588,16 @@ def tls_context() -> ssl.SSLContext:
         raise RunError(f"{path} is no file of certificates ({names}): {error}") from None
 
 
+def tls_as_browsers() -> ssl.SSLContext:
+    """The same for image hosts, some of which are old: as browsers do, it takes ciphers without
+    forward secrecy, servers without renegotiation_info, and roots without key identifiers."""
+    context = tls_context()
+    context.set_ciphers("DEFAULT:@SECLEVEL=2")
+    context.options |= 0x4  # OP_LEGACY_SERVER_CONNECT, which has no name before Python 3.12
+    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    return context
+
+
 def check_proxies(*needed: str) -> None:
     """Raises RunError where the environment names a SOCKS proxy that can't be used: one of another
     kind, or without the packages that are needed."""
@@ -2807,57 +2618,56 @@ def check_proxies(*needed: str) -> None:
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, by channel
 STD = (0.26862954, 0.26130258, 0.27577711)
 DECODE_SECONDS = 5  # of a core for one image; the largest honest ones take 2
-DECODE_MB = 400  # of memory for one image, on each core: twice 45 megapixels in 4 channels
+DECODE_MB = 1000  # of memory for one image, on each core; a WebP of 50 megapixels takes 800
 MIN_SIDE = 16  # pixels; below it: tracking pixels and spacers
-MAX_ASPECT = 100  # above it: rules and borders, of which CLIP would see a sliver
 KEEP_SCALE = 2  # large images are first reduced, by a whole number, to so many times SIDE
 # Other Pillow plugins stay shut: some start programs (EPS), none is a product photo.
 FORMATS = ["JPEG", "PNG", "GIF", "WEBP", "AVIF", "TIFF", "BMP"]
-MOST_ZEROS = 4096  # bytes that may end a JPEG's pixels: in white areas they are zeros
+# Memory that a decoder takes. Where these three lack it, their libraries call the file broken.
+PIXEL_BYTES = {"WEBP": 20, "AVIF": 20, "HEIF": 20}
+PIXEL_BYTES |= {"JPEG": 0, "MPO": 0}  # they shrink while they are decoded
 # What Pillow raises for broken files, as hundreds of thousands of damaged ones showed. Its other
 # errors (AttributeError, TypeError) mean that we call it wrongly.
 BROKEN_FILE = (OSError, EOFError, SyntaxError, ValueError, RuntimeError, struct.error, zlib.error)
 PngImagePlugin.MAX_TEXT_CHUNK = 2**24  # bytes of an ICC profile; some have over 1 MB
 # Pillow itself reads planes of 16 bits as if they were of 8; libtiff does not.
 TiffImagePlugin.READ_LIBTIFF = True
-# Gray of 16 bits, zero is white, big-endian: the one such kind that Pillow has not in its table.
-TiffImagePlugin.OPEN_INFO[b"MM", 0, (1,), 1, (16,), ()] = ("I;16B", "I;16B")
 
 
 def levels_of(data: bytes) -> bytes:
     """What CLIP sees of an image file, as a browser shows it: levels (224, 224, 3), a byte each.
 
-    Raises ImageError; ImageError for a format that needs another package; MemoryError. Any other
-    exception is a defect, of ours or of Pillow's, and not the file's.
+    Raises ImageError and MemoryError. Any other exception is a defect, ours or Pillow's.
     """
-    return in_srgb(square(decode(data))).tobytes()
+    return in_srgb(square(decoded(data))).tobytes()
 
 
-def decode(data: bytes) -> Image.Image:
-    """The picture of an image file: upright, on white, of mode L, RGB or CMYK in the file's own
-    colours, and reduced where CLIP needs far less. Raises what levels_of raises."""
-    with errors_of_broken_files():
-        data = mended(data)
-        image = opened(data)
-        refuse_odd_sizes(image)
-        # Where EXIF is silent Pillow would turn an image by XMP. Browsers don't.
-        image.info.pop("xmp", None)
-        # JPEG's decoder can shrink by 2, 4 or 8 as it goes; the others take no draft.
-        shrink = max(1.0, min(image.size) / (KEEP_SCALE * SIDE))
-        image.draft(None, (int(image.width / shrink), int(image.height / shrink)))
-        image.load()
-    picture = in_eight_bits(image, data)
+def decoded(data: bytes) -> Image.Image:
+    """The picture in an image file, upright and on white.
+
+    Its mode is L, RGB or CMYK, its colours are still those of the file's ICC profile. A large
+    picture comes reduced. Raises what levels_of raises.
+    """
+    image = loaded(data)
+    picture = in_eight_bits(image)
     factor = min(picture.size) // (KEEP_SCALE * SIDE)
     if factor > 1:
         picture = picture.reduce(factor)
     return upright(on_white(picture), image)
 
 
-@contextlib.contextmanager
-def errors_of_broken_files() -> Iterator[None]:
-    """Around what reads a file: makes ImageError of the errors that broken files cause."""
+def loaded(data: bytes) -> Image.Image:
+    """An image file with its pixels, as Pillow reads them. Raises ImageError, MemoryError."""
     try:
-        yield
+        image = opened(mended(data))
+        refuse_sizes(image)
+        # Where EXIF is silent Pillow would turn an image by XMP. Browsers don't.
+        image.info.pop("xmp", None)
+        # JPEG's decoder can shrink by 2, 4 or 8 as it goes. The other decoders ignore this.
+        shrink = max(1.0, min(image.size) / (KEEP_SCALE * SIDE))
+        image.draft(None, (int(image.width / shrink), int(image.height / shrink)))
+        image.load()
+        return image
     except Image.DecompressionBombError:
         raise ImageError(TOO_MUCH) from None
     except BROKEN_FILE as error:
@@ -2865,23 +2675,22 @@ def errors_of_broken_files() -> Iterator[None]:
 
 
 def mended(data: bytes) -> bytes:
-    """The file without what browsers pass over and Pillow stumbles on. Raises ImageError."""
+    """The file without what browsers ignore and Pillow refuses. Raises ImageError."""
     if data.startswith(b"\x89PNG"):
         return png_of_pixels(data)
     if data.startswith(b"\xff\xd8\xff"):
         return jpeg_with_end(data)
-    if data[4:8] == b"ftyp":
-        return with_main_brand(data)
     return data
 
 
 def png_of_pixels(data: bytes) -> bytes:
-    """A PNG with only the chunks that make its picture.
+    """A PNG with only the chunks that make its picture. Raises ImageError.
 
-    For a wrong checksum in a comment, or a comment over 1 MB, Pillow refuses the whole file;
-    browsers pass over it. Of the other chunks they heed three, if they come before the pixels and
-    their checksum is right. Of an animation the still picture is left.
+    Pillow refuses a whole file for a wrong checksum in a comment, or a comment over 1 MB.
+    Browsers ignore both. They use three chunks beside the pixels, if these come before the pixels
+    and have the right checksum. Of an animation the still picture is left.
     """
+    depth, colour_type = data[24:26].ljust(2)
     kept = [data[:8]]
     pixels_seen = False
     at = 8
@@ -2894,6 +2703,9 @@ def png_of_pixels(data: bytes) -> bytes:
             wanted = zlib.crc32(data[at + 4 : end - 4]) == checksum
         if wanted:
             kept.append(data[at:end])
+        if wanted and kind == b"tRNS" and depth != 8 and colour_type in (0, 2):
+            # Pillow compares this colour with pixels that it has scaled to 8 bits already.
+            raise ImageError(f"{RARE_FORMAT} ({depth}-bit PNG with a transparent colour)")
         pixels_seen = pixels_seen or kind == b"IDAT"
         at = end
     return b"".join(kept)
@@ -2902,116 +2714,78 @@ def png_of_pixels(data: bytes) -> bytes:
 def jpeg_with_end(data: bytes) -> bytes:
     """A JPEG with an end marker. Raises ImageError where pixels are missing, too.
 
-    Uploads often lack their last bytes, the marker FFD9, and nothing else. Where more is missing
-    (or is zeros, as in a copy that stopped halfway) decoders fill up with gray and say nothing.
-    What they do with more bytes tells: behind the last pixel these change none.
+    Uploads often lack their last bytes, the marker FFD9, and nothing else. Where more is missing,
+    decoders fill up with gray and report no error. So the file is decoded twice, the second time
+    with noise at its end. Behind the last pixel noise changes nothing.
     """
     start_of_scan, end_marker = b"\xff\xda", b"\xff\xd9"
     if data.find(end_marker, data.rfind(start_of_scan)) >= 0:
         return data
-    without_zeros = data.rstrip(b"\0")
-    if len(data) - len(without_zeros) > MOST_ZEROS:
-        data = without_zeros + b"\0"
-    if data.rstrip(b"\r\n").endswith(b"\xff"):
-        # Half a marker, or the last byte of the pixels, which a zero has to follow. Behind
-        # the last pixel such a byte does no harm.
-        data = data.rstrip(b"\r\n") + b"\0"
-    more = b"".join(bytes([0xFF, 0xD0 + n]) + b"\xaa\x55" * 32 for n in range(8))
-    more = b"\xaa\x55" * 32 + more
-    files = (data + end_marker, data + more + end_marker)
+    data = data.removesuffix(b"\xff")  # half a marker
+    # A copy that stopped halfway ends in zeros, which a decoder takes for pixels.
+    if data.endswith(b"\0\0"):
+        raise ImageError(BROKEN)
+    noise = b"\xaa\x55" * 32
+    restarts = (bytes([0xFF, 0xD0 + n]) for n in range(8))
+    noise += b"".join(restart + noise for restart in restarts)
+    files = (data + end_marker, data + noise + end_marker)
     pictures = [Image.open(io.BytesIO(file), formats=["JPEG"]).tobytes() for file in files]
     if pictures[0] != pictures[1]:
         raise ImageError(BROKEN)
     return data + end_marker
 
 
-def with_main_brand(data: bytes) -> bytes:
-    """An AVIF or HEIC file that says so in its first brand, the one that Pillow looks at: it may
-    be a general one, such as mif1."""
-    brands = data[8 : int.from_bytes(data[:4])]
-    for brand in (b"avis", b"avif", b"heic"):
-        if brand in brands:
-            return data[:8] + brand + data[12:]
-    return data
-
-
-# How files begin that Pillow can't open, in small letters. The first that fits counts.
-NO_IMAGES = (
-    (rb"$", "an empty file"),
-    (rb"<((?!<(!doctype html|html|head|body)\b).)*?<?svg\b", "an SVG drawing, which has no pixels"),
-    (rb"<.*?(html|head|body)\b", "an HTML page, not an image"),
-    (rb"[\[{]", "JSON, not an image"),
-    (rb"%pdf", "a PDF, not an image"),
-    (rb"\xff\xd8\xff|\x89png|gif8|ii[*+]\0|mm\0[*+]|riff|bm|....ftyp(avi|hei)", BROKEN),
+# How files begin that Pillow can't open, and what they are. The first that fits counts.
+_BLANKS = rb"[\s\0\xef\xbb\xbf\xfe\xff]*"  # with a byte order mark, or half of UTF-16
+UNREADABLE_FILES = (
+    (rb"\s*\Z", EMPTY),
+    (rb"\xff\xd8\xff|\x89png|gif8|riff|bm|....ftyp(avi|he[iv]|m[is]f)", BROKEN),
+    (rb"ii[*+]\0|mm\0[*+]", f"{RARE_FORMAT} (TIFF, if it is not broken)"),
+    (rb"\xff\x0a|\0\0\0\x0cjxl ", f"{RARE_FORMAT} (JPEG XL)"),
+    (_BLANKS + rb"(?=<)(?:(?!<\w).)*+<(\w+:)?svg\b", SVG),
+    (_BLANKS + rb"<", WEB_PAGE),
+    (_BLANKS + rb"[\[{]", JSON),
+    (_BLANKS + rb"%pdf", PDF),
 )
 
 
 def opened(data: bytes) -> Image.Image:
-    """An image file of which the header was read; raises ImageError for what is none."""
+    """An image file of which the header was read. Raises ImageError for any other file."""
     formats = FORMATS
-    if re.match(rb"....ftyp(hei|hev|mif|msf)", data, re.DOTALL):
+    if re.match(rb"....ftyp(hei|hev|m[is]f1(?!.{,40}avif))", data, re.DOTALL):
         try:
             import pillow_heif
         except (ImportError, OSError):  # OSError: it was installed meanwhile (see shut_in)
-            raise ImageError("HEIC: pip install pillow-heif, then run again") from None
+            raise ImageError(HEIC) from None
         pillow_heif.register_heif_opener()
         formats = ["HEIF"]
     with contextlib.suppress(UnidentifiedImageError):
         return Image.open(io.BytesIO(data), formats=formats)
-    if data.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
-        raise ImageError("JPEG XL, a format that is not supported yet")
-    if has_tiff_directory(data):
-        raise ImageError("a TIFF of a kind that is not supported")
-    head = data[: 2**16].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    for beginning, name in NO_IMAGES:
-        if re.match(beginning, head, re.DOTALL):
-            raise ImageError(name)
-    raise ImageError("not an image in a known format")
+    for beginning, reason in UNREADABLE_FILES:
+        if re.match(beginning, data[: 2**16], re.DOTALL | re.IGNORECASE):
+            raise ImageError(reason)
+    raise ImageError(OTHER_FORMAT)
 
 
-def has_tiff_directory(data: bytes) -> bool:
-    """Whether a TIFF file's list of tags can be read, so that the file is not broken there."""
-    header = 8
-    if data[2:4] in (b"+\0", b"\0+"):  # BigTIFF
-        header = 16
-    try:
-        tags = TiffImagePlugin.ImageFileDirectory_v2(data[:header])
-        file = io.BytesIO(data)
-        file.seek(tags.next)
-        tags.load(file)
-    except BROKEN_FILE:
-        return False
-    return TiffImagePlugin.IMAGEWIDTH in tags
-
-
-def refuse_odd_sizes(image: Image.Image) -> None:
-    """Raises ImageError for an image that is too large, too small or too thin."""
+def refuse_sizes(image: Image.Image) -> None:
+    """Raises ImageError for an image that is too large or too small."""
     width, height = image.size
-    if width * height * 4 > DECODE_MB * 2**20 and image.format not in ("JPEG", "MPO"):
-        raise ImageError(TOO_MUCH)  # JPEG shrinks while it decodes
+    if width * height * PIXEL_BYTES.get(image.format or "", 4) > DECODE_MB * 2**20:
+        raise ImageError(TOO_MUCH)
     if min(width, height) < MIN_SIDE:
-        raise ImageError(f"smaller than {MIN_SIDE} pixels a side")
-    if max(width, height) > MAX_ASPECT * min(width, height):
-        raise ImageError(f"a strip, more than {MAX_ASPECT} times as long as wide")
+        raise ImageError(f"{TOO_SMALL} ({width} x {height})")
 
 
-def in_eight_bits(image: Image.Image, data: bytes) -> Image.Image:
-    """A loaded image in mode L, LA, RGB, RGBA or CMYK: those that cost no more than they must."""
-    if image.mode in ("I", "F", "LAB"):
-        raise ImageError(f"pixels of a kind that is not supported (mode {image.mode})")
-    if image.mode.startswith("I;16"):
-        return gray_of_16_bits(image)
+def in_eight_bits(image: Image.Image) -> Image.Image:
+    """A loaded image in mode L, LA, RGB, RGBA or CMYK. Raises ImageError."""
+    if image.mode == "I;16" and image.format == "PNG":
+        # Pillow itself would cut off at 255.
+        return image.convert("I").point([value >> 8 for value in range(2**16)], "L")
+    if image.mode.startswith(("I", "F", "LAB")):
+        # Among them is gray TIFF of 12 and 16 bits, where zero may be white.
+        raise ImageError(f"{RARE_FORMAT} ({image.format} with pixels of mode {image.mode})")
     if image.format == "GIF":
         return gif_on_its_canvas(image)
-    if image.format == "PNG" and "transparency" in image.info:
-        depth = data[24]
-        colour = image.info["transparency"]
-        if image.mode == "L":
-            # Pillow spreads the pixels over 0 to 255, but not this value.
-            colour %= 2**depth
-            image.info["transparency"] = colour * 255 // (2**depth - 1)
-        if image.mode == "RGB" and depth == 16:
-            return rgb_of_16_bits(image, data)
     if image.has_transparency_data and image.mode not in ("LA", "RGBA"):
         return image.convert("RGBA")
     if image.mode not in ("L", "LA", "RGB", "RGBA", "CMYK"):
@@ -3026,40 +2800,6 @@ def gif_on_its_canvas(image: Any) -> Image.Image:
     canvas = Image.new("RGBA", image.size)
     canvas.paste(image.convert("RGBA").crop(box), box)
     return canvas
-
-
-def gray_of_16_bits(image: Image.Image) -> Image.Image:
-    """A gray image of 16 bits (in TIFF also 12) in 8. Pillow would cut off at 255."""
-    bits = 16
-    zero_is_white = False
-    if image.format == "TIFF":
-        tags: Any = image
-        bits = tags.tag_v2[TiffImagePlugin.BITSPERSAMPLE][0]
-        zero_is_white = tags.tag_v2[TiffImagePlugin.PHOTOMETRIC_INTERPRETATION] == 0
-    grays = [(value >> (bits - 8)) & 255 for value in range(2**16)]
-    if zero_is_white:
-        grays = [255 - gray for gray in grays]
-    image = image.convert("I")
-    gray = image.point(grays, "L")
-    if "transparency" in image.info:
-        alphas = [255] * 2**16
-        alphas[image.info["transparency"]] = 0
-        gray.putalpha(image.point(alphas, "L"))
-    return gray
-
-
-def rgb_of_16_bits(image: Image.Image, data: bytes) -> Image.Image:
-    """A PNG of 16 bits a channel, of which Pillow has loaded the upper 8, with a transparent
-    colour: pixels are transparent if their lower 8 fit as well."""
-    colour = image.info["transparency"]
-    lower: Any = opened(data)
-    lower.tile = [lower.tile[0]._replace(args="RGB;16L")]
-    alphas = []
-    for half, shift in ((image, 8), (lower, 0)):
-        half.info["transparency"] = tuple((value >> shift) & 255 for value in colour)
-        alphas.append(half.convert("RGBA").getchannel("A"))
-    image.putalpha(ImageChops.lighter(*alphas))
-    return image
 
 
 def on_white(image: Image.Image) -> Image.Image:
@@ -3112,8 +2852,10 @@ PROFILED = {b"GRAY": "L", b"RGB ": "RGB", b"CMYK": "CMYK"}  # a profile's colour
 
 
 def in_srgb(image: Image.Image) -> Image.Image:
-    """An image of mode L, RGB or CMYK in sRGB, by its ICC profile if it has one that fits. The
-    smaller the better: of 224 x 224 pixels this takes 2 ms, of a photograph 25."""
+    """An image of mode L, RGB or CMYK in sRGB, by its ICC profile if it has one that fits.
+
+    The smaller the better: 224 x 224 pixels take 2 ms, a photograph 25.
+    """
     profile = image.info.get("icc_profile") or b""
     mode = PROFILED.get(profile[16:20])
     if mode == "RGB" and image.mode == "L":
@@ -3155,12 +2897,11 @@ MOST_REASON = 200  # characters of a reason that are kept
 MOST_CALLS = 20  # of a traceback that are sent
 
 # The first byte of an answer that is no levels; a text follows.
-REJECTED = b"R"
-UNEXPECTED = b"U"  # with a traceback: the defect is ours, or a library's
+REFUSED_IMAGE = b"R"  # with the reason
+UNEXPECTED = b"U"  # with a traceback
 
 OUT_OF_MEMORY = 77  # a decoder's exit code
-LOST = f"its decoder was killed (is memory short?), or hung for {DECODE_PATIENCE:g} s"
-# What an exit code says of the image; all other deaths are the machine's trouble.
+# What an exit code says of the image. All other deaths are the machine's trouble.
 DEATHS = {
     -24: TOO_SLOW,  # SIGXCPU, for which Windows has no name
     -signal.SIGSEGV: BROKEN,
@@ -3184,7 +2925,7 @@ sys.exit(decoder.serve_as_decoder())
 # What Python may need to start. The rest of the environment may hold secrets.
 DECODER_NEEDS = re.compile("PYTHON|LD_|DYLD_|(PATH|HOME|APPDATA|SYSTEMROOT)$")
 DECODER_SETTINGS = {
-    # glibc would else give memory back after each image and fetch it anew: 2 ms.
+    # Else glibc gives memory back after each image and asks for it again, which takes 2 ms.
     "MALLOC_TRIM_THRESHOLD_": str(64 * 2**20),
     "MALLOC_MMAP_THRESHOLD_": str(64 * 2**20),
 }
@@ -3197,7 +2938,7 @@ PR_SET_NO_NEW_PRIVS = 38
 
 
 class Loader:
-    """The way from a place to pixels, for any number of threads.
+    """The way from a source to pixels, for any number of threads.
 
     Raises ImageError, and RunError where no decoder can be started.
     """
@@ -3209,16 +2950,14 @@ class Loader:
             self._decoders.put(Decoder())
 
     def fetch(self, source: Source, deadline: Deadline) -> Download:
-        started = time.monotonic()
-        data = self._fetcher.fetch(source, deadline)
-        ended = time.monotonic()
-        return Download(data, ended - started, ended - (deadline.first_byte or started))
+        return self._fetcher.fetch(source, deadline)
 
     def load(self, asset: Asset, data: bytes) -> Loaded:
         levels = self.decode(data)
         return Loaded(asset, normalise(levels))
 
     def decode(self, data: bytes) -> np.ndarray:
+        """The levels (224, 224, 3) of an image file, by the first decoder that is free."""
         decoder = self._decoders.get()
         try:
             return decoder.decode(data)
@@ -3231,33 +2970,31 @@ class Decoder:
     what it holds, and codecs have holes. It is this script again (RUN_DECODER).
 
     Bytes go in and bytes come out: levels, or a reason. A process that sends anything else
-    is killed. So is one that hangs; where one died, its exit code says whose fault it was.
+    is killed. So is one that hangs. Where one died, its exit code says whose fault it was.
     """
 
     def __init__(self) -> None:
         self._process: Any = None
 
     def decode(self, data: bytes) -> np.ndarray:
-        """The levels (224, 224, 3) of an image file. Raises ImageError, and
-        RunError where no process can be started."""
+        """The levels (224, 224, 3) of an image file. Raises ImageError, and RunError where no
+        process can be started."""
         process = self._process or started_decoder()
-        self._process = None
+        self._process = None  # an answer that was not read whole would be the next image's
         try:
-            result = decoded_answer(answer_to(data, process))
+            levels = levels_in(answer_to(data, process))
+        except ImageError:
+            self._process = process
+            raise
         except (OSError, EOFError, ValueError):
             process.kill()
-            reason = DEATHS.get(process.wait())
-            if reason:
-                raise ImageError(reason) from None
-            raise ImageError(LOST) from None
+            raise ImageError(DEATHS.get(process.wait(), DECODER_LOST)) from None
         self._process = process
-        if isinstance(result, Exception):
-            raise result
-        return result
+        return levels
 
 
 def started_decoder() -> Any:
-    """A decoder's process that has had its first file, an empty one; raises RunError."""
+    """A decoder's process that has answered once, to an empty file. Raises RunError."""
     needs = {name: text for name, text in os.environ.items() if DECODER_NEEDS.match(name)}
     try:
         process: Any = subprocess.Popen(  # noqa: S603 - runs this very script
@@ -3272,18 +3009,22 @@ def started_decoder() -> Any:
     except OSError as error:
         raise RunError(f"{CANT_START} ({error.strerror})") from None
     try:
-        decoded_answer(answer_to(b"", process))
+        with contextlib.suppress(ImageError):  # the reason EMPTY
+            levels_in(answer_to(b"", process))
     except (OSError, EOFError, ValueError):
         process.kill()
-        said = process.stderr.read().decode(errors="replace").splitlines()
+        errors = process.stderr.read().decode(errors="replace").splitlines()
         code = process.wait()
-        why = said[-1] if said else f"exit code {code}"
+        why = errors[-1] if errors else f"exit code {code}"
         raise RunError(f"{CANT_START} ({shorten(why, MOST_REASON)})") from None
     return process
 
 
 def answer_to(data: bytes, process: Any) -> bytes:
-    """What a decoder sends back. One that takes longer than DECODE_PATIENCE is killed."""
+    """What a decoder sends back. A decoder that takes longer than DECODE_PATIENCE is killed.
+
+    Raises OSError, EOFError or ValueError for a decoder that is lost, and RunError.
+    """
     patience = threading.Timer(DECODE_PATIENCE, process.kill)
     try:
         patience.start()
@@ -3296,19 +3037,20 @@ def answer_to(data: bytes, process: Any) -> bytes:
         patience.cancel()
 
 
-def decoded_answer(answer: bytes) -> np.ndarray | ImageError:
-    """An answer as levels, or as what is to be raised. Raises ValueError for any other."""
+def levels_in(answer: bytes) -> np.ndarray:
+    """The levels (224, 224, 3) of a decoder's answer. Raises the ImageError that it tells, and
+    ValueError for what is no answer."""
     if len(answer) == LEVELS_BYTES:
         return np.frombuffer(answer, np.uint8).reshape(SIDE, SIDE, 3)
     kind = answer[:1]
     lines = answer[1:].decode().splitlines() or [""]
     reason = shorten(printable(lines[-1]), MOST_REASON)
-    if kind == REJECTED:
-        return ImageError(reason)
+    if kind == REFUSED_IMAGE:
+        raise ImageError(reason)
     if kind == UNEXPECTED:
         for line in lines:
             log.debug("decoder: %s", line)
-        return ImageError(f"unexpected {reason}")
+        raise ImageError(f"{DEFECT} ({reason})")
     raise ValueError(f"{kind!r} is no kind of answer")
 
 
@@ -3343,12 +3085,12 @@ def serve_as_decoder() -> int:
     answers = os.fdopen(os.dup(1), "wb")
     for stream in (1, 2):  # where libraries print
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-    memory = own_memory()
+    limit_memory()
     shut_in()
     with contextlib.suppress(EOFError, OSError):  # the run is over
         while True:
             data = receive(sys.stdin.buffer, most=sys.maxsize)
-            limit_one_image(memory)
+            limit_seconds()
             send(answers, answer_for(data))
     return 0
 
@@ -3358,7 +3100,7 @@ def answer_for(data: bytes) -> bytes:
     try:
         return levels_of(data)
     except ImageError as reason:
-        return REJECTED + str(reason).encode()
+        return REFUSED_IMAGE + str(reason).encode()
     except MemoryError:
         # There may be too little left to say more, or to go on with.
         os._exit(OUT_OF_MEMORY)
@@ -3371,18 +3113,20 @@ def load_codecs() -> None:
     Image.preinit()  # BMP, GIF, JPEG, PNG; AVIF and TIFF are imported above
     for name in ("Mpo", "WebP"):
         import_module(f"PIL.{name}ImagePlugin")
-    # Each core has a decoder; of 64 threads the stacks alone would take over DECODE_MB.
+    # Each core has a decoder, and the stacks of 64 threads alone would take over DECODE_MB.
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1
     with contextlib.suppress(ImportError):
         import_module("pillow_heif")
 
 
-def own_memory() -> int:
-    """An open file that says how much memory this process has; -1 where Linux is not."""
-    try:
-        return os.open("/proc/self/statm", os.O_RDONLY)
-    except OSError:
-        return -1
+def limit_memory() -> None:
+    """Limits the memory that this process may take from now on. Only Linux can."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        pages = int(Path("/proc/self/statm").read_text().split()[5])
+        most = pages * resource.getpagesize() + DECODE_MB * 2**20
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
 
 
 def shut_in() -> None:
@@ -3409,18 +3153,13 @@ def lock_files() -> None:
     linux.syscall(LANDLOCK_RESTRICT_SELF, ruleset, 0)
 
 
-def limit_one_image(memory: int) -> None:
-    """Limits what this process may take from now on, where the system can: Linux holds it
-    to both limits, macOS to the seconds, Windows to none."""
+def limit_seconds() -> None:
+    """Limits the seconds of a core that this process may take from now on. Windows can't."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
-        def limit(kind: int, most: int) -> None:
-            resource.setrlimit(kind, (most, resource.getrlimit(kind)[1]))
-
-        limit(resource.RLIMIT_CPU, math.ceil(time.process_time()) + DECODE_SECONDS)
-        pages = int(os.pread(memory, 100, 0).split()[5])
-        limit(resource.RLIMIT_DATA, pages * resource.getpagesize() + DECODE_MB * 2**20)
+        most = math.ceil(time.process_time()) + DECODE_SECONDS
+        resource.setrlimit(resource.RLIMIT_CPU, (most, resource.getrlimit(resource.RLIMIT_CPU)[1]))
 
 
 # ================================================================================ Model
@@ -3820,14 +3559,10 @@ class Weights:
 
 HUB = "https://huggingface.co"  # HF_ENDPOINT names a mirror of it
 HUB_SECONDS = 10.0  # without a byte, until a connection counts as lost
-HUB_ATTEMPTS = 3  # one after the other that bring nothing
-HUB_WAIT = 2.0  # seconds between them, where the hub does not say how many
-HUB_LONGEST_WAIT = 60.0  # seconds, whatever it says
-HUB_CHUNK = 2**16  # bytes; what a cut costs at most
 
 
 class PinnedFile(NamedTuple):
-    """A file of the model at MODEL_REVISION, as others publish it who pinned that, too."""
+    """A file of the model at MODEL_REVISION."""
 
     size: int  # bytes
     sha256: str
@@ -3845,9 +3580,9 @@ MODEL_FILES = {
 
 
 def model_folder(settings: Settings, needed: tuple[str, ...]) -> Path:
-    """The folder of the model: CLIP_MODEL's, or that of the pinned one."""
+    """The folder of the model: the one that CLIP_MODEL names, or that of the pinned model."""
     if not settings.clip_model:
-        return download(needed)
+        return pinned_model(needed)
     folder = Path(settings.clip_model).expanduser()
     weights = folder / WEIGHTS
     is_copy = settings.model_version == MODEL_VERSION and not (folder / SAFETENSORS).is_file()
@@ -3859,9 +3594,12 @@ def model_folder(settings: Settings, needed: tuple[str, ...]) -> Path:
     return folder
 
 
-def download(needed: tuple[str, ...] = TO_ASK) -> Path:
-    """The folder of the pinned model with the files that are needed: in our cache, or in the one
-    that HF_HUB_CACHE or HF_HOME names. What is in neither is downloaded to ours."""
+def pinned_model(needed: tuple[str, ...] = TO_ASK) -> Path:
+    """The folder of the pinned model. It has at least the files that are needed.
+
+    Our cache is looked through first, then the one that HF_HUB_CACHE or HF_HOME names. A model
+    that is in neither is downloaded to ours.
+    """
     caches = [MODEL_CACHE]
     if "HF_HUB_CACHE" in os.environ:
         caches.append(Path(os.environ["HF_HUB_CACHE"]))
@@ -3873,17 +3611,14 @@ def download(needed: tuple[str, ...] = TO_ASK) -> Path:
         if all(is_whole(folder / name) for name in needed):
             return folder
     folder = MODEL_CACHE / folder_in_cache
-    log.info("downloading %s once, about 600 MB, to %s", MODEL_ID, MODEL_CACHE)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with one_run_at_a_time(folder):
-            for name in MODEL_FILES:
-                get_file(folder / name)
-    except (OSError, ImageError) as error:  # the disk's, requests', and the hub's
+        download_model(folder)
+    except (ImportError, RunError):
+        raise
+    except Exception as error:  # the disk's, the hub's, or its HTTP library's
         raise RunError(
-            f"{MODEL_ID} could not be downloaded ({shorten(str(error), 100)}): check network and "
-            "disk and run again, which goes on where this stopped, or set CLIP_MODEL to a folder "
-            "with a copy of it"
+            f"{MODEL_ID} could not be downloaded ({hub_trouble(error)}): check network, disk, and "
+            "HF_ENDPOINT and HF_TOKEN if set; or set CLIP_MODEL to a folder with a copy of it"
         ) from None
     return folder
 
@@ -3896,8 +3631,11 @@ def length(path: Path) -> int:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a file of the model is there, and byte for byte the pinned one. Weights take up to
-    a second, so NAME.checked beside them says that they were looked at since they changed."""
+    """Whether a file of the model is there, and byte for byte the pinned one.
+
+    Its SHA-256 takes up to a second, so it is looked at once: NAME.checked beside the file says
+    that the file has not changed since.
+    """
     pinned = MODEL_FILES[path.name]
     if length(path) != pinned.size:
         return False
@@ -3913,12 +3651,72 @@ def is_whole(path: Path) -> bool:
     return True
 
 
+def download_model(folder: Path) -> None:
+    """Downloads the model's files that are not yet in this folder of our cache."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    if huggingface_hub.is_offline_mode():
+        raise RunError(
+            f"{MODEL_ID} is not in {MODEL_CACHE}, and HF_HUB_OFFLINE forbids its download: unset "
+            "that, or set CLIP_MODEL to a folder with a copy of it"
+        )
+    check_proxies("socksio")
+    log.info("downloading %s once, about 600 MB, to %s", MODEL_ID, MODEL_CACHE)
+    # Xet is a second way to the hub. It heeds neither our certificates nor a proxy's.
+    constants.HF_HUB_DISABLE_XET = True
+    constants.HF_HUB_DISABLE_TELEMETRY = True  # it asks the hub for names of coding agents
+    hub_log = logging.getLogger("huggingface_hub")
+    hub_log.handlers = [HubWarnings()]
+    hub_log.propagate = False
+    huggingface_hub.set_client_factory(hub_client)
+    MODEL_CACHE.mkdir(parents=True, exist_ok=True)
+    with one_run_at_a_time():
+        # Runs that were stopped left these.
+        for partial_file in MODEL_CACHE.rglob("*.incomplete"):
+            partial_file.unlink()
+        for name in MODEL_FILES:
+            get_file(folder / name)
+
+
+def get_file(path: Path) -> None:
+    """Downloads a file of the model unless it is there. A damaged one is fetched once more."""
+    from huggingface_hub import hf_hub_download
+
+    if is_whole(path):
+        return
+    hub = (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
+    bar: Any = model_bar  # a class will do, too
+    for _attempt in range(2):
+        delete_damaged(path)
+        hf_hub_download(
+            MODEL_ID,
+            path.name,
+            revision=MODEL_REVISION,
+            cache_dir=MODEL_CACHE,
+            endpoint=hub,
+            tqdm_class=bar,
+        )
+        if is_whole(path):
+            return
+    delete_damaged(path)
+    raise ImageError(f"the hub serves another {path.name}")
+
+
+def delete_damaged(path: Path) -> None:
+    """Deletes a file of the model that is not the pinned one, if there is any, and says so."""
+    if path.exists():
+        log.warning("%s is damaged (its SHA-256): deleted", path)
+        path.resolve().unlink()
+    path.unlink(missing_ok=True)  # in the hub's cache it is a link
+
+
 @contextlib.contextmanager
-def one_run_at_a_time(folder: Path) -> Iterator[None]:
-    """Of several runs one downloads; the others wait, and find what it brought."""
+def one_run_at_a_time() -> Iterator[None]:
+    """Of several runs one downloads the model. The others wait, and find it in the cache."""
     from filelock import FileLock, Timeout
 
-    lock = FileLock(folder / "download.lock")
+    lock = FileLock(MODEL_CACHE / "download.lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -3930,96 +3728,53 @@ def one_run_at_a_time(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def get_file(path: Path) -> None:
-    """Puts a file of the model there, unless it is. A damaged one is deleted and fetched anew.
-    Raises ImageError where the hub has another file, and what fetch_rest raises."""
-    if is_whole(path):
-        return
-    if path.exists():
-        delete_damaged(path)
-    fetch_file(path)
-    if not is_whole(path):
-        delete_damaged(path)
-        fetch_file(path)
-    if not is_whole(path):
-        path.unlink()
-        raise ImageError(f"{hub()} serves another {path.name}")
+def hub_client() -> Any:
+    """The HTTP client for huggingface_hub. It trusts the certificates that we trust, and waits
+    HUB_SECONDS at most for a byte."""
+    import httpx2
+
+    def limit_seconds(request: httpx2.Request) -> None:
+        """huggingface_hub would wait for a minute, six times over."""
+        steps = ("connect", "read", "write", "pool")
+        request.extensions["timeout"] = dict.fromkeys(steps, HUB_SECONDS)
+
+    return httpx2.Client(
+        verify=tls_context(), follow_redirects=True, event_hooks={"request": [limit_seconds]}
+    )
 
 
-def delete_damaged(path: Path) -> None:
-    """Deletes a file of the model that is not the pinned one, and says so."""
-    log.warning("%s is damaged (its SHA-256): deleted, and fetched once more", path)
-    path.resolve().unlink()
-    path.unlink(missing_ok=True)  # the hub's own client had made a link of it
+def model_bar(**options: Any) -> Any:
+    """The download's bar, on a terminal. huggingface_hub's own bar shows a URL, and stays."""
+    width = shutil.get_terminal_size().columns - 1
+    look = {"desc": "model", "leave": False, "disable": None, "ncols": width}
+    return tqdm(**options | look)
 
 
-def hub() -> str:
-    """Where the model comes from: the hub, or the mirror that HF_ENDPOINT names."""
-    return (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
+class HubWarnings(logging.Handler):
+    """Passes on what huggingface_hub says, as when it tries again."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        log.info("model hub: %s", without_urls(record.getMessage()))
 
 
-def fetch_file(path: Path) -> None:
-    """Downloads a file of the model. What a cut, or an earlier run, left of it stays, and is gone
-    on from; attempts count only while they bring nothing."""
-    part = path.with_name(path.name + ".part")
-    in_vain = 0
-    while length(part) < MODEL_FILES[path.name].size:
-        before = length(part)
-        try:
-            fetch_rest(path.name, part)
-        except Strain as error:
-            in_vain += 1
-            if length(part) > before:
-                in_vain = 0
-            if in_vain == HUB_ATTEMPTS:
-                raise
-            time.sleep(min(max(error.rest, HUB_WAIT), HUB_LONGEST_WAIT))
-    part.replace(path)
+def without_urls(text: str) -> str:
+    """The text of a library's message. HF_ENDPOINT, and so each URL, may hold a password."""
+    return re.sub(r"https?://\S+", "the hub", text)
 
 
-def fetch_rest(name: str, part: Path) -> None:
-    """Asks the hub for what is missing of a file. Raises Strain where that did not bring all of
-    it, ImageError where another attempt would bring no more."""
-    size = MODEL_FILES[name].size
-    have = length(part)
-    headers = {"User-Agent": HEADERS["User-Agent"], "Accept-Encoding": "identity"}
-    headers["Range"] = f"bytes={have}-"
-    if token := os.environ.get("HF_TOKEN", "").strip():  # a company's mirror asks for one
-        headers["Authorization"] = f"Bearer {token}"
-    url = f"{hub()}/{MODEL_ID}/resolve/{MODEL_REVISION}/{name}"
-    try:
-        with requests.get(
-            url, headers=headers, stream=True, timeout=HUB_SECONDS, verify=certificates()
-        ) as answer:
-            if answer.status_code not in (200, 206):
-                raise refusal_of_hub(answer)
-            if answer.status_code == 200:  # all of it, whatever was asked for
-                have = 0
-            coming = answer.headers.get("Content-Length", "")
-            if coming.isdecimal() and have + int(coming) != size:
-                raise ImageError(f"{hub()} serves another {name}")
-            with part.open("ab" if have else "wb") as file:
-                for chunk in answer.iter_content(HUB_CHUNK):
-                    file.write(chunk)
-                    tenths_before = 10 * have // size
-                    have += len(chunk)
-                    tenths = 10 * have // size
-                    if name == WEIGHTS and tenths > tenths_before:
-                        log.info("downloaded %d %% of the model", 10 * tenths)
-    except (requests.ConnectionError, requests.Timeout, ChunkedEncodingError) as error:
-        raise Strain(network_reason(error), HUB_WAIT) from None
-    except requests.exceptions.InvalidHeader:  # its message quotes the token
-        raise RunError("HF_TOKEN holds characters that no token may: set it anew") from None
-    if have < size:
-        raise Strain("cut off", HUB_WAIT)
+def hub_trouble(error: BaseException) -> str:
+    """Why the download failed, in a few words."""
+    from httpx2 import NetworkError, TimeoutException
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-
-def refusal_of_hub(answer: requests.Response) -> ImageError:
-    """What an answer of the hub means that is no file."""
-    reason = f"HTTP {answer.status_code} {answer.reason}".strip()
-    if ANSWERS.get(answer.status_code) is Meaning.AGAIN:
-        return Strain(reason, retry_after(answer.headers))
-    return ImageError(reason)
+    if isinstance(error, LocalEntryNotFoundError):  # as huggingface_hub has a cache of its own
+        error = error.__cause__ or error
+    response = getattr(error, "response", None)
+    if response is not None:
+        return f"HTTP {response.status_code} {response.reason_phrase}".strip()
+    if isinstance(error, (OSError, ImageError, NetworkError, TimeoutException)):
+        return shorten(without_urls(str(error)), 200)
+    return type(error).__name__  # texts of others may quote the token, or a part of HF_ENDPOINT
 
 
 # =============================================================== The page, the question
@@ -4166,9 +3921,8 @@ def picture_place(question: str) -> Source | None:
 def question_pixels(question: str, place: Source, settings: Settings) -> np.ndarray:
     """The pixels (3, 224, 224) of a question's picture; raises RunError."""
     try:
-        return normalise(
-            Decoder().decode(Fetcher(settings).fetch(place, Deadline(settings.fetch_seconds)))
-        )
+        download = Fetcher(settings).fetch(place, Deadline(settings.fetch_seconds))
+        return normalise(Decoder().decode(download.data))
     except ImageError as error:
         raise RunError(f"--search {shorten(question, 200)}: {error}") from None
 
@@ -4277,7 +4031,8 @@ def views_of(pictures: set[Picture], store: Store, settings: Settings) -> Views:
     of one image: no host keeps the page waiting."""
     loader = Loader(settings)
     pool = ThreadPoolExecutor(settings.workers)
-    futures = {picture.id: pool.submit(view_of, picture, store, loader) for picture in pictures}
+    view = partial(view_of, store, loader, settings.fetch_seconds)
+    futures = {picture.id: pool.submit(view, picture) for picture in pictures}
     wait(futures.values(), settings.fetch_seconds + 1)
     views: dict[Id, View | str] = {}
     for asset, future in futures.items():
@@ -4291,9 +4046,10 @@ def views_of(pictures: set[Picture], store: Store, settings: Settings) -> Views:
     return views
 
 
-def view_of(picture: Picture, store: Store, loader: Loader) -> View:
+def view_of(store: Store, loader: Loader, seconds: float, picture: Picture) -> View:
     """Fetches a picture and looks at it; raises ImageError."""
-    data = loader.fetch(store.locate(Asset(picture.id, picture.image)), Deadline(30)).data
+    source = store.locate(Asset(picture.id, picture.image))
+    data = loader.fetch(source, Deadline(seconds)).data
     levels = loader.decode(data)
     sight = hashlib.sha256(levels.tobytes()).digest()
     return View(levels, sight, hashlib.sha256(data).digest(), len(data), pixels_of(data))
