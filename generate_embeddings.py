@@ -4651,8 +4651,6 @@ def read_flags(argv: list[str] | None) -> dict[str, Any]:
     if unknown:
         hints = [f": did you mean --local {text}?" for text in unknown if Path(text).is_dir()]
         usage.error(f"unrecognized arguments: {' '.join(unknown)}{''.join(hints[:1])}")
-    if "search" in flags and "dry_run" in flags:
-        usage.error("--search changes nothing, so there is no --dry-run of it")
     if "shard" in flags and "local" in flags:
         usage.error("--shard is for a database; for a part of a folder there is --client SUBFOLDER")
     return flags

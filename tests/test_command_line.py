@@ -107,7 +107,6 @@ NO_SHARDS = ("0/4", "5/4", "4", "1/0", "-1/4", "1/2/3", "1/", "", "\N{ARABIC-IND
         (["--gallery", "page.txt"], "page.txt"),
         (["--gallery", "no/such/page.html"], "no/such/page.html"),
         (["--local", ".", "--shard", "1/2"], "--client SUBFOLDER"),
-        (["--search", "mug", "--dry-run"], "--dry-run"),
         *(([f"--shard={text}"], "not a part like 1/4, 2/4, 3/4 or 4/4") for text in NO_SHARDS),
     ],
 )
