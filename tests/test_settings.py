@@ -74,7 +74,7 @@ def beside(tmp_path, monkeypatch):
     file = tmp_path / "there" / ".env"
     file.parent.mkdir()
     file.write_text("".join(f"{name}={value}\n" for name, value in GOOD.items()))
-    assert script.HERE == SCRIPT.parent
+    assert SCRIPT.parent == script.HERE
     monkeypatch.setattr(script, "HERE", file.parent)
     return file
 
