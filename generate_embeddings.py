@@ -91,13 +91,26 @@ import sys
 
 AS_DECODER = "as-decoder"  # the one argument of a Decoder's process, see RUN_DECODER
 IN_DECODER = sys.argv == ["-c", AS_DECODER]
-for _number in (signal.SIGINT, signal.SIGTERM):
-    # A stop while the imports go on ends at once, without a traceback. A decoder ignores it, as
-    # the run ends it. Where it is ignored from the start (a background job), it stays so.
-    if IN_DECODER:
-        signal.signal(_number, signal.SIG_IGN)
-    elif __name__ == "__main__" and signal.getsignal(_number) != signal.SIG_IGN:
-        signal.signal(_number, lambda number, _: os._exit(128 + number))
+
+
+def end_at_once(number: int, _: object) -> None:
+    """Handles a stop while there is nothing to store: no traceback, no waiting."""
+    os._exit(128 + number)
+
+
+def handle_stops(handler: Any) -> None:
+    """Sets the handler of Ctrl-C, SIGTERM and SIGHUP. Who ignores one from the start (a background
+    job, nohup) goes on doing so."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+if IN_DECODER:
+    handle_stops(signal.SIG_IGN)  # the run ends its decoders
+elif __name__ == "__main__":
+    handle_stops(end_at_once)  # while the imports go on, too
 if sys.version_info < (3, 11):
     print("error: Python 3.11 or later is needed, not " + sys.version.split()[0], file=sys.stderr)
     sys.exit(2)
@@ -241,20 +254,19 @@ def embed_all(settings: Settings, stop: Stop) -> int:
         say_what_would_be_done(store, settings, report)
         return 0
 
-    try:
-        if report.pending:
-            log.info("vectors go to %s", store.place)
-            log.info("loading the model")
-            stop.listen()
-            Run(store, settings, report, stop).loop()
-        elif status.assets:
-            log.info("nothing to do")
-        else:
-            log.info("nothing to do: there are no assets yet")
-    finally:
-        report.print()
+    with stop:
+        try:
+            if report.pending:
+                log.info("vectors go to %s", store.place)
+                log.info("loading the model")
+                Run(store, settings, report, stop).loop()
+            elif status.assets:
+                log.info("nothing to do")
+            else:
+                log.info("nothing to do: there are no assets yet")
+        finally:
+            report.print()
 
-    stop.end_at_once()
     if stop.code:
         log.info("stopped: run the same command again to go on")
     elif settings.gallery:
@@ -319,7 +331,8 @@ class Report:
         self.not_taken = 0  # by the store: changed or gone meanwhile
         self.reasons: Counter[str] = Counter()  # of what failed
         self.examples: dict[str, list[Asset]] = {}  # by reason
-        self.left_of: dict[str, int] = {}  # assets that were not tried for a host's sake, by why
+        self.left_of: Counter[str] = Counter()  # what was not tried, by the host given up
+        self.why_left: dict[str, str] = {}  # by the host
         self.started = time.monotonic()
 
     @property
@@ -355,6 +368,11 @@ class Report:
             examples = self.examples.setdefault(reason, [])
             if len(examples) < self.MOST_EXAMPLES:
                 examples.append(result.asset)
+
+    def leave(self, host: str, reason: str, assets: int) -> None:
+        """Takes assets that were not tried, as their host was given up."""
+        self.left_of[host] += assets
+        self.why_left[host] = reason
 
     def beginning(self) -> str:
         """What is said before the run."""
@@ -392,8 +410,8 @@ class Report:
             when = f"tried again {from_when(self.status)}; --retry-failed: now"
             yield f"Waiting  {self.waiting:>9,}  failed before, {when}"
         yield f"Left     {self.left:>9,}"
-        for why, count in self.left_of.items():
-            yield f"  {count:>6,}  {why}"
+        for host, count in self.left_of.most_common(self.MOST_REASONS):
+            yield f"  {count:>6,}  of {host}: {self.why_left[host]}"
         if self.not_taken:
             yield f"  {self.not_taken:>6,}  changed or gone meanwhile"
         if len(self.reasons) == 1 and self.failed == self.attempted > 1:
@@ -813,19 +831,27 @@ def counted(count: int, noun: str) -> str:
 
 # ============================================================================== The run
 
-# A core embeds 10 (float32) to 40 images/s, more in batches; a host 300 ms away gives a worker 3
+# A core embeds 10 (float32) to 40 images/s, more in batches; a host 300 ms away gives a download 3
 WORKERS_PER_CORE = 8
-MOST_WORKERS = 64  # more at once few image hosts like
-SLOW_SECONDS = 4.0  # a download that takes longer makes room for another
-MOST_SLOW = 64  # downloads that do
-HOST_FAILURES = 20  # in a row, none an image's own: the host counts as down,
-SILENT_SECONDS = 20.0  # unless it answered within these: Wi-Fi may be away for some
-HOSTS_DOWN = 3  # one after the other, with no answer between: the network is gone
+MOST_WORKERS = 64  # downloads from one host; more few hosts like
+MOST_DOWNLOADS = 64  # from all hosts together
+FIRST_WINDOW = 4  # downloads from a host that nothing is known of
+FIRST_WINDOW_OF_LINE = 16  # downloads from all hosts, until it is known what the line carries
+QUICK_SECONDS = 2.0  # an image that takes less asks for more downloads at once,
+SLOW_SECONDS = 8.0  # one that takes more for fewer
+TRIES = 4  # at one image, in a run
+PATIENT_STRAINS = 6  # in a row,
+PATIENT_SECONDS = 60.0  # and so long without an image: a host is given up
+LONGEST_REST = 900.0  # seconds that a host may ask for, until it sends an image
+SILENT_SECONDS = 2.0  # a download that has brought nothing for so long does not use the line
 
 PAGE_ROWS = 250  # assets to a page
+MOST_WAITING = 20_000  # images that wait for their hosts
+MOST_WAITING_CHARACTERS = 2**25  # of their URLs, some of which are data: URLs
 WRITE_ROWS = 50  # results to a call: at a million rows far below the timeout of 8 s
 WRITE_SECONDS = 2.0  # a result waits no longer, but for the batch before its own
 RESULTS_WAITING = 20_000  # 50 MB; more than a run embeds while it waits for a database
+RESULTS_KEPT = 10_000  # 20 MB: of images that further assets may share
 POLL_SECONDS = 0.2  # how soon Ctrl-C is noticed
 ECHO_SECONDS = 0.5  # signals that are this close count as one: timeout(1) sends each of its twice
 BACKGROUND_THREADS = 9999  # without end: a download that hangs keeps its thread
@@ -836,50 +862,140 @@ class Task:
     """Work under way in a pool, and what the loop does with what comes of it.
 
     `take` gets what the work returned, `fail` the exception that it raised, both in the loop's
-    thread. A task that takes longer than `patience` seconds is given up: `fail` gets `late`, and
-    whatever the work returns later is dropped.
+    thread. A task whose deadline is over is given up: `fail` gets what `late` says, and whatever
+    the work returns later is dropped.
     """
 
     step: str  # model, find, fetch, decode, embed or store
     take: Callable[[Any], None]
     fail: Callable[[Exception], None]
+    deadline: Deadline | None = None
+    late: Callable[[], Exception] = RunError  # where there is a deadline
     images: int = 1  # that it is about
-    patience: float = math.inf
-    late: Exception | None = None
     since: float = field(default_factory=time.monotonic)
 
-    @property
-    def age(self) -> float:
-        """Seconds since its start."""
-        return time.monotonic() - self.since
+
+@dataclass(eq=False)
+class Job:
+    """An image to load, once for all assets that share it."""
+
+    source: Source
+    assets: list[Asset]
+    tries: int = 0  # that met strain
+    since: float = 0.0  # when the last try began
+    result: Result | None = None  # of the first asset, as soon as there is one
+
+
+class Pace:
+    """How many downloads may run at once (the window), and when the next one may start.
+
+    As TCP does it: the window grows while images come quickly, by one an image up to the threshold,
+    and by one a round above it. Strain halves it, and puts the threshold there, once for all
+    downloads that were under way by then. Three strains in a row, or one in a window below three,
+    leave one download at a time, with rests of 1, 2, 4, 8 and 16 s. A host that asks for a rest
+    (Retry-After) gets that instead. tests/test_pace.py holds this against the habits of hosts.
+
+    Times are those of time.monotonic().
+    """
+
+    def __init__(self, window: int, most: int) -> None:
+        self.window = float(min(window, most))
+        self.most = most
+        self.threshold = float(most)
+        self.rest_until = 0.0
+        self.given_up = False
+        self._halved = 0.0  # when it was, the last time
+        self._fastest = math.inf  # seconds of an image
+        self._strains = 0  # in a row
+        self._row_began = 0.0
+        self._asked_for = 0.0  # seconds of rest, within the row
+
+    def arrived(self, now: float, seconds: float) -> None:
+        """An image came, after so many seconds."""
+        self._strains = 0
+        self._asked_for = 0.0
+        self._fastest = min(self._fastest, seconds)
+        if seconds < max(QUICK_SECONDS, 1.5 * self._fastest):
+            step = 1.0 if self.window < self.threshold else 1 / self.window
+            self.window = min(self.most, self.window + step)
+        elif seconds > SLOW_SECONDS:
+            self.slow_down(now, now - seconds)
+
+    def strained(self, now: float, since: float, rest: float) -> None:
+        """A download that began at `since` met strain; `rest`: seconds that the host asks for."""
+        if not self._strains:
+            self._row_began = now
+        self._strains += 1
+        narrow = self.window < 3
+        self.slow_down(now, since)
+        if rest:
+            until = now + rest
+            self._asked_for += max(0.0, until - max(self.rest_until, now))
+            if self._asked_for > LONGEST_REST:
+                self.given_up = True
+        elif self._strains >= 3 or narrow:
+            self.window = 1.0
+            until = now + min(16, 2 ** max(0, self._strains - 3))
+        else:
+            until = now
+        self.rest_until = max(self.rest_until, until)
+        patience = PATIENT_SECONDS + self._asked_for
+        if self._strains >= PATIENT_STRAINS and now - self._row_began > patience:
+            self.given_up = True
+
+    def slow_down(self, now: float, since: float) -> None:
+        """Halves the window, unless it was halved after the download that tells this began."""
+        if since >= self._halved:
+            self.window = max(1.0, self.window / 2)
+            self.threshold = self.window
+            self._halved = now
+
+
+class Host:
+    """An image host, or "" for files and data: URLs: its pace, and its images that wait."""
+
+    def __init__(self, name: str, most: int) -> None:
+        self.name = name
+        self.pace = Pace(FIRST_WINDOW, most)
+        self.queue: deque[Job] = deque()
+        self.downloads = 0  # under way
+        self.sent_an_image = False
+        self.reason = ""  # of the last strain
+
+    def may_start(self, now: float) -> bool:
+        """Whether one more of its images may be fetched."""
+        pace = self.pace
+        return bool(self.queue) and self.downloads < int(pace.window) and now >= pace.rest_until
 
 
 class Run:
     """Find, fetch, decode, embed and store: steps in the background, and one loop in this thread
     that takes what they give and starts what is next.
 
-    What is done first goes on first, so that a slow host delays its own images alone. On CPUs each
-    core embeds a batch of its own in one thread: threads that share an image wait for each other
-    at every layer.
+    Each host has a queue and a Pace, and the line to the internet has a Pace, too: a host that is
+    slow, or rests, delays its own images alone. An image that met strain goes to the end of its
+    host's queue, and has failed after TRIES tries; one that a Retry-After answered does not count.
+    On CPUs each core embeds a batch of its own in one thread: threads that share an image wait for
+    each other at every layer.
 
     A run ends early, and what is embedded by then is stored (if the store still takes it) and
     reported, when
         somebody stops it (Stop): exit code 130, 143 or 129, whatever else went wrong;
         any step raises RunError, or find, embed, store or the model anything else (in fetch and
             decode anything else is that asset's failure): exit code 2;
-        HOSTS_DOWN hosts went down one after the other, with no answer between: exit code 2;
-        the store refused REFUSALS vectors for one reason, and has taken none: exit code 2.
-    At its end the code is 2 if a host went down and none ever answered (Hosts), else 1 if images
-    failed, else 0, even where some are left.
+        all hosts were given up, and none ever sent an image: exit code 2.
+    At its end the code is 1 if images failed, or were left for the sake of a host that was given
+    up, else 0.
 
-    What bounds memory, beside the model's 350 MB (float32)
-        found       PAGE_ROWS assets, and a page more
-        files       one for each load under way (`room_for_loads`), MAX_BYTES at most; HEAVY_FILES
-                    bounds how many large ones are on their way, not how many wait for a decoder
-        decoders    one a core, DECODE_MB each (Linux)
-        pixels      600 KB an image; no more wait than `room_for_loads` says
-        results     2 KB each; no more images are loaded while RESULTS_WAITING wait for the store
-    Not bounded: a folder's list of files, and the Report's reasons.
+    What bounds memory, in MB, with D downloads at once (--workers of one host, MOST_DOWNLOADS of
+    all) and C cores (D is 16 and C is 2 on a small machine):
+        400             Python, its packages and what they keep
+        350             the model (float32)
+        50 D + 100 C    files: those under way, and 2 C that wait for a decoder (MAX_BYTES each)
+        DECODE_MB C     decoders, each a process of its own (Linux)
+        0.6 (3 D + 4 C B)   pixels that wait for the model, B to a batch
+        120             results, images that wait for their hosts, results that are kept
+    Not bounded: a folder's list of files, the hosts' names, and the Report's reasons.
     """
 
     def __init__(self, store: Store, settings: Settings, report: Report, stop: Stop) -> None:
@@ -892,15 +1008,20 @@ class Run:
         self.loader = Loader(settings)
         self.pages = store.pages()
         self.encoder: ClipEncoder | None = None  # until the model is loaded
-        self.hosts = Hosts()
-        self.progress = Progress(min(report.pending, self.limit))
-        self.found: deque[Asset] = deque()  # to be loaded
+        self.line = Pace(FIRST_WINDOW_OF_LINE, MOST_DOWNLOADS)
+        self.hosts: dict[str, Host] = {}
+        self.turns: deque[Host] = deque()  # hosts with images that wait, next one first
+        self.waiting = 0  # images, of all hosts,
+        self.waiting_characters = 0  # and the length of their URLs
+        self.jobs: dict[str, Job] = {}  # by URL: those that further assets may share,
+        self.kept: deque[str] = deque()  # of which these have a result, oldest first
+        self.loading: dict[Id, Job] = {}  # by their first asset: those between fetch and result
         self.ready: list[Loaded] = []  # to be embedded
         self.results: list[Result] = []  # to be stored
         self.store_by = 0.0  # by then a batch is started, full or not; at first: at once
-        self.line_is_slow = False  # the last image that came was slow
         self.trouble: Exception | None = None  # what ends the run
         self.storing = True  # until the store gives up
+        self.progress = Progress(min(report.pending, self.limit))
         self.tasks: dict[Future[Any], Task] = {}
         self.finished: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
         self.embedders = ThreadPoolExecutor(self.lanes)
@@ -912,23 +1033,21 @@ class Run:
         with self.progress:
             while True:
                 if not self.ending:
-                    self.start_loads()
+                    self.start_fetches()
                     self.start_find()
                     self.start_embeds()
                 self.start_store()
-                if not self.under_way(*self.awaited):
+                if not self.under_way(*self.awaited) and (self.ending or not self.waiting):
                     break
                 self.take_what_finished()
                 self.give_up_what_hangs()
-        if not self.trouble and self.hosts.network_is_gone:
-            self.trouble = self.hosts.explain()
         if self.trouble:
             raise self.trouble
 
     @property
     def ending(self) -> bool:
         """Whether nothing new is begun: what is embedded is stored, then the run ends."""
-        return bool(self.trouble or self.stop.code or self.hosts.several_in_a_row)
+        return bool(self.trouble or self.stop.code)
 
     @property
     def awaited(self) -> tuple[str, ...]:
@@ -966,13 +1085,18 @@ class Run:
     def give_up_what_hangs(self) -> None:
         """For what no deadline further down covers: headers that drip, a dead file system."""
         for future, task in list(self.tasks.items()):
-            if task.late and task.age > task.patience:
+            if task.deadline and task.deadline.overdue:
                 del self.tasks[future]
-                task.fail(task.late)
+                task.fail(task.late())
 
     def end(self, error: Exception) -> None:
         """Ends the run; the first error is the one that it ends with."""
         self.trouble = self.trouble or error
+
+    def ask_store(self, step: str, take: Callable[[Any], None], fail: Callable[..., None]) -> Task:
+        """A task that asks the store, which may hang."""
+        late: Callable[[], Exception] = partial(silence_of, self.store)
+        return Task(step, take, fail, Deadline(self.store.patience), late)
 
     # The model, and what is pending
 
@@ -981,98 +1105,189 @@ class Run:
         self.progress.restart_clock()
 
     def start_find(self) -> None:
-        if self.report.found_all or self.report.found >= self.limit:
+        """Finds more while little waits, or while there is room for downloads of other hosts than
+        those that wait."""
+        if self.report.found_all or self.report.found >= self.limit or self.under_way("find"):
             return
-        if len(self.found) >= PAGE_ROWS or self.under_way("find"):
-            return
-        task = Task("find", self.take_page, self.end, patience=self.store.patience)
-        task.late = silence_of(self.store)
-        self.start(task, next, self.pages, None)
+        most = MOST_WAITING if self.room_for_fetches() > 0 else PAGE_ROWS
+        if self.waiting < most and self.waiting_characters < MOST_WAITING_CHARACTERS:
+            task = self.ask_store("find", self.take_page, self.end)
+            self.start(task, next, self.pages, None)
 
     def take_page(self, page: list[Asset] | None) -> None:
         if page is None:
             self.report.found_all = True
             return
         wanted = page[: self.limit - self.report.found]
-        self.found += wanted
         self.report.found += len(wanted)
+        for asset in wanted:
+            self.take_asset(asset)
+
+    def take_asset(self, asset: Asset) -> None:
+        """Puts an asset's image into its host's queue, unless another asset has the same one."""
+        try:
+            source = self.store.locate(asset)
+        except Exception as error:
+            self.take_result(self.failure(asset, "fetch", error))
+            return
+        url = str(source.where)
+        job = self.jobs.get(url)
+        if job and job.result:
+            self.take_result(job.result._replace(asset=asset))
+        elif job:
+            job.assets.append(asset)
+        else:
+            job = Job(source, [asset])
+            if isinstance(source.where, str) and len(url) < LONGEST_ADDRESS:
+                self.jobs[url] = job
+            self.put_into_queue(job)
 
     # Fetch, then decode
 
-    def start_loads(self) -> None:
-        room = self.room_for_loads()
-        while self.found and room > 0:
-            if self.start_fetch(self.found.popleft()):
-                room -= 1
+    def host_of(self, job: Job) -> Host:
+        name = job.source.host
+        if name not in self.hosts:
+            self.hosts[name] = Host(name, self.settings.workers)
+        return self.hosts[name]
 
-    def room_for_loads(self) -> int:
-        """How many more images may be fetched now.
+    def put_into_queue(self, job: Job) -> None:
+        host = self.host_of(job)
+        if host.pace.given_up:
+            self.leave(job, host)
+            return
+        if not host.queue:
+            self.turns.append(host)
+        host.queue.append(job)
+        self.waiting += 1
+        self.waiting_characters += len(job.assets[0].image)
 
-        At most --workers images are fetched or decoded at once. Fetches older than SLOW_SECONDS
-        do not count (MOST_SLOW at most), unless the last image that came was slow, too: then the
-        network is, and more fetches would not help. Fewer start while images wait for the model,
-        and none while RESULTS_WAITING or more wait for the store: that bounds memory.
-        """
+    def take_from_queue(self, host: Host) -> Job:
+        job = host.queue.popleft()
+        self.waiting -= 1
+        self.waiting_characters -= len(job.assets[0].image)
+        return job
+
+    def room_for_fetches(self) -> int:
+        """How many more images may be fetched now, whichever host they are of."""
+        pixels = len(self.ready) + sum(task.images for task in self.under_way("embed"))
+        most_pixels = self.settings.workers + 2 * self.lanes * self.settings.batch_size
+        files = len(self.under_way("decode"))
+        if pixels >= most_pixels or files >= 2 * self.lanes:
+            return 0
         if len(self.results) >= RESULTS_WAITING:
             return 0
-        loads = self.under_way("fetch", "decode")
-        waiting = len(self.ready) + sum(task.images for task in self.under_way("embed"))
-        most_waiting = 2 * (self.settings.workers + self.lanes * self.settings.batch_size)
-        room = min(self.settings.workers, most_waiting - waiting)
-        if not self.line_is_slow:
-            fetches = self.under_way("fetch")
-            slow = [task for task in fetches if task.age > SLOW_SECONDS]
-            room += min(len(slow), MOST_SLOW)
-        return room - len(loads)
+        fetches = self.under_way("fetch")
+        using_line = [task for task in fetches if not is_silent(task)]
+        return min(int(self.line.window) - len(using_line), MOST_DOWNLOADS - len(fetches))
 
-    def start_fetch(self, asset: Asset) -> bool:
-        """False where there is nothing to fetch, or the host is down."""
-        try:
-            place = self.store.locate(asset)
-        except Exception as error:
-            self.take_failure(asset, "fetch", "", error)  # which no host has said
-            return False
-        if self.hosts.is_down(place.host):
-            why = f"of {place.host}, which failed {HOST_FAILURES} times in a row"
-            self.report.left_of[why] = self.report.left_of.get(why, 0) + 1
-            return False
-        seconds = self.settings.fetch_seconds
-        task = Task(
-            "fetch",
-            partial(self.take_bytes, asset, place.host),
-            partial(self.take_failure, asset, "fetch", place.host),
-        )
-        task.patience = seconds + 1
-        task.late = ImageError(not_in_time(seconds))
-        self.start(task, self.loader.fetch, place)
-        return True
+    def start_fetches(self) -> None:
+        """Starts what the line and the hosts allow; the hosts take turns."""
+        room = self.room_for_fetches()
+        now = time.monotonic()
+        passed = 0  # hosts in a row that may start none
+        while room > 0 and passed < len(self.turns):
+            host = self.turns.popleft()
+            if not host.may_start(now):
+                self.turns.append(host)
+                passed += 1
+                continue
+            job = self.take_from_queue(host)
+            if host.queue:
+                self.turns.append(host)
+            self.start_fetch(job, host)
+            room -= 1
+            passed = 0
 
-    def take_bytes(self, asset: Asset, host: str, fetched: Download) -> None:
-        self.line_is_slow = fetched.seconds > SLOW_SECONDS
-        self.hosts.answered(host)
-        failed = partial(self.take_failure, asset, "decode", "")
-        self.start(Task("decode", self.take_loaded, failed), self.loader.load, asset, fetched.data)
+    def start_fetch(self, job: Job, host: Host) -> None:
+        host.downloads += 1
+        job.since = time.monotonic()
+        deadline = Deadline(self.settings.fetch_seconds)
+        take = partial(self.take_download, job, host)
+        fail = partial(self.take_failed_fetch, job, host)
+        task = Task("fetch", take, fail, deadline, late=deadline.missed)
+        self.start(task, self.loader.fetch, job.source, deadline)
 
-    def take_loaded(self, loaded: Loaded) -> None:
-        self.ready.append(loaded)
+    def take_download(self, job: Job, host: Host, download: Download) -> None:
+        host.downloads -= 1
+        host.sent_an_image = True
+        now = time.monotonic()
+        host.pace.arrived(now, download.seconds)
+        self.line.arrived(now, download.body_seconds)
+        first = job.assets[0]
+        self.loading[first.id] = job
+        task = Task("decode", self.ready.append, partial(self.take_failure, job, "decode"))
+        self.start(task, self.loader.load, first, download.data)
 
-    def take_failure(self, asset: Asset, stage: str, host: str, error: Exception) -> None:
-        """Makes an error the asset's failure, and tells Hosts; RunError ends the run instead. Only
-        ImageError is for good: what nobody foresaw is our defect, not the image's."""
+    def take_failed_fetch(self, job: Job, host: Host, error: Exception) -> None:
+        host.downloads -= 1
+        if isinstance(error, Strain):
+            self.take_strain(job, host, error)
+        else:
+            self.take_failure(job, "fetch", error)
+
+    def take_strain(self, job: Job, host: Host, strain: Strain) -> None:
+        """The image is tried again later, and its host gets fewer downloads, or rests."""
+        pace = host.pace
+        now = time.monotonic()
+        given_up_before = pace.given_up
+        known_rest = pace.rest_until
+        pace.strained(now, job.since, strain.rest)
+        if strain.first_byte is not None:
+            self.line.slow_down(now, strain.first_byte)
+        host.reason = str(strain)
+        if strain.rest:
+            host.reason = f"{strain}, asked to wait until {clock(now + strain.rest)}"
+        if not strain.rest:
+            job.tries += 1
+        if job.tries == TRIES or (job.tries and pace.given_up):
+            self.take_failure(job, "fetch", strain)
+        else:
+            self.put_into_queue(job)
+        if pace.given_up:
+            if not given_up_before:
+                self.give_up(host)
+        elif pace.rest_until >= max(known_rest, now) + 1:
+            log.info("%s rests until %s: %s", host.name, clock(pace.rest_until), strain)
+
+    def give_up(self, host: Host) -> None:
+        """What was tried of a host has failed; the rest is left."""
+        if host in self.turns:
+            self.turns.remove(host)
+        while host.queue:
+            job = self.take_from_queue(host)
+            if job.tries:
+                self.take_failure(job, "fetch", Strain(host.reason))
+            else:
+                self.leave(job, host)
+        log.warning("%s is given up for this run: %s", host.name, host.reason)
+        all_given_up = all(known.pace.given_up for known in self.hosts.values())
+        if all_given_up and not any(known.sent_an_image for known in self.hosts.values()):
+            self.end(
+                RunError(
+                    f"no image came from any host (the last was {host.name}: {host.reason}): "
+                    "check this machine's network, then run again"
+                )
+            )
+
+    def leave(self, job: Job, host: Host) -> None:
+        """Leaves an image for the next run, for its host's sake, with nothing noted."""
+        self.jobs.pop(str(job.source.where), None)
+        self.report.leave(host.name, host.reason, len(job.assets))
+
+    def take_failure(self, job: Job, stage: str, error: Exception) -> None:
+        self.loading.pop(job.assets[0].id, None)
+        self.finish(job, self.failure(job.assets[0], stage, error))
+
+    def failure(self, asset: Asset, stage: str, error: Exception) -> Failed:
+        """An error as the asset's failure; RunError ends the run as well. What nobody foresaw is
+        a defect of ours, and not the image's."""
+        reason = str(error)
         if isinstance(error, RunError):
             self.end(error)
-            return
-        reason = str(error)
-        if not isinstance(error, ImageError):
+        elif not isinstance(error, ImageError):
             log.debug("%s", asset, exc_info=error)
             reason = f"unexpected {type(error).__name__}"
-        failed = Failed(asset, stage, reason)
-        self.take_result(failed)
-        if not isinstance(error, Strain):
-            self.hosts.answered(host)
-        elif self.hosts.failed(host, silent=True):
-            left = "its other images are left for the next run"
-            log.warning("%s: %s; %s", host, failed, left)
+        return Failed(asset, stage, reason)
 
     # Embed
 
@@ -1080,7 +1295,7 @@ class Run:
         """Gives each lane a batch, and one to follow it. A batch that is not full is started only
         while no other is under way, or of the run's last images, which the lanes share."""
         size = self.settings.batch_size
-        if not self.found and not self.under_way("find", "fetch", "decode"):
+        if not self.waiting and not self.under_way("find", "fetch", "decode"):
             share = math.ceil(len(self.ready) / self.lanes)
             size = max(1, min(size, share))
         while self.encoder and self.ready:
@@ -1091,12 +1306,23 @@ class Run:
                 return
             batch = self.ready[:size]
             self.ready = self.ready[size:]
-            task = Task("embed", self.take_results, self.end, images=len(batch))
+            task = Task("embed", self.take_embedded, self.end, images=len(batch))
             self.start(task, self.encoder.embed, batch)
 
-    def take_results(self, results: list[Result]) -> None:
+    def take_embedded(self, results: list[Result]) -> None:
         for result in results:
-            self.take_result(result)
+            self.finish(self.loading.pop(result.asset.id), result)
+
+    def finish(self, job: Job, result: Result) -> None:
+        """Counts a result for each asset that shares the image, and keeps it for those to come."""
+        job.result = result
+        for asset in job.assets:
+            self.take_result(result._replace(asset=asset))
+        url = str(job.source.where)
+        if self.jobs.get(url) is job:
+            self.kept.append(url)
+        if len(self.kept) > RESULTS_KEPT:
+            del self.jobs[self.kept.popleft()]
 
     def take_result(self, result: Result) -> None:
         self.results.append(result)
@@ -1112,16 +1338,14 @@ class Run:
         if not self.results or not self.storing or self.under_way("store"):
             return
         full = len(self.results) >= WRITE_ROWS
-        late = time.monotonic() > self.store_by
+        due = time.monotonic() > self.store_by
         last = not self.under_way(*self.awaited)
-        if not (full or late or last):
+        if not (full or due or last):
             return
         batch = self.results[:WRITE_ROWS]
         self.results = self.results[WRITE_ROWS:]
         self.store_by = time.monotonic() + WRITE_SECONDS
-        task = Task("store", partial(self.take_stored, batch), self.end_storing)
-        task.patience = self.store.patience
-        task.late = silence_of(self.store)
+        task = self.ask_store("store", partial(self.take_stored, batch), self.end_storing)
         self.start(task, self.store.save, batch)
 
     def take_stored(self, batch: list[Result], taken: set[Id]) -> None:
@@ -1134,71 +1358,18 @@ class Run:
         self.end(error)
 
 
-class Hosts:
-    """Which image hosts are down, and whether the network is.
+def is_silent(fetch: Task) -> bool:
+    """Whether a download waits for its host, and so leaves the line to others."""
+    brought_nothing = fetch.deadline is not None and fetch.deadline.first_byte is None
+    return brought_nothing and time.monotonic() - fetch.since > SILENT_SECONDS
 
-    A host is down once HOST_FAILURES of its images in a row failed for now: its other images are
-    left for the next run. An image's own failure (404, a broken file) is an answer of the host,
-    and ends such a row. A host that answered a moment ago, and now not at all, has SILENT_SECONDS
-    to come back: this machine's network may be away, and all images on one host.
 
-    The network is gone, which is no image's failure and ends a run with exit code 2, when
-    HOSTS_DOWN hosts went down one after the other without an answer of any host between, or when
-    a host went down in a run to which no host ever gave an answer.
-    """
-
-    def __init__(self) -> None:
-        self._failures: Counter[str] = Counter()  # in a row, by host
-        self._last_answer: dict[str, float] = {}  # when, by host
-        self._down: set[str] = set()
-        self._down_in_a_row = 0  # hosts
-        self._any_answered = False
-        self._last_down = ""
-
-    def answered(self, host: str) -> None:
-        """A host sent an image, or said that there is none. Files have no host."""
-        if host:
-            self._failures[host] = 0
-            self._last_answer[host] = time.monotonic()
-            self._down.discard(host)
-            self._down_in_a_row = 0
-            self._any_answered = True
-
-    def failed(self, host: str, silent: bool) -> bool:
-        """A host failed to send an image; silent: it said nothing at all. True when it counts as
-        down from now on."""
-        if not host or host in self._down:
-            return False
-        self._failures[host] += 1
-        if self._failures[host] < HOST_FAILURES:
-            return False
-        last_answer = self._last_answer.get(host, -math.inf)
-        if silent and time.monotonic() - last_answer < SILENT_SECONDS:
-            return False
-        self._down.add(host)
-        self._down_in_a_row += 1
-        self._last_down = host
-        return True
-
-    def is_down(self, host: str) -> bool:
-        return host in self._down
-
-    @property
-    def several_in_a_row(self) -> bool:
-        return self._down_in_a_row >= HOSTS_DOWN
-
-    @property
-    def network_is_gone(self) -> bool:
-        if self.several_in_a_row:
-            return True
-        return bool(self._last_down) and not self._any_answered
-
-    def explain(self) -> RunError:
-        """What to say where the network is gone."""
-        return RunError(
-            f"no image came since {self._last_down} failed {HOST_FAILURES} times in a row: check "
-            "this machine's network and that host, then run again"
-        )
+def clock(moment: float) -> str:
+    """A moment of time.monotonic() as people read it."""
+    when = datetime.now() + timedelta(seconds=moment - time.monotonic())
+    if when.date() != datetime.now().date():
+        return f"{when.day} {when:%B, %H:%M}"
+    return f"{when:%H:%M:%S}" if moment - time.monotonic() < 60 else f"{when:%H:%M}"
 
 
 class Progress:
@@ -1209,17 +1380,15 @@ class Progress:
     LINE_SECONDS = 10.0  # and whenever the last line is this old
 
     def __init__(self, goal: int) -> None:
-        self.terminal = sys.stderr.isatty()
-        self._failed = 0  # stored or not
+        self._goal = goal
+        self._done = 0  # stored or not, of which
+        self._failed = 0  # so many
+        self._since = time.monotonic()
         self._line_due = math.inf
-        if self.terminal:
+        self._bar: Any = None
+        if sys.stderr.isatty():
             width = shutil.get_terminal_size().columns - 1
-            look: dict[str, Any] = {"ncols": width}
-        else:
-            # Never drawn, by this delay; str() makes the lines for the log of it.
-            line = "{n_fmt}/{total_fmt} done{postfix}, {rate_noinv_fmt}, {remaining} left"
-            look = {"file": io.StringIO(), "delay": math.inf, "bar_format": line}
-        self._bar = tqdm(total=goal, unit=" images", leave=False, smoothing=0, **look)
+            self._bar = tqdm(total=goal, unit=" images", leave=False, smoothing=0, ncols=width)
         self._log_above_bar = logging_redirect_tqdm()
 
     def __enter__(self) -> Progress:
@@ -1227,43 +1396,52 @@ class Progress:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._bar.close()
+        if self._bar:
+            self._bar.close()
         self._log_above_bar.__exit__(*error)
 
     def restart_clock(self) -> None:
         """The rate is that without the loading of the model."""
-        self._bar.initial = self._bar.n
-        self._bar.start_t = time.time()
+        self._since = time.monotonic()
+        if self._bar:
+            self._bar.unpause()
 
     def step(self, failed: bool) -> None:
         """One more image is done."""
+        self._done += 1
         if failed:
             self._failed += 1
-        self._bar.set_postfix(failed=self._failed, refresh=False)
-        self._bar.update()
-        if not self.terminal:
+        if self._bar:
+            self._bar.set_postfix(failed=self._failed, refresh=False)
+            self._bar.update()
+        else:
             self._log_now_and_then()
 
     def _log_now_and_then(self) -> None:
         now = time.monotonic()
-        done = self._bar.n
-        first_ones = done <= self.EACH_UNTIL and done % self.EACH == 0
+        first_ones = self._done <= self.EACH_UNTIL and self._done % self.EACH == 0
         if first_ones or now >= self._line_due:
-            log.info("%s", self._bar)
+            rate = self._done / max(0.001, now - self._since)
+            left = timedelta(seconds=math.ceil((self._goal - self._done) / rate))
+            log.info(
+                f"{self._done:,}/{self._goal:,} done, {self._failed:,} failed, "
+                f"{rate:.1f} images/s, {left} left"
+            )
             self._line_due = now + self.LINE_SECONDS
 
 
 class Stop:
-    """Set by the first Ctrl-C, SIGTERM or SIGHUP; one after ECHO_SECONDS ends the process."""
+    """`with stop` around what must not end at once: the first Ctrl-C, SIGTERM or SIGHUP sets
+    `code`, and a second one, after ECHO_SECONDS, ends the process."""
 
     code = 0  # the exit code, once set; no threading.Event: handlers must not wait for locks
     _since = 0.0
 
-    def listen(self) -> None:
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)  # Windows has no SIGHUP, nohup ignores it
-            if number and signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self._handle)
+    def __enter__(self) -> None:
+        handle_stops(self._handle)
+
+    def __exit__(self, *_: object) -> None:
+        handle_stops(end_at_once)
 
     def _handle(self, number: int, _: object) -> None:
         now = time.monotonic()
@@ -1276,13 +1454,6 @@ class Stop:
                 os.write(2, b"\nstopping: storing what is embedded; Ctrl-C again ends at once\n")
         elif now - self._since > ECHO_SECONDS:
             os._exit(self.code)
-
-    def end_at_once(self) -> None:
-        """After the run: there is nothing left to store, so a stop need not wait for anything."""
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)
-            if number and signal.getsignal(number) == self._handle:
-                signal.signal(number, lambda number, _: os._exit(128 + number))
 
 
 # =============================================================================== Stores
@@ -2041,30 +2212,12 @@ class Fetcher:
         self._pools: dict[str, urllib3.PoolManager] = {}  # by proxy, "" for none
         self._pools_lock = threading.Lock()
 
-    def fetch(self, place: Source) -> bytes:
-        """The bytes of an image, at most MAX_BYTES, within FETCH_SECONDS, all attempts together.
-
-        Raises ImageError.
-        """
+    def fetch(self, place: Source, deadline: Deadline) -> bytes:
         if isinstance(place.where, Path):
             return read_file(place.where)
         if place.where[:5].lower() == "data:":
             return read_data_url(place.where)
-        url = read_url(place.where)
-        deadline = Deadline(self._settings.fetch_seconds)
-        attempt = 1
-        while True:
-            try:
-                return self._follow(url, place.headers, deadline)
-            except Strain as error:
-                left = deadline.seconds
-                if attempt == FETCH_ATTEMPTS or error.rest > max(left, 0):
-                    raise
-                pause = max(error.rest, 2**attempt * random.uniform(0.125, 0.25))
-                if pause > left:  # it is not the host's pause that does not fit, but ours
-                    raise ImageError(f"{deadline.missed} ({error})") from None
-            time.sleep(pause)
-            attempt += 1
+        return self._follow(read_url(place.where), place.headers, deadline)
 
     def _follow(self, url: Url, headers: Mapping[str, str], deadline: Deadline) -> bytes:
         """One attempt, along its redirects. Cookies live that long, and go to no other origin."""
@@ -2163,6 +2316,7 @@ class Fetcher:
         try:
             while chunk := answer.read1(2**16, decode_content=True):
                 data += chunk
+                deadline.arrived(len(chunk))
                 if len(data) > MAX_BYTES:
                     raise ImageError(TOO_LARGE)
                 left = deadline.left()
@@ -2175,28 +2329,35 @@ class Fetcher:
 
 
 class Deadline:
-    """The end of the time that one image has."""
+    """The end of the time that an attempt has: a slow line is no fault, so each 50 KB that arrive
+    bring a second more."""
 
     def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
         self._end = time.monotonic() + seconds
-        self.missed = not_in_time(seconds)
+        self.first_byte: float | None = None  # when it came
 
-    @property
-    def seconds(self) -> float:
-        """How long it is until then; below 0 where it is over."""
-        return self._end - time.monotonic()
+    def arrived(self, size: int) -> None:
+        """So many bytes of the body came."""
+        if self.first_byte is None:
+            self.first_byte = time.monotonic()
+        self._end += size / 50_000
 
     def left(self) -> float:
-        """The same, above 0. Raises ImageError where it is over."""
-        seconds = self.seconds
+        """The seconds until then. Raises Strain where it is over."""
+        seconds = self._end - time.monotonic()
         if seconds <= 0:
-            raise ImageError(self.missed)
+            raise self.missed()
         return seconds
 
+    @property
+    def overdue(self) -> bool:
+        """Whether it was over a second ago, and whoever has it hangs."""
+        return time.monotonic() > self._end + 1
 
-def not_in_time(seconds: float) -> str:
-    """Why an image was given up; schema.sql knows these words, see embedding_back_off."""
-    return f"not complete within {seconds:g} s"
+    def missed(self) -> Strain:
+        """What to say where it is over."""
+        return Strain(f"{TOO_LATE} ({self._seconds:g} s)", first_byte=self.first_byte)
 
 
 # What an answer means
@@ -3010,11 +3171,11 @@ class Loader:
         for _ in range(cores()):
             self._decoders.put(Decoder())
 
-    def fetch(self, place: Source) -> Download:
+    def fetch(self, source: Source, deadline: Deadline) -> Download:
         started = time.monotonic()
-        data = self._fetcher.fetch(place)
-        seconds = time.monotonic() - started
-        return Download(data, seconds, seconds)
+        data = self._fetcher.fetch(source, deadline)
+        ended = time.monotonic()
+        return Download(data, ended - started, ended - (deadline.first_byte or started))
 
     def load(self, asset: Asset, data: bytes) -> Loaded:
         levels = self.decode(data)
@@ -3968,7 +4129,9 @@ def picture_place(question: str) -> Source | None:
 def question_pixels(question: str, place: Source, settings: Settings) -> np.ndarray:
     """The pixels (3, 224, 224) of a question's picture; raises RunError."""
     try:
-        return normalise(Decoder().decode(Fetcher(settings).fetch(place)))
+        return normalise(
+            Decoder().decode(Fetcher(settings).fetch(place, Deadline(settings.fetch_seconds)))
+        )
     except ImageError as error:
         raise RunError(f"--search {shorten(question, 200)}: {error}") from None
 
@@ -4093,7 +4256,7 @@ def views_of(pictures: set[Picture], store: Store, settings: Settings) -> Views:
 
 def view_of(picture: Picture, store: Store, loader: Loader) -> View:
     """Fetches a picture and looks at it; raises ImageError."""
-    data = loader.fetch(store.locate(Asset(picture.id, picture.image))).data
+    data = loader.fetch(store.locate(Asset(picture.id, picture.image)), Deadline(30)).data
     levels = loader.decode(data)
     sight = hashlib.sha256(levels.tobytes()).digest()
     return View(levels, sight, hashlib.sha256(data).digest(), len(data), pixels_of(data))
