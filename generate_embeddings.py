@@ -580,11 +580,13 @@ class Source(NamedTuple):
 
     @property
     def host(self) -> str:
-        """The image host; empty for files and data: URLs."""
+        """The image host; empty for files, data: URLs and what is no URL."""
         if isinstance(self.where, Path):
             return ""
         with contextlib.suppress(ValueError):
-            return urlsplit(self.where[:2000]).netloc.rpartition("@")[2]
+            host = urlsplit(self.where[:2000]).netloc.rpartition("@")[2]
+            if re.fullmatch(r"[\w.:\[\]-]+", host):
+                return host
         return ""
 
 
@@ -908,11 +910,14 @@ class Pace:
         self._fastest = math.inf  # seconds of an image
         self._strains = 0  # in a row
         self._row_began = 0.0
+        self._rests = 0  # of our own, within the row
+        self._rested = False  # since the window was halved
         self._asked_for = 0.0  # seconds of rest, within the row
 
     def arrived(self, now: float, seconds: float) -> None:
         """An image came, after so many seconds."""
         self._strains = 0
+        self._rests = 0
         self._asked_for = 0.0
         self._fastest = min(self._fastest, seconds)
         if seconds < max(QUICK_SECONDS, 1.5 * self._fastest):
@@ -927,15 +932,18 @@ class Pace:
             self._row_began = now
         self._strains += 1
         narrow = self.window < 3
-        self.slow_down(now, since)
+        if self.slow_down(now, since):
+            self._rested = False
         if rest:
             until = now + rest
             self._asked_for += max(0.0, until - max(self.rest_until, now))
             if self._asked_for > LONGEST_REST:
                 self.given_up = True
-        elif self._strains >= 3 or narrow:
+        elif not self._rested and (self._strains >= 3 or narrow):
             self.window = 1.0
-            until = now + min(16, 2 ** max(0, self._strains - 3))
+            until = now + min(16, 2**self._rests)
+            self._rests += 1
+            self._rested = True
         else:
             until = now
         self.rest_until = max(self.rest_until, until)
@@ -943,12 +951,15 @@ class Pace:
         if self._strains >= PATIENT_STRAINS and now - self._row_began > patience:
             self.given_up = True
 
-    def slow_down(self, now: float, since: float) -> None:
-        """Halves the window, unless it was halved after the download that tells this began."""
-        if since >= self._halved:
-            self.window = max(1.0, self.window / 2)
-            self.threshold = self.window
-            self._halved = now
+    def slow_down(self, now: float, since: float) -> bool:
+        """Halves the window, unless it was halved after the download that tells this began.
+        Returns whether it did."""
+        if since < self._halved:
+            return False
+        self.window = max(1.0, self.window / 2)
+        self.threshold = self.window
+        self._halved = now
+        return True
 
 
 class Host:
@@ -1128,7 +1139,7 @@ class Run:
         try:
             source = self.store.locate(asset)
         except Exception as error:
-            self.take_result(self.failure(asset, "fetch", error))
+            self.take_failure(Job(Source("", {}), [asset]), "fetch", error)
             return
         url = str(source.where)
         job = self.jobs.get(url)
@@ -1172,7 +1183,7 @@ class Run:
         pixels = len(self.ready) + sum(task.images for task in self.under_way("embed"))
         most_pixels = self.settings.workers + 2 * self.lanes * self.settings.batch_size
         files = len(self.under_way("decode"))
-        if pixels >= most_pixels or files >= 2 * self.lanes:
+        if pixels + files >= most_pixels or files >= 2 * self.lanes:
             return 0
         if len(self.results) >= RESULTS_WAITING:
             return 0
@@ -1215,8 +1226,11 @@ class Run:
         self.line.arrived(now, download.body_seconds)
         first = job.assets[0]
         self.loading[first.id] = job
-        task = Task("decode", self.ready.append, partial(self.take_failure, job, "decode"))
+        task = Task("decode", self.take_loaded, partial(self.take_failure, job, "decode"))
         self.start(task, self.loader.load, first, download.data)
+
+    def take_loaded(self, loaded: Loaded) -> None:
+        self.ready.append(loaded)
 
     def take_failed_fetch(self, job: Job, host: Host, error: Exception) -> None:
         host.downloads -= 1
@@ -1260,8 +1274,9 @@ class Run:
             else:
                 self.leave(job, host)
         log.warning("%s is given up for this run: %s", host.name, host.reason)
-        all_given_up = all(known.pace.given_up for known in self.hosts.values())
-        if all_given_up and not any(known.sent_an_image for known in self.hosts.values()):
+        hosts = [known for known in self.hosts.values() if known.name]
+        all_given_up = all(known.pace.given_up for known in hosts)
+        if all_given_up and not any(known.sent_an_image for known in hosts):
             self.end(
                 RunError(
                     f"no image came from any host (the last was {host.name}: {host.reason}): "
@@ -1275,19 +1290,18 @@ class Run:
         self.report.leave(host.name, host.reason, len(job.assets))
 
     def take_failure(self, job: Job, stage: str, error: Exception) -> None:
-        self.loading.pop(job.assets[0].id, None)
-        self.finish(job, self.failure(job.assets[0], stage, error))
-
-    def failure(self, asset: Asset, stage: str, error: Exception) -> Failed:
-        """An error as the asset's failure; RunError ends the run as well. What nobody foresaw is
-        a defect of ours, and not the image's."""
-        reason = str(error)
+        """Makes an error the failure of an image; RunError ends the run instead. What nobody
+        foresaw is a defect of ours, and not the image's."""
         if isinstance(error, RunError):
             self.end(error)
-        elif not isinstance(error, ImageError):
-            log.debug("%s", asset, exc_info=error)
+            return
+        first = job.assets[0]
+        reason = str(error)
+        if not isinstance(error, ImageError):
+            log.debug("%s", first, exc_info=error)
             reason = f"unexpected {type(error).__name__}"
-        return Failed(asset, stage, reason)
+        self.loading.pop(first.id, None)
+        self.finish(job, Failed(first, stage, reason))
 
     # Embed
 
@@ -2379,7 +2393,7 @@ def refusal(answer: BaseHTTPResponse, page: bytes) -> ImageError:
     if status == 400 and (meant := status_in_body(page)):
         status = meant
         meaning = ANSWERS.get(status, Meaning.LATER)
-    reason = f"HTTP {status} {http.client.responses.get(status, '')}".strip()
+    reason = f"HTTP {status}"
     if meaning is Meaning.NEVER:
         return ImageError(reason)
     checks = meaning is Meaning.ROBOTS or is_robots_check(answer, page)
