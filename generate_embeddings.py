@@ -4794,7 +4794,7 @@ def parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
     )
     most = min(MOST_WORKERS, WORKERS_PER_CORE * cores())
-    workers = f"downloads at once ({WORKERS_PER_CORE} a core; not over {MOST_WORKERS})"
+    workers = f"most downloads from a host ({WORKERS_PER_CORE} a core, {MOST_WORKERS} at most)"
     search = f"embed nothing, print the {MATCHES} nearest to this (or --limit N); may be repeated"
     gallery = "at the end, write a page to look at (.html), and a table beside it (.csv)"
 

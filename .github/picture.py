@@ -4,9 +4,9 @@
 
 It needs tests/requirements.txt and Chromium. The photographs are scikit-image's. Its docstrings in
 skimage/data/_fetchers.py name their terms: chelsea and clock (Stefan van der Walt), coffee (Rachel
-Michetti) and camera (Lav Varshney) are CC0 or public domain, as are rocket (SpaceX), retina
-(Häggström) and hubble_deep_field (NASA). The model is the tests' own, with random weights: it finds
-copies as the real one does, but tells nothing about look-alikes.
+Michetti) and camera (Lav Varshney) are CC0 or in the public domain, as are rocket (SpaceX) and
+hubble_deep_field (NASA). The model is the tests' own, with random weights: it finds copies as the
+real one does, but tells nothing about look-alikes.
 """
 
 import io
@@ -22,8 +22,8 @@ from PIL import Image
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO / "tests"))
 
-import models
-from stack import photographs
+import models  # noqa: E402
+from stack import photographs  # noqa: E402
 
 WIDTH, HEIGHT = 1200, 1000  # pixels
 PHOTOS = {
@@ -32,7 +32,6 @@ PHOTOS = {
     "coffee": "coffee.png",
     "camera": "camera.png",
     "rocket": "rocket.jpg",
-    "eye": "retina.jpg",
     "stars": "hubble_deep_field.jpg",
 }
 
@@ -49,7 +48,7 @@ def fill(folder: Path) -> None:
     images["cat"].convert("RGB").save(folder / "cat-2023.webp")
     images["rocket"].convert("RGB").save(folder / "rocket.png")
     (folder / "mug.jpg").write_text("<!doctype html><title>Log in</title>")
-    (folder / "scarf.jpg").write_bytes((folder / "eye.jpg").read_bytes()[:20_000])
+    (folder / "scarf.jpg").write_bytes((folder / "stars.jpg").read_bytes()[:20_000])
     (folder / "logo.png").write_text('<svg xmlns="http://www.w3.org/2000/svg"/>')
 
 
@@ -67,7 +66,9 @@ def main() -> None:
         subprocess.run(run, env=environment, check=False)  # 1: some images fail, as they shall
         look = ["--headless", "--no-sandbox", "--hide-scrollbars", f"--screenshot={shot}"]
         size = f"--window-size={WIDTH},{HEIGHT}"
-        subprocess.run([chromium, *look, size, page.as_uri()], check=True)
+        subprocess.run(
+            [chromium, *look, size, page.as_uri()], check=True, stderr=subprocess.DEVNULL
+        )
         picture = Image.open(shot).convert("RGB").quantize(256, dither=Image.Dither.NONE)
         picture.save(REPO / ".github" / "page.png", optimize=True)
 

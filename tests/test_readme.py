@@ -81,7 +81,7 @@ def test_a_command_has_flags_that_there_are(flags, tmp_path, monkeypatch):
 
 def test_the_commands_are_found():
     said = set(re.findall(r"--[a-z-]+", " ".join(COMMANDS)))
-    assert said >= {"--local", "--gallery", "--dry-run", "--limit", "--search", "--shard"}
+    assert said >= {"--local", "--gallery", "--dry-run", "--limit", "--search"}
 
 
 def test_the_first_command_makes_a_page_and_vectors_that_can_be_read(cli, small):
@@ -95,7 +95,6 @@ def test_the_first_command_makes_a_page_and_vectors_that_can_be_read(cli, small)
         "print({path: (vector.shape, float(vector @ vector)) for path, vector in vectors.items()})"
     )
     vectors = ast.literal_eval(python(code + shown, cli.folder))
-    print(run.out, run.err)
     assert vectors.keys() == {path.name for path in small.glob("*.jpg")}
     assert all(shape == (512,) and abs(1 - norm) < 1e-5 for shape, norm in vectors.values())
 
