@@ -81,8 +81,8 @@ What an upgrade of a package may break, as no documentation promises it
     tqdm        bar.initial, bar.start_t (Progress)
     pillow      TiffImagePlugin.READ_LIBTIFF, a GIF's dispose_extent (Pictures)
 
-Exit codes: 0 all done, 1 some assets failed, 2 could not run, or not go on, 130 interrupted (143 by
-SIGTERM, 129 by a closed terminal).
+Exit codes: 0 all done, 1 some images failed or their host did not cope, 2 the run could not start
+or not go on, 130 interrupted (143 by SIGTERM, 129 by a closed terminal).
 """
 
 from __future__ import annotations
@@ -140,7 +140,6 @@ import sqlite3
 import ssl
 import struct
 import subprocess
-import textwrap
 import threading
 import time
 import traceback
@@ -301,7 +300,7 @@ def say_what_would_be_done(store: Store, settings: Settings, report: Report) -> 
     goal = report.pending
     if settings.limit:
         goal = min(goal, settings.limit)
-    print(f"Would embed {counted(goal, 'asset')} as {settings.model_version}")
+    print(f"Would embed {counted(goal, report.noun)} as {settings.model_version}")
     first_page = next((page for page in store.pages() if page), [])
     for asset in first_page[: min(5, goal)]:
         print(printable(f"  {asset}"))
@@ -318,6 +317,7 @@ class Report:
 
     def __init__(self, status: Status, settings: Settings) -> None:
         self.status = status  # as the run found it
+        self.noun = "image" if settings.local else "asset"  # an asset is a row of a database
         self.waiting = 0  # failed before, and not tried by this run
         if not settings.retry_failed:
             self.waiting = status.waiting
@@ -383,7 +383,7 @@ class Report:
         again = status.failed - self.waiting
         if again:
             parts.append(f"of which {again:,} failed before")
-        return f"{counted(status.assets, 'asset')}: {', '.join(parts)}"
+        return f"{counted(status.assets, self.noun)}: {', '.join(parts)}"
 
     def print(self) -> None:
         """Prints the report to stdout."""
@@ -564,11 +564,13 @@ class Asset(NamedTuple):
     image: str
     image_hash: int = 0  # the store's: of the URL, or of a file's state
     size: int = 0  # bytes of the text `image`, which comes cut where it is too long
+    title: str = ""  # as its owner knows it
 
     def __str__(self) -> str:
         if self.id == self.image:
             return self.image
-        return f"{self.id}  {shorten(self.image)}"
+        parts = (str(self.id), shorten(self.title), shorten(self.image))
+        return "  ".join(part for part in parts if part)
 
 
 class Source(NamedTuple):
@@ -807,6 +809,17 @@ def shorten(text: str, width: int = 60) -> str:
         return text
     half = width // 2 - 2
     return f"{text[:half]}...{text[-half:]}"
+
+
+def near_name(name: str, names: Iterable[str]) -> str:
+    """Which of the names was probably meant: one that holds this name, or is spelt like it.
+    Empty where none is near."""
+    wanted = name.strip().casefold()
+    plain = {other.casefold(): other for other in names}
+    near = [other for other in plain if len(wanted) > 2 and wanted in other]
+    near.sort(key=len)
+    near += difflib.get_close_matches(wanted, plain, n=1, cutoff=0.75)
+    return plain[near[0]] if near else ""
 
 
 def plural(count: int, noun: str) -> str:
@@ -1534,8 +1547,8 @@ class SupabaseStore:
         if answer["clients"] is not None:
             client = str(self._settings.client)
             others = [str(name) for name in answer["clients"]]
-            near = difflib.get_close_matches(client, others, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "check the spelling"
+            near = near_name(client, others)
+            hint = f"did you mean {near!r}?" if near else "check the spelling"
             raise RunError(f"no asset is of client {client!r}: {hint}")
         self._run_began = answer["time"]  # by the database's clock
         return Status(
@@ -1911,14 +1924,15 @@ class FolderStore:
         if not self._below:
             raise RunError(f"no image below {self._folder}: by the endings of the files there")
         folders = {composed(path).rpartition("/")[0] for path in files}
-        near = difflib.get_close_matches(self._below.strip("/"), folders, n=1)
-        hint = f"did you mean {near[0]}?" if near else "--client is a subfolder"
+        near = near_name(self._below.strip("/"), folders)
+        hint = f"did you mean {near}?" if near else "--client is a subfolder"
         raise RunError(f"no image below {self._folder / self._below}: {hint}")
 
     def _files(self) -> Iterator[tuple[str, os.stat_result | None]]:
         """Path and state (None: it can't be looked at) of each image file. Logs what is left out,
         but for hidden files and folders."""
         left_out: Counter[str] = Counter()
+        endings: Counter[str] = Counter()  # of files that are no images
         for folder, subfolders, names in os.walk(self._folder, onerror=unreadable):
             here = Path(folder)
             for name in list(subfolders):
@@ -1934,7 +1948,7 @@ class FolderStore:
                     continue
                 ending = image_ending(name)
                 if ending not in IMAGE_SUFFIXES:
-                    left_out[ending or "without an ending"] += 1
+                    endings[ending or "without an ending"] += 1
                     continue
                 try:
                     path = (here / name).relative_to(self._folder).as_posix()
@@ -1944,9 +1958,13 @@ class FolderStore:
                     log.warning("left out: %s: %s", ascii(str(here / name)), error)
                 except OSError:  # of a folder that keeps its files from us, say
                     yield path, None
+        if endings:
+            kind = "files that are no images" if endings.total() > 1 else "file that is no image"
+            few = ", ".join(ending for ending, _ in endings.most_common(8))
+            left_out[f"{kind} ({few})"] = endings.total()
         if left_out:
             kinds = (f"{count:,} {kind}" for kind, count in left_out.most_common(8))
-            log.info("left out, as no images of yours: %s", ", ".join(kinds))
+            log.info("left out: %s", ", ".join(kinds))
 
     def pages(self) -> Iterator[list[Asset]]:
         """As Store says, in the order of the paths."""
@@ -4518,27 +4536,17 @@ settings, from the environment or .env (README.md explains them):
   FETCH_SECONDS, DB_RETRY_SECONDS, ALLOW_PRIVATE_IMAGE_HOSTS
 
 exit codes:
-  0 all done, 1 some images failed, 2 could not run, or not go on,
-  130 interrupted (143 by SIGTERM, 129 by a closed terminal)
+  0    all done, or nothing to do
+  1    some images failed, or their host did not cope
+  2    the run could not start or not go on
+  130  interrupted (143 by SIGTERM, 129 by a closed terminal)
 """
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse's, which also says which flag is near a mistyped one."""
-
-    def error(self, message: str) -> Any:
-        mistyped = re.search(r"unrecognized arguments: (--[\w-]+)", message)
-        if mistyped:
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            near = difflib.get_close_matches(mistyped[1], flags, n=1)
-            if near:
-                message = f"{message}: did you mean {near[0]}?"
-        super().error(message)
-
-
 def parser() -> argparse.ArgumentParser:
-    """The command line's flags; those not given, but --workers, have the defaults of Settings."""
-    usage = Parser(
+    """The command line's flags. A flag that is not given has the default of Settings; --workers
+    alone has its own."""
+    usage = argparse.ArgumentParser(
         usage="%(prog)s [--limit N] [--client NAME] [--local DIR] [...]   -h: all flags",
         description="Give every product image in a Supabase database, or in a folder, "
         "a CLIP embedding. Run again to resume.",
@@ -4548,16 +4556,16 @@ def parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
     )
     most = min(MOST_WORKERS, WORKERS_PER_CORE * cores())
-    workers = f"downloads at once ({WORKERS_PER_CORE} a core; not over {MOST_WORKERS})"
-
+    workers = f"most downloads from a host ({WORKERS_PER_CORE} a core, {MOST_WORKERS} at most)"
     search = f"embed nothing, print the {MATCHES} nearest to this (or --limit N); may be repeated"
+    gallery = "at the end, write a page to look at (.html), and a table beside it (.csv)"
 
     what = usage.add_argument_group("what to embed").add_argument
-    what("--limit", type=positive_number, metavar="N", help="attempt at most N assets")
+    what("--limit", type=positive_number, metavar="N", help="try at most N images")
     what("--client", metavar="NAME", help="only this client's (with --local: subfolder's) images")
     what("--local", type=full_path, metavar="DIR", help="embed a folder's images; needs no account")
     what("--shard", type=shard, metavar="I/N", help="only part I of N parts of a database")
-    what("--retry-failed", action="store_true", help="try all that failed before, also for good")
+    what("--retry-failed", action="store_true", help="also try failures that wait")
 
     speed = usage.add_argument_group("how fast").add_argument
     speed("--workers", type=positive_number, default=most, metavar="N", help=workers)
@@ -4567,12 +4575,7 @@ def parser() -> argparse.ArgumentParser:
 
     show = usage.add_argument_group("what to show").add_argument
     show("--search", action="append", type=question, metavar="TEXT|FILE|URL", help=search)
-    show(
-        "--gallery",
-        type=page_file,
-        metavar="FILE",
-        help="at the end, write a page to look at (.html), and a table beside it (.csv)",
-    )
+    show("--gallery", type=page_file, metavar="FILE", help=gallery)
     show("--dry-run", action="store_true", help="say what would be done; load and write nothing")
     show("-v", "--verbose", action="store_true", help="say each failure as it happens, and more")
     show("--version", action="store_true", help="say what a bug report needs, and exit")
@@ -4582,9 +4585,11 @@ def parser() -> argparse.ArgumentParser:
 def read_flags(argv: list[str] | None) -> dict[str, Any]:
     """The flags that were given; exits with 2 where they are of no use."""
     usage = parser()
-    flags = vars(usage.parse_args(argv))
-    if "search" in flags and "dry_run" in flags:
-        usage.error("--search changes nothing, so there is no --dry-run of it")
+    found, unknown = usage.parse_known_args(argv)
+    flags = vars(found)
+    if unknown:
+        hints = [f": did you mean --local {text}?" for text in unknown if Path(text).is_dir()]
+        usage.error(f"unrecognized arguments: {' '.join(unknown)}{''.join(hints[:1])}")
     if "shard" in flags and "local" in flags:
         usage.error("--shard is for a database; for a part of a folder there is --client SUBFOLDER")
     return flags
@@ -4753,22 +4758,9 @@ def say_version() -> None:
 
 
 def say_error(trouble: str) -> None:
-    """Says on stderr why the run ended, on a terminal in lines of its width."""
-    line = printable(f"error: {trouble}")
-    if sys.stderr.isatty():
-        width = shutil.get_terminal_size().columns - 1
-        line = textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
-    with contextlib.suppress(OSError):  # there may be nobody to read it
-        print(line, file=sys.stderr)
-
-
-class Log(logging.StreamHandler[Any]):
-    """Logs to stderr while somebody reads it."""
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
-        # What is left in a broken pipe's buffer would fail each start of a process.
-        if isinstance(sys.exception(), OSError):
-            sys.stderr = self.stream = Path(os.devnull).open("w")  # noqa: SIM115
+    """Says on stderr why the run ended."""
+    with contextlib.suppress(OSError):  # nobody may be there to read it
+        print(printable(f"error: {trouble}"), file=sys.stderr)
 
 
 class Lines(logging.Formatter):
@@ -4783,7 +4775,7 @@ class Lines(logging.Formatter):
 
 def set_up_output(verbose: bool) -> None:
     """Logs to stderr, with the time where nobody watches."""
-    handler = Log()
+    handler = logging.StreamHandler()
     look = "%(message)s" if sys.stderr.isatty() else "%(asctime)s %(message)s"
     handler.setFormatter(Lines(look))
     logging.basicConfig(handlers=[handler])
