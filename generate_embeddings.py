@@ -5,6 +5,7 @@
 #     "transformers==5.23.0",
 #     "pillow==13.0.0",
 #     "requests==2.34.2",
+#     "urllib3==2.8.0",
 #     "supabase==2.34.1",
 #     "python-dotenv==1.2.4",
 #     "tqdm==4.70.1",
@@ -67,12 +68,12 @@ Where the answers to other questions stand
     What must be called before what, and what a third store must offer: Store
     What happens to an image that changes meanwhile: Store
     When a run ends early, with which exit code, and what bounds memory: Run
-    What a host's answer does: ANSWERS. How to add a setting: Settings
+    What a host's answer means: STRAINED. How to add a setting: Settings
 
 What an upgrade of a package may break, as no documentation promises it
-    urllib3     connection._new_conn, pools.pool_classes_by_scheme (pool_classes, Fetcher)
-    http.client _MAXHEADERS (Fetcher)
-    requests    brings urllib3, certifi and idna, all of which are used here (Fetching)
+    urllib3     connection._new_conn, response_class, pool_classes_by_scheme (guarded_adapter)
+    http.client _MAXHEADERS, response.fp (guarded_adapter)
+    requests    adapter.cert_verify, proxy_manager (guarded_adapter); brings certifi
     torch       torch.ops.mkldnn._linear_pointwise, _reorder_linear_weight (Linear)
     transformers    brings tokenizers, safetensors and filelock, which are used here (Model)
     supabase    brings httpx and postgrest, whose errors are known here (SupabaseStore)
@@ -91,13 +92,26 @@ import sys
 
 AS_DECODER = "as-decoder"  # the one argument of a Decoder's process, see RUN_DECODER
 IN_DECODER = sys.argv == ["-c", AS_DECODER]
-for _number in (signal.SIGINT, signal.SIGTERM):
-    # A stop while the imports go on ends at once, without a traceback. A decoder ignores it, as
-    # the run ends it. Where it is ignored from the start (a background job), it stays so.
-    if IN_DECODER:
-        signal.signal(_number, signal.SIG_IGN)
-    elif __name__ == "__main__" and signal.getsignal(_number) != signal.SIG_IGN:
-        signal.signal(_number, lambda number, _: os._exit(128 + number))
+
+
+def end_at_once(number: int, _: object) -> None:
+    """Handles a stop while there is nothing to store: no traceback, no waiting."""
+    os._exit(128 + number)
+
+
+def handle_stops(handler: Any) -> None:
+    """Sets the handler of Ctrl-C, SIGTERM and SIGHUP. Who ignores one from the start (a background
+    job, nohup) goes on doing so."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+if IN_DECODER:
+    handle_stops(signal.SIG_IGN)  # the run ends its decoders
+elif __name__ == "__main__":
+    handle_stops(end_at_once)  # while the imports go on, too
 if sys.version_info < (3, 11):
     print("error: Python 3.11 or later is needed, not " + sys.version.split()[0], file=sys.stderr)
     sys.exit(2)
@@ -123,7 +137,6 @@ import shutil
 import socket
 import sqlite3
 import ssl
-import string
 import struct
 import subprocess
 import textwrap
@@ -138,8 +151,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from enum import Enum
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -165,19 +177,18 @@ try:
     if not IN_DECODER:  # which has no use for these, and starts in half the time without them
         import http.client
         from email.utils import parsedate_to_datetime
-        from urllib.request import DataHandler, Request, getproxies
+        from urllib.request import getproxies
 
         import certifi
         import dotenv
-        import idna
         import numpy as np
         import requests
         import urllib3
+        from requests.cookies import RequestsCookieJar
         from requests.exceptions import ChunkedEncodingError
         from tqdm import tqdm
         from tqdm.contrib.logging import logging_redirect_tqdm
-        from urllib3.exceptions import HTTPError, MaxRetryError
-        from urllib3.response import BaseHTTPResponse
+        from urllib3.exceptions import HTTPError
         from urllib3.util.connection import create_connection
 except ImportError as error:
     if __name__ != "__main__":
@@ -194,7 +205,7 @@ VERSION = "2.0"
 MODEL_ID = "openai/clip-vit-base-patch32"
 MODEL_REVISION = "3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268"  # pinned: vectors must not drift
 MODEL_VERSION = "clip-vit-base-patch32"  # what rows carry; another value counts as lacking
-CONTRACT = 2  # the version of schema.sql's functions
+CONTRACT = 3  # the version of schema.sql's functions
 DIMENSIONS = 512  # of a vector
 SIDE = 224  # pixels; CLIP sees a square
 HERE = Path(__file__).resolve().parent
@@ -242,20 +253,19 @@ def embed_all(settings: Settings, stop: Stop) -> int:
         say_what_would_be_done(store, settings, report)
         return 0
 
-    try:
-        if report.pending:
-            log.info("vectors go to %s", store.place)
-            log.info("loading the model")
-            stop.listen()
-            Run(store, settings, report, stop).loop()
-        elif status.assets:
-            log.info("nothing to do")
-        else:
-            log.info("nothing to do: there are no assets yet")
-    finally:
-        report.print()
+    with stop:
+        try:
+            if report.pending:
+                log.info("vectors go to %s", store.place)
+                log.info("loading the model")
+                Run(store, settings, report, stop).loop()
+            elif status.assets:
+                log.info("nothing to do")
+            else:
+                log.info("nothing to do: there are no assets yet")
+        finally:
+            report.print()
 
-    stop.end_at_once()
     if stop.code:
         log.info("stopped: run the same command again to go on")
     elif settings.gallery:
@@ -319,7 +329,8 @@ class Report:
         self.not_taken = 0  # by the store: changed or gone meanwhile
         self.reasons: Counter[str] = Counter()  # of what failed
         self.examples: dict[str, list[Asset]] = {}  # by reason
-        self.left_of: dict[str, int] = {}  # assets that were not tried for a host's sake, by why
+        self.left_of: Counter[str] = Counter()  # what was not tried, by the host given up
+        self.why_left: dict[str, str] = {}  # by the host
         self.started = time.monotonic()
 
     @property
@@ -355,6 +366,11 @@ class Report:
             examples = self.examples.setdefault(reason, [])
             if len(examples) < self.MOST_EXAMPLES:
                 examples.append(result.asset)
+
+    def leave(self, host: str, reason: str, assets: int) -> None:
+        """Takes assets that were not tried, as their host was given up."""
+        self.left_of[host] += assets
+        self.why_left[host] = reason
 
     def beginning(self) -> str:
         """What is said before the run."""
@@ -392,8 +408,8 @@ class Report:
             when = f"tried again {from_when(self.status)}; --retry-failed: now"
             yield f"Waiting  {self.waiting:>9,}  failed before, {when}"
         yield f"Left     {self.left:>9,}"
-        for why, count in self.left_of.items():
-            yield f"  {count:>6,}  {why}"
+        for host, count in self.left_of.most_common(self.MOST_REASONS):
+            yield f"  {count:>6,}  of {host}: {self.why_left[host]}"
         if self.not_taken:
             yield f"  {self.not_taken:>6,}  changed or gone meanwhile"
         if len(self.reasons) == 1 and self.failed == self.attempted > 1:
@@ -476,7 +492,7 @@ PRIVATE_ADDRESS = reason(
     "a private address",
     "Ask your developer: ALLOW_PRIVATE_IMAGE_HOSTS=1 allows pictures of your own network.",
 )
-BROKEN_DATA_URL = reason("a broken data: URL", _AS_FILE)
+BROKEN_DATA_URL = reason("a data: URL that is broken, or not in base64", _AS_FILE)
 LONG_DATA_URL = reason("a data: URL that is too long", _AS_FILE)
 UNREADABLE = reason("can't be read", "See whether the file is there, and yours to read.")
 TOO_LARGE = reason("a file that is too large", _SMALLER)
@@ -495,19 +511,22 @@ TOO_LATE = reason("not complete in time", _LATER)
 REFUSED = reason("connection refused", _LATER)
 UNREACHABLE = reason("host not reachable", _LATER)
 LOST = reason("connection lost", _LATER)
-BAD_COMPRESSION = reason("an unknown or broken compression", _LATER)
+BAD_COMPRESSION = reason("a broken compression", _LATER)
 BAD_HEADERS = reason("an answer with too many headers", _LATER)
-PART_OF_IMAGE = reason("a part of the image alone", _LATER)
 BAD_REDIRECT = reason("a redirect that leads nowhere", _CORRECT)
 HTTP = {
     status: reason(f"HTTP {status}", words)
     for statuses, words in (
-        (range(400, 500), "The host does not give us the image: see whether the address is right."),
+        (range(100, 500), "The host does not give us the image: see whether the address is right."),
         (range(500, 600), _LATER),
         ((401, 402, 403, 451), _CLOSED),
         ((404, 410), "Nothing is at this address: correct it, or upload the image again."),
         ((407,), "Ask your developer: the proxy wants a name and a password."),
-        ((408, 423, 425), _LATER),
+        ((408, 425), _LATER),
+        (
+            (202, 423),
+            "The host has not made the image yet, or checks for robots. Later runs try again.",
+        ),
         ((420, 429, 430), _BUSY),
     )
     for status in statuses
@@ -560,11 +579,13 @@ class Source(NamedTuple):
 
     @property
     def host(self) -> str:
-        """The image host; empty for files and data: URLs."""
+        """The image host; empty for files, data: URLs and what is no URL."""
         if isinstance(self.where, Path):
             return ""
         with contextlib.suppress(ValueError):
-            return urlsplit(self.where[:2000]).netloc.rpartition("@")[2]
+            host = urlsplit(self.where[:2000]).netloc.rpartition("@")[2]
+            if re.fullmatch(r"[\w.:\[\]-]+", host):
+                return host
         return ""
 
 
@@ -800,19 +821,27 @@ def counted(count: int, noun: str) -> str:
 
 # ============================================================================== The run
 
-# A core embeds 10 (float32) to 40 images/s, more in batches; a host 300 ms away gives a worker 3
+# A core embeds 10 (float32) to 40 images/s, more in batches; a host 300 ms away gives a download 3
 WORKERS_PER_CORE = 8
-MOST_WORKERS = 64  # more at once few image hosts like
-SLOW_SECONDS = 4.0  # a download that takes longer makes room for another
-MOST_SLOW = 64  # downloads that do
-HOST_FAILURES = 20  # in a row, none an image's own: the host counts as down,
-SILENT_SECONDS = 20.0  # unless it answered within these: Wi-Fi may be away for some
-HOSTS_DOWN = 3  # one after the other, with no answer between: the network is gone
+MOST_WORKERS = 64  # downloads from one host; more few hosts like
+MOST_DOWNLOADS = 64  # from all hosts together
+FIRST_WINDOW = 4  # downloads from a host that nothing is known of
+FIRST_WINDOW_OF_LINE = 16  # downloads from all hosts, until it is known what the line carries
+QUICK_SECONDS = 2.0  # an image that takes less asks for more downloads at once,
+SLOW_SECONDS = 8.0  # one that takes more for fewer
+TRIES = 4  # at one image, in a run
+PATIENT_STRAINS = 6  # in a row,
+PATIENT_SECONDS = 60.0  # and so long without an image: a host is given up
+LONGEST_REST = 900.0  # seconds that a host may ask for, until it sends an image
+SILENT_SECONDS = 2.0  # a download that has brought nothing for so long does not use the line
 
 PAGE_ROWS = 250  # assets to a page
+MOST_WAITING = 20_000  # images that wait for their hosts
+MOST_WAITING_CHARACTERS = 2**25  # of their URLs, some of which are data: URLs
 WRITE_ROWS = 50  # results to a call: at a million rows far below the timeout of 8 s
 WRITE_SECONDS = 2.0  # a result waits no longer, but for the batch before its own
 RESULTS_WAITING = 20_000  # 50 MB; more than a run embeds while it waits for a database
+RESULTS_KEPT = 10_000  # 20 MB: of images that further assets may share
 POLL_SECONDS = 0.2  # how soon Ctrl-C is noticed
 ECHO_SECONDS = 0.5  # signals that are this close count as one: timeout(1) sends each of its twice
 BACKGROUND_THREADS = 9999  # without end: a download that hangs keeps its thread
@@ -823,50 +852,149 @@ class Task:
     """Work under way in a pool, and what the loop does with what comes of it.
 
     `take` gets what the work returned, `fail` the exception that it raised, both in the loop's
-    thread. A task that takes longer than `patience` seconds is given up: `fail` gets `late`, and
-    whatever the work returns later is dropped.
+    thread. A task whose deadline is over is given up: `fail` gets what `late` says, and whatever
+    the work returns later is dropped.
     """
 
     step: str  # model, find, fetch, decode, embed or store
     take: Callable[[Any], None]
     fail: Callable[[Exception], None]
+    deadline: Deadline | None = None
+    late: Callable[[], Exception] = RunError  # where there is a deadline
     images: int = 1  # that it is about
-    patience: float = math.inf
-    late: Exception | None = None
     since: float = field(default_factory=time.monotonic)
 
-    @property
-    def age(self) -> float:
-        """Seconds since its start."""
-        return time.monotonic() - self.since
+
+@dataclass(eq=False)
+class Job:
+    """An image to load, once for all assets that share it."""
+
+    source: Source
+    assets: list[Asset]
+    tries: int = 0  # that met strain
+    since: float = 0.0  # when the last try began
+    result: Result | None = None  # of the first asset, as soon as there is one
+
+
+class Pace:
+    """How many downloads may run at once (the window), and when the next one may start.
+
+    As TCP does it: the window grows while images come quickly, by one an image up to the threshold,
+    and by one a round above it. Strain halves it, and puts the threshold there, once for all
+    downloads that were under way by then. Three strains in a row, or one in a window below three,
+    leave one download at a time, with rests of 1, 2, 4, 8 and 16 s. A host that asks for a rest
+    (Retry-After) gets that instead. tests/test_pace.py holds this against the habits of hosts.
+
+    Times are those of time.monotonic().
+    """
+
+    def __init__(self, window: int, most: int) -> None:
+        self.window = float(min(window, most))
+        self.most = most
+        self.threshold = float(most)
+        self.rest_until = 0.0
+        self.given_up = False
+        self._halved = 0.0  # when it was, the last time
+        self._fastest = math.inf  # seconds of an image
+        self._strains = 0  # in a row
+        self._row_began = 0.0
+        self._rests = 0  # of our own, within the row
+        self._rested = False  # since the window was halved
+        self._asked_for = 0.0  # seconds of rest, within the row
+
+    def arrived(self, now: float, seconds: float) -> None:
+        """An image came, after so many seconds."""
+        self._strains = 0
+        self._rests = 0
+        self._asked_for = 0.0
+        self._fastest = min(self._fastest, seconds)
+        if seconds < max(QUICK_SECONDS, 1.5 * self._fastest):
+            step = 1.0 if self.window < self.threshold else 1 / self.window
+            self.window = min(self.most, self.window + step)
+        elif seconds > SLOW_SECONDS:
+            self.slow_down(now, now - seconds)
+
+    def strained(self, now: float, since: float, rest: float) -> None:
+        """A download that began at `since` met strain; `rest`: seconds that the host asks for."""
+        if not self._strains:
+            self._row_began = now
+        self._strains += 1
+        narrow = self.window < 3
+        if self.slow_down(now, since):
+            self._rested = False
+        if rest:
+            until = now + rest
+            self._asked_for += max(0.0, until - max(self.rest_until, now))
+            if self._asked_for > LONGEST_REST:
+                self.given_up = True
+        elif not self._rested and (self._strains >= 3 or narrow):
+            self.window = 1.0
+            until = now + min(16, 2**self._rests)
+            self._rests += 1
+            self._rested = True
+        else:
+            until = now
+        self.rest_until = max(self.rest_until, until)
+        patience = PATIENT_SECONDS + self._asked_for
+        if self._strains >= PATIENT_STRAINS and now - self._row_began > patience:
+            self.given_up = True
+
+    def slow_down(self, now: float, since: float) -> bool:
+        """Halves the window, unless it was halved after the download that tells this began.
+        Returns whether it did."""
+        if since < self._halved:
+            return False
+        self.window = max(1.0, self.window / 2)
+        self.threshold = self.window
+        self._halved = now
+        return True
+
+
+class Host:
+    """An image host, or "" for files and data: URLs: its pace, and its images that wait."""
+
+    def __init__(self, name: str, most: int) -> None:
+        self.name = name
+        self.pace = Pace(FIRST_WINDOW, most)
+        self.queue: deque[Job] = deque()
+        self.downloads = 0  # under way
+        self.sent_an_image = False
+        self.reason = ""  # of the last strain
+
+    def may_start(self, now: float) -> bool:
+        """Whether one more of its images may be fetched."""
+        pace = self.pace
+        return bool(self.queue) and self.downloads < int(pace.window) and now >= pace.rest_until
 
 
 class Run:
     """Find, fetch, decode, embed and store: steps in the background, and one loop in this thread
     that takes what they give and starts what is next.
 
-    What is done first goes on first, so that a slow host delays its own images alone. On CPUs each
-    core embeds a batch of its own in one thread: threads that share an image wait for each other
-    at every layer.
+    Each host has a queue and a Pace, and the line to the internet has a Pace, too: a host that is
+    slow, or rests, delays its own images alone. An image that met strain goes to the end of its
+    host's queue, and has failed after TRIES tries; one that a Retry-After answered does not count.
+    On CPUs each core embeds a batch of its own in one thread: threads that share an image wait for
+    each other at every layer.
 
     A run ends early, and what is embedded by then is stored (if the store still takes it) and
     reported, when
         somebody stops it (Stop): exit code 130, 143 or 129, whatever else went wrong;
         any step raises RunError, or find, embed, store or the model anything else (in fetch and
             decode anything else is that asset's failure): exit code 2;
-        HOSTS_DOWN hosts went down one after the other, with no answer between: exit code 2;
-        the store refused REFUSALS vectors for one reason, and has taken none: exit code 2.
-    At its end the code is 2 if a host went down and none ever answered (Hosts), else 1 if images
-    failed, else 0, even where some are left.
+        all hosts were given up, and none ever sent an image: exit code 2.
+    At its end the code is 1 if images failed, or were left for the sake of a host that was given
+    up, else 0.
 
-    What bounds memory, beside the model's 350 MB (float32)
-        found       PAGE_ROWS assets, and a page more
-        files       one for each load under way (`room_for_loads`), MAX_BYTES at most; HEAVY_FILES
-                    bounds how many large ones are on their way, not how many wait for a decoder
-        decoders    one a core, DECODE_MB each (Linux)
-        pixels      600 KB an image; no more wait than `room_for_loads` says
-        results     2 KB each; no more images are loaded while RESULTS_WAITING wait for the store
-    Not bounded: a folder's list of files, and the Report's reasons.
+    What bounds memory, in MB, with D downloads at once (--workers of one host, MOST_DOWNLOADS of
+    all) and C cores (D is 16 and C is 2 on a small machine):
+        400             Python, its packages and what they keep
+        350             the model (float32)
+        50 D + 100 C    files: those under way, and 2 C that wait for a decoder (MAX_BYTES each)
+        DECODE_MB C     decoders, each a process of its own (Linux)
+        0.6 (3 D + 4 C B)   pixels that wait for the model, B to a batch
+        120             results, images that wait for their hosts, results that are kept
+    Not bounded: a folder's list of files, the hosts' names, and the Report's reasons.
     """
 
     def __init__(self, store: Store, settings: Settings, report: Report, stop: Stop) -> None:
@@ -879,15 +1007,20 @@ class Run:
         self.loader = Loader(settings)
         self.pages = store.pages()
         self.encoder: ClipEncoder | None = None  # until the model is loaded
-        self.hosts = Hosts()
-        self.progress = Progress(min(report.pending, self.limit))
-        self.found: deque[Asset] = deque()  # to be loaded
+        self.line = Pace(FIRST_WINDOW_OF_LINE, MOST_DOWNLOADS)
+        self.hosts: dict[str, Host] = {}
+        self.turns: deque[Host] = deque()  # hosts with images that wait, next one first
+        self.waiting = 0  # images, of all hosts,
+        self.waiting_characters = 0  # and the length of their URLs
+        self.jobs: dict[str, Job] = {}  # by URL: those that further assets may share,
+        self.kept: deque[str] = deque()  # of which these have a result, oldest first
+        self.loading: dict[Id, Job] = {}  # by their first asset: those between fetch and result
         self.ready: list[Loaded] = []  # to be embedded
         self.results: list[Result] = []  # to be stored
         self.store_by = 0.0  # by then a batch is started, full or not; at first: at once
-        self.line_is_slow = False  # the last image that came was slow
         self.trouble: Exception | None = None  # what ends the run
         self.storing = True  # until the store gives up
+        self.progress = Progress(min(report.pending, self.limit))
         self.tasks: dict[Future[Any], Task] = {}
         self.finished: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
         self.embedders = ThreadPoolExecutor(self.lanes)
@@ -899,23 +1032,21 @@ class Run:
         with self.progress:
             while True:
                 if not self.ending:
-                    self.start_loads()
+                    self.start_fetches()
                     self.start_find()
                     self.start_embeds()
                 self.start_store()
-                if not self.under_way(*self.awaited):
+                if not self.under_way(*self.awaited) and (self.ending or not self.waiting):
                     break
                 self.take_what_finished()
                 self.give_up_what_hangs()
-        if not self.trouble and self.hosts.network_is_gone:
-            self.trouble = self.hosts.explain()
         if self.trouble:
             raise self.trouble
 
     @property
     def ending(self) -> bool:
         """Whether nothing new is begun: what is embedded is stored, then the run ends."""
-        return bool(self.trouble or self.stop.code or self.hosts.several_in_a_row)
+        return bool(self.trouble or self.stop.code)
 
     @property
     def awaited(self) -> tuple[str, ...]:
@@ -953,13 +1084,18 @@ class Run:
     def give_up_what_hangs(self) -> None:
         """For what no deadline further down covers: headers that drip, a dead file system."""
         for future, task in list(self.tasks.items()):
-            if task.late and task.age > task.patience:
+            if task.deadline and task.deadline.overdue:
                 del self.tasks[future]
-                task.fail(task.late)
+                task.fail(task.late())
 
     def end(self, error: Exception) -> None:
         """Ends the run; the first error is the one that it ends with."""
         self.trouble = self.trouble or error
+
+    def ask_store(self, step: str, take: Callable[[Any], None], fail: Callable[..., None]) -> Task:
+        """A task that asks the store, which may hang."""
+        late: Callable[[], Exception] = partial(silence_of, self.store)
+        return Task(step, take, fail, Deadline(self.store.patience), late)
 
     # The model, and what is pending
 
@@ -968,98 +1104,192 @@ class Run:
         self.progress.restart_clock()
 
     def start_find(self) -> None:
-        if self.report.found_all or self.report.found >= self.limit:
+        """Finds more while little waits, or while there is room for downloads of other hosts than
+        those that wait."""
+        if self.report.found_all or self.report.found >= self.limit or self.under_way("find"):
             return
-        if len(self.found) >= PAGE_ROWS or self.under_way("find"):
-            return
-        task = Task("find", self.take_page, self.end, patience=self.store.patience)
-        task.late = silence_of(self.store)
-        self.start(task, next, self.pages, None)
+        most = MOST_WAITING if self.room_for_fetches() > 0 else PAGE_ROWS
+        if self.waiting < most and self.waiting_characters < MOST_WAITING_CHARACTERS:
+            task = self.ask_store("find", self.take_page, self.end)
+            self.start(task, next, self.pages, None)
 
     def take_page(self, page: list[Asset] | None) -> None:
         if page is None:
             self.report.found_all = True
             return
         wanted = page[: self.limit - self.report.found]
-        self.found += wanted
         self.report.found += len(wanted)
+        for asset in wanted:
+            self.take_asset(asset)
+
+    def take_asset(self, asset: Asset) -> None:
+        """Puts an asset's image into its host's queue, unless another asset has the same one."""
+        try:
+            source = self.store.locate(asset)
+        except Exception as error:
+            self.take_failure(Job(Source("", {}), [asset]), "fetch", error)
+            return
+        url = str(source.where)
+        job = self.jobs.get(url)
+        if job and job.result:
+            self.take_result(job.result._replace(asset=asset))
+        elif job:
+            job.assets.append(asset)
+        else:
+            job = Job(source, [asset])
+            if isinstance(source.where, str) and len(url) < LONGEST_ADDRESS:
+                self.jobs[url] = job
+            self.put_into_queue(job)
 
     # Fetch, then decode
 
-    def start_loads(self) -> None:
-        room = self.room_for_loads()
-        while self.found and room > 0:
-            if self.start_fetch(self.found.popleft()):
-                room -= 1
+    def host_of(self, job: Job) -> Host:
+        name = job.source.host
+        if name not in self.hosts:
+            self.hosts[name] = Host(name, self.settings.workers)
+        return self.hosts[name]
 
-    def room_for_loads(self) -> int:
-        """How many more images may be fetched now.
+    def put_into_queue(self, job: Job) -> None:
+        host = self.host_of(job)
+        if host.pace.given_up:
+            self.leave(job, host)
+            return
+        if not host.queue:
+            self.turns.append(host)
+        host.queue.append(job)
+        self.waiting += 1
+        self.waiting_characters += len(job.assets[0].image)
 
-        At most --workers images are fetched or decoded at once. Fetches older than SLOW_SECONDS
-        do not count (MOST_SLOW at most), unless the last image that came was slow, too: then the
-        network is, and more fetches would not help. Fewer start while images wait for the model,
-        and none while RESULTS_WAITING or more wait for the store: that bounds memory.
-        """
+    def take_from_queue(self, host: Host) -> Job:
+        job = host.queue.popleft()
+        self.waiting -= 1
+        self.waiting_characters -= len(job.assets[0].image)
+        return job
+
+    def room_for_fetches(self) -> int:
+        """How many more images may be fetched now, whichever host they are of."""
+        pixels = len(self.ready) + sum(task.images for task in self.under_way("embed"))
+        most_pixels = self.settings.workers + 2 * self.lanes * self.settings.batch_size
+        files = len(self.under_way("decode"))
+        if pixels + files >= most_pixels or files >= 2 * self.lanes:
+            return 0
         if len(self.results) >= RESULTS_WAITING:
             return 0
-        loads = self.under_way("fetch", "decode")
-        waiting = len(self.ready) + sum(task.images for task in self.under_way("embed"))
-        most_waiting = 2 * (self.settings.workers + self.lanes * self.settings.batch_size)
-        room = min(self.settings.workers, most_waiting - waiting)
-        if not self.line_is_slow:
-            fetches = self.under_way("fetch")
-            slow = [task for task in fetches if task.age > SLOW_SECONDS]
-            room += min(len(slow), MOST_SLOW)
-        return room - len(loads)
+        fetches = self.under_way("fetch")
+        using_line = [task for task in fetches if not is_silent(task)]
+        return min(int(self.line.window) - len(using_line), MOST_DOWNLOADS - len(fetches))
 
-    def start_fetch(self, asset: Asset) -> bool:
-        """False where there is nothing to fetch, or the host is down."""
-        try:
-            place = self.store.locate(asset)
-        except Exception as error:
-            self.take_failure(asset, "fetch", "", error)  # which no host has said
-            return False
-        if self.hosts.is_down(place.host):
-            why = f"of {place.host}, which failed {HOST_FAILURES} times in a row"
-            self.report.left_of[why] = self.report.left_of.get(why, 0) + 1
-            return False
-        seconds = self.settings.fetch_seconds
-        task = Task(
-            "fetch",
-            partial(self.take_bytes, asset, place.host),
-            partial(self.take_failure, asset, "fetch", place.host),
-        )
-        task.patience = seconds + 1
-        task.late = ImageError(not_in_time(seconds))
-        self.start(task, self.loader.fetch, place)
-        return True
+    def start_fetches(self) -> None:
+        """Starts what the line and the hosts allow; the hosts take turns."""
+        room = self.room_for_fetches()
+        now = time.monotonic()
+        passed = 0  # hosts in a row that may start none
+        while room > 0 and passed < len(self.turns):
+            host = self.turns.popleft()
+            if not host.may_start(now):
+                self.turns.append(host)
+                passed += 1
+                continue
+            job = self.take_from_queue(host)
+            if host.queue:
+                self.turns.append(host)
+            self.start_fetch(job, host)
+            room -= 1
+            passed = 0
 
-    def take_bytes(self, asset: Asset, host: str, fetched: Download) -> None:
-        self.line_is_slow = fetched.seconds > SLOW_SECONDS
-        self.hosts.answered(host)
-        failed = partial(self.take_failure, asset, "decode", "")
-        self.start(Task("decode", self.take_loaded, failed), self.loader.load, asset, fetched.data)
+    def start_fetch(self, job: Job, host: Host) -> None:
+        host.downloads += 1
+        job.since = time.monotonic()
+        deadline = Deadline(self.settings.fetch_seconds)
+        take = partial(self.take_download, job, host)
+        fail = partial(self.take_failed_fetch, job, host)
+        task = Task("fetch", take, fail, deadline, late=deadline.missed)
+        self.start(task, self.loader.fetch, job.source, deadline)
+
+    def take_download(self, job: Job, host: Host, download: Download) -> None:
+        host.downloads -= 1
+        host.sent_an_image = True
+        now = time.monotonic()
+        host.pace.arrived(now, download.seconds)
+        self.line.arrived(now, download.body_seconds)
+        first = job.assets[0]
+        self.loading[first.id] = job
+        task = Task("decode", self.take_loaded, partial(self.take_failure, job, "decode"))
+        self.start(task, self.loader.load, first, download.data)
 
     def take_loaded(self, loaded: Loaded) -> None:
         self.ready.append(loaded)
 
-    def take_failure(self, asset: Asset, stage: str, host: str, error: Exception) -> None:
-        """Makes an error the asset's failure, and tells Hosts; RunError ends the run instead. Only
-        ImageError is for good: what nobody foresaw is our defect, not the image's."""
+    def take_failed_fetch(self, job: Job, host: Host, error: Exception) -> None:
+        host.downloads -= 1
+        if isinstance(error, Strain):
+            self.take_strain(job, host, error)
+        else:
+            self.take_failure(job, "fetch", error)
+
+    def take_strain(self, job: Job, host: Host, strain: Strain) -> None:
+        """The image is tried again later, and its host gets fewer downloads, or rests."""
+        pace = host.pace
+        now = time.monotonic()
+        given_up_before = pace.given_up
+        known_rest = pace.rest_until
+        pace.strained(now, job.since, strain.rest)
+        if strain.first_byte is not None:
+            self.line.slow_down(now, strain.first_byte)
+        host.reason = str(strain)
+        if strain.rest:
+            host.reason = f"{strain}, asked to wait until {clock(now + strain.rest)}"
+        if not strain.rest:
+            job.tries += 1
+        if job.tries == TRIES or (job.tries and pace.given_up):
+            self.take_failure(job, "fetch", strain)
+        else:
+            self.put_into_queue(job)
+        if pace.given_up:
+            if not given_up_before:
+                self.give_up(host)
+        elif pace.rest_until >= max(known_rest, now) + 1:
+            log.info("%s rests until %s: %s", host.name, clock(pace.rest_until), strain)
+
+    def give_up(self, host: Host) -> None:
+        """What was tried of a host has failed; the rest is left."""
+        if host in self.turns:
+            self.turns.remove(host)
+        while host.queue:
+            job = self.take_from_queue(host)
+            if job.tries:
+                self.take_failure(job, "fetch", Strain(host.reason))
+            else:
+                self.leave(job, host)
+        log.warning("%s is given up for this run: %s", host.name, host.reason)
+        hosts = [known for known in self.hosts.values() if known.name]
+        all_given_up = all(known.pace.given_up for known in hosts)
+        if all_given_up and not any(known.sent_an_image for known in hosts):
+            self.end(
+                RunError(
+                    f"no image came from any host (the last was {host.name}: {host.reason}): "
+                    "check this machine's network, then run again"
+                )
+            )
+
+    def leave(self, job: Job, host: Host) -> None:
+        """Leaves an image for the next run, for its host's sake, with nothing noted."""
+        self.jobs.pop(str(job.source.where), None)
+        self.report.leave(host.name, host.reason, len(job.assets))
+
+    def take_failure(self, job: Job, stage: str, error: Exception) -> None:
+        """Makes an error the failure of an image; RunError ends the run instead. What nobody
+        foresaw is a defect of ours, and not the image's."""
         if isinstance(error, RunError):
             self.end(error)
             return
+        first = job.assets[0]
         reason = str(error)
         if not isinstance(error, ImageError):
-            log.debug("%s", asset, exc_info=error)
+            log.debug("%s", first, exc_info=error)
             reason = f"unexpected {type(error).__name__}"
-        failed = Failed(asset, stage, reason)
-        self.take_result(failed)
-        if not isinstance(error, Strain):
-            self.hosts.answered(host)
-        elif self.hosts.failed(host, silent=True):
-            left = "its other images are left for the next run"
-            log.warning("%s: %s; %s", host, failed, left)
+        self.loading.pop(first.id, None)
+        self.finish(job, Failed(first, stage, reason))
 
     # Embed
 
@@ -1067,7 +1297,7 @@ class Run:
         """Gives each lane a batch, and one to follow it. A batch that is not full is started only
         while no other is under way, or of the run's last images, which the lanes share."""
         size = self.settings.batch_size
-        if not self.found and not self.under_way("find", "fetch", "decode"):
+        if not self.waiting and not self.under_way("find", "fetch", "decode"):
             share = math.ceil(len(self.ready) / self.lanes)
             size = max(1, min(size, share))
         while self.encoder and self.ready:
@@ -1078,12 +1308,23 @@ class Run:
                 return
             batch = self.ready[:size]
             self.ready = self.ready[size:]
-            task = Task("embed", self.take_results, self.end, images=len(batch))
+            task = Task("embed", self.take_embedded, self.end, images=len(batch))
             self.start(task, self.encoder.embed, batch)
 
-    def take_results(self, results: list[Result]) -> None:
+    def take_embedded(self, results: list[Result]) -> None:
         for result in results:
-            self.take_result(result)
+            self.finish(self.loading.pop(result.asset.id), result)
+
+    def finish(self, job: Job, result: Result) -> None:
+        """Counts a result for each asset that shares the image, and keeps it for those to come."""
+        job.result = result
+        for asset in job.assets:
+            self.take_result(result._replace(asset=asset))
+        url = str(job.source.where)
+        if self.jobs.get(url) is job:
+            self.kept.append(url)
+        if len(self.kept) > RESULTS_KEPT:
+            del self.jobs[self.kept.popleft()]
 
     def take_result(self, result: Result) -> None:
         self.results.append(result)
@@ -1099,16 +1340,14 @@ class Run:
         if not self.results or not self.storing or self.under_way("store"):
             return
         full = len(self.results) >= WRITE_ROWS
-        late = time.monotonic() > self.store_by
+        due = time.monotonic() > self.store_by
         last = not self.under_way(*self.awaited)
-        if not (full or late or last):
+        if not (full or due or last):
             return
         batch = self.results[:WRITE_ROWS]
         self.results = self.results[WRITE_ROWS:]
         self.store_by = time.monotonic() + WRITE_SECONDS
-        task = Task("store", partial(self.take_stored, batch), self.end_storing)
-        task.patience = self.store.patience
-        task.late = silence_of(self.store)
+        task = self.ask_store("store", partial(self.take_stored, batch), self.end_storing)
         self.start(task, self.store.save, batch)
 
     def take_stored(self, batch: list[Result], taken: set[Id]) -> None:
@@ -1121,71 +1360,18 @@ class Run:
         self.end(error)
 
 
-class Hosts:
-    """Which image hosts are down, and whether the network is.
+def is_silent(fetch: Task) -> bool:
+    """Whether a download waits for its host, and so leaves the line to others."""
+    brought_nothing = fetch.deadline is not None and fetch.deadline.first_byte is None
+    return brought_nothing and time.monotonic() - fetch.since > SILENT_SECONDS
 
-    A host is down once HOST_FAILURES of its images in a row failed for now: its other images are
-    left for the next run. An image's own failure (404, a broken file) is an answer of the host,
-    and ends such a row. A host that answered a moment ago, and now not at all, has SILENT_SECONDS
-    to come back: this machine's network may be away, and all images on one host.
 
-    The network is gone, which is no image's failure and ends a run with exit code 2, when
-    HOSTS_DOWN hosts went down one after the other without an answer of any host between, or when
-    a host went down in a run to which no host ever gave an answer.
-    """
-
-    def __init__(self) -> None:
-        self._failures: Counter[str] = Counter()  # in a row, by host
-        self._last_answer: dict[str, float] = {}  # when, by host
-        self._down: set[str] = set()
-        self._down_in_a_row = 0  # hosts
-        self._any_answered = False
-        self._last_down = ""
-
-    def answered(self, host: str) -> None:
-        """A host sent an image, or said that there is none. Files have no host."""
-        if host:
-            self._failures[host] = 0
-            self._last_answer[host] = time.monotonic()
-            self._down.discard(host)
-            self._down_in_a_row = 0
-            self._any_answered = True
-
-    def failed(self, host: str, silent: bool) -> bool:
-        """A host failed to send an image; silent: it said nothing at all. True when it counts as
-        down from now on."""
-        if not host or host in self._down:
-            return False
-        self._failures[host] += 1
-        if self._failures[host] < HOST_FAILURES:
-            return False
-        last_answer = self._last_answer.get(host, -math.inf)
-        if silent and time.monotonic() - last_answer < SILENT_SECONDS:
-            return False
-        self._down.add(host)
-        self._down_in_a_row += 1
-        self._last_down = host
-        return True
-
-    def is_down(self, host: str) -> bool:
-        return host in self._down
-
-    @property
-    def several_in_a_row(self) -> bool:
-        return self._down_in_a_row >= HOSTS_DOWN
-
-    @property
-    def network_is_gone(self) -> bool:
-        if self.several_in_a_row:
-            return True
-        return bool(self._last_down) and not self._any_answered
-
-    def explain(self) -> RunError:
-        """What to say where the network is gone."""
-        return RunError(
-            f"no image came since {self._last_down} failed {HOST_FAILURES} times in a row: check "
-            "this machine's network and that host, then run again"
-        )
+def clock(moment: float) -> str:
+    """A moment of time.monotonic() as people read it."""
+    when = datetime.now() + timedelta(seconds=moment - time.monotonic())
+    if when.date() != datetime.now().date():
+        return f"{when.day} {when:%B, %H:%M}"
+    return f"{when:%H:%M:%S}" if moment - time.monotonic() < 60 else f"{when:%H:%M}"
 
 
 class Progress:
@@ -1196,17 +1382,15 @@ class Progress:
     LINE_SECONDS = 10.0  # and whenever the last line is this old
 
     def __init__(self, goal: int) -> None:
-        self.terminal = sys.stderr.isatty()
-        self._failed = 0  # stored or not
+        self._goal = goal
+        self._done = 0  # stored or not, of which
+        self._failed = 0  # so many
+        self._since = time.monotonic()
         self._line_due = math.inf
-        if self.terminal:
+        self._bar: Any = None
+        if sys.stderr.isatty():
             width = shutil.get_terminal_size().columns - 1
-            look: dict[str, Any] = {"ncols": width}
-        else:
-            # Never drawn, by this delay; str() makes the lines for the log of it.
-            line = "{n_fmt}/{total_fmt} done{postfix}, {rate_noinv_fmt}, {remaining} left"
-            look = {"file": io.StringIO(), "delay": math.inf, "bar_format": line}
-        self._bar = tqdm(total=goal, unit=" images", leave=False, smoothing=0, **look)
+            self._bar = tqdm(total=goal, unit=" images", leave=False, smoothing=0, ncols=width)
         self._log_above_bar = logging_redirect_tqdm()
 
     def __enter__(self) -> Progress:
@@ -1214,43 +1398,52 @@ class Progress:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._bar.close()
+        if self._bar:
+            self._bar.close()
         self._log_above_bar.__exit__(*error)
 
     def restart_clock(self) -> None:
         """The rate is that without the loading of the model."""
-        self._bar.initial = self._bar.n
-        self._bar.start_t = time.time()
+        self._since = time.monotonic()
+        if self._bar:
+            self._bar.unpause()
 
     def step(self, failed: bool) -> None:
         """One more image is done."""
+        self._done += 1
         if failed:
             self._failed += 1
-        self._bar.set_postfix(failed=self._failed, refresh=False)
-        self._bar.update()
-        if not self.terminal:
+        if self._bar:
+            self._bar.set_postfix(failed=self._failed, refresh=False)
+            self._bar.update()
+        else:
             self._log_now_and_then()
 
     def _log_now_and_then(self) -> None:
         now = time.monotonic()
-        done = self._bar.n
-        first_ones = done <= self.EACH_UNTIL and done % self.EACH == 0
+        first_ones = self._done <= self.EACH_UNTIL and self._done % self.EACH == 0
         if first_ones or now >= self._line_due:
-            log.info("%s", self._bar)
+            rate = self._done / max(0.001, now - self._since)
+            left = timedelta(seconds=math.ceil((self._goal - self._done) / rate))
+            log.info(
+                f"{self._done:,}/{self._goal:,} done, {self._failed:,} failed, "
+                f"{rate:.1f} images/s, {left} left"
+            )
             self._line_due = now + self.LINE_SECONDS
 
 
 class Stop:
-    """Set by the first Ctrl-C, SIGTERM or SIGHUP; one after ECHO_SECONDS ends the process."""
+    """`with stop` around what must not end at once: the first Ctrl-C, SIGTERM or SIGHUP sets
+    `code`, and a second one, after ECHO_SECONDS, ends the process."""
 
     code = 0  # the exit code, once set; no threading.Event: handlers must not wait for locks
     _since = 0.0
 
-    def listen(self) -> None:
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)  # Windows has no SIGHUP, nohup ignores it
-            if number and signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self._handle)
+    def __enter__(self) -> None:
+        handle_stops(self._handle)
+
+    def __exit__(self, *_: object) -> None:
+        handle_stops(end_at_once)
 
     def _handle(self, number: int, _: object) -> None:
         now = time.monotonic()
@@ -1263,13 +1456,6 @@ class Stop:
                 os.write(2, b"\nstopping: storing what is embedded; Ctrl-C again ends at once\n")
         elif now - self._since > ECHO_SECONDS:
             os._exit(self.code)
-
-    def end_at_once(self) -> None:
-        """After the run: there is nothing left to store, so a stop need not wait for anything."""
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)
-            if number and signal.getsignal(number) == self._handle:
-                signal.signal(number, lambda number, _: os._exit(128 + number))
 
 
 # =============================================================================== Stores
@@ -1955,13 +2141,18 @@ def unreadable(error: OSError) -> None:
 # ============================================================================= Fetching
 
 MAX_BYTES = 50 * 2**20  # of one image file
-HEAVY_BYTES = 4 * 2**20  # files above this are heavy,
-HEAVY_FILES = 4  # and no more of them are downloaded at once
-PAGE_BYTES = 2**16  # of a page in the place of an image; checks for robots are shorter,
-SCRIPT_BYTES = 2**13  # and those that are no more than a script much shorter
-FETCH_ATTEMPTS = 4  # at one image, in a run
+HEADER_BYTES = 2**17  # of an answer, all its headers together
+MOST_HEADERS = 400  # of an answer; some shops send 120, and Python takes 100
+PAGE_BYTES = 2**16  # that are read of an answer without an image
 MAX_REDIRECTS = 5
-READ_SECONDS = 10.0  # between two packets; FETCH_SECONDS is for the whole
+LIVELY_BYTES = 50_000  # arrived bytes that give a download one more second
+DEAD_SECONDS = 2.0  # for an address that does not answer, where its host has others
+HOSTS_KEPT = 64  # hosts whose connections stay open
+
+# The statuses by which a host says that it did not cope. Every other one is about its image alone:
+# S3 answers 403 for what is missing, Cloudinary 423 for what it still makes, and 202 comes with a
+# check for robots, which does not go away when we ask more slowly.
+STRAINED = frozenset((408, 420, 425, 429, 430, *range(500, 600)))
 
 # A host's admin finds this name in the log, and can let it in. Words that many hosts refuse are
 # not in it: python-requests, bot, openai.
@@ -1972,308 +2163,176 @@ HEADERS = {
     "User-Agent": f"{AGENT}/{VERSION} (product images for visual search; CLIP ViT-B/32)",
     "Accept": "image/jpeg,image/png,image/*;q=0.9,*/*;q=0.8",
 }
-
-
-class Meaning(Enum):
-    """What a host's answer means for the image that was asked for."""
-
-    PICTURE = "here it is"
-    ELSEWHERE = "it is where Location says"
-    NEVER = "it can't be had, for good"
-    LATER = "it can't be had in this run"
-    AGAIN = "another attempt in this run may get it, after Retry-After"
-    ROBOTS = "it can't be had in this run, as the host takes us for a bad robot"
-
-
-# What an answer means, by its status; what is not listed means LATER.
-# NEVER, which is only about the URL itself, becomes ImageError: a failure for good.
-# AGAIN, and LATER or ROBOTS with Retry-After, become Strain: the image's own thread sleeps that
-# long and asks again, FETCH_ATTEMPTS in all; other images of the host go on. Where less time than
-# that is left of settings.fetch_seconds, it gives up at once.
-# What fails so becomes ImageError: later runs try again. All failures but NEVER count in Hosts.
-ANSWERS = {
-    200: Meaning.PICTURE,
-    203: Meaning.PICTURE,  # RFC 9110: a proxy on the way has changed something
-    206: Meaning.PICTURE,  # if it is the whole; a part means LATER
-    301: Meaning.ELSEWHERE,
-    302: Meaning.ELSEWHERE,
-    303: Meaning.ELSEWHERE,
-    307: Meaning.ELSEWHERE,
-    308: Meaning.ELSEWHERE,
-    400: Meaning.NEVER,
-    404: Meaning.NEVER,
-    410: Meaning.NEVER,
-    414: Meaning.NEVER,
-    451: Meaning.NEVER,  # RFC 7725: for legal reasons
-    202: Meaning.AGAIN,  # still being made; with a page: ROBOTS (SiteGround, AWS WAF)
-    408: Meaning.AGAIN,
-    420: Meaning.AGAIN,  # Cloudinary: too many requests
-    421: Meaning.AGAIN,  # RFC 9110: over another connection
-    423: Meaning.AGAIN,  # Cloudinary: still being made
-    425: Meaning.AGAIN,  # RFC 8470: too early
-    429: Meaning.AGAIN,  # RFC 6585: too many requests
-    430: Meaning.AGAIN,  # Shopify: too many requests, or suspicious ones
-    **dict.fromkeys(range(100, 200), Meaning.AGAIN),  # 103 comes before the answer proper
-    **dict.fromkeys(range(500, 600), Meaning.AGAIN),
-    # Nothing but a firewall answers these to the question for a file.
-    405: Meaning.ROBOTS,  # AWS WAF's and Alibaba's captcha
-    406: Meaning.ROBOTS,  # mod_security
-    418: Meaning.ROBOTS,
-    999: Meaning.ROBOTS,  # LinkedIn
-}
-
-# What firewalls put into a check for robots, whatever its status (some send these with pictures
-# and with a true 404, too, which therefore stay what they are).
-ROBOT_HEADERS = {
-    "cf-mitigated",  # Cloudflare
-    "sg-captcha",  # SiteGround
-    "x-amzn-waf-action",  # AWS WAF, whose page stays away from who does not accept HTML
-    "x-dd-b",  # DataDome
-    "x-vercel-mitigated",
-    "x-sucuri-block",
-}
-ROBOT_WORDS = re.compile(
-    # what such pages say to people,
-    rb"captcha|just a moment|one moment, please|checking your browser|attention required"
-    rb"|robot or human|(not|are you) a (ro)?bot|(verify|confirm)[^<]{0,20} human"
-    rb"|(human|bot|security|browser) (check|verification|challenge)|client challenge"
-    rb"|unusual traffic|pardon our interruption|ddos.(guard|protection)"
-    # and the scripts of Cloudflare, Imperva, AWS, Akamai, HUMAN, Kasada, Sucuri, Alibaba, F5
-    rb"|_cf_chl|incapsula|awswaf|bm-verify|sec-if-cpt|_pxappid|kpsdk|sucuri|acw_sc__|bobcmn",
-    re.IGNORECASE,
-)
-ROBOT_ADVICE = f"ask the host to let {AGENT} in, or slow down with --workers"
-
-# What a library's message holds, and what we say.
-NETWORK_REASONS = {
-    "CERTIFICATE": "the host's certificate is not valid",
-    "SSL": "TLS failed",
-    "Temporary failure in name": "no name server answered",  # EAI_AGAIN, as offline
-    "gaierror": "host not found",
-    "NameResolution": "host not found",
-    "timed out": "the host did not answer in time",
-    "refused": "connection refused",
-    "unreachable": "host not reachable",
-    "got more than": "an answer with headers without end",
-    "to decode": "broken compression",
-}
-# Encodings that a host should not send unless asked; urllib3 has some where packages for them are.
-UNASKED = {"br", "zstd", "compress", "x-compress", "dcb", "dcz"}
-
-BLANKS = "".join(map(chr, range(33)))  # what browsers strip from a URL's ends
-PATH_CHARACTERS = "%!$&'()*+,-./:;=@[]_|~"  # those that browsers leave as they are
-QUERY_CHARACTERS = PATH_CHARACTERS.replace("'", "") + "?^`{}\\"
-TARGET = ":path"  # a header of our own, as in HTTP/2, that is never sent: see pool_classes
+PORTS = {"http": 80, "https": 443}
 
 
 class Fetcher:
     """Gets the bytes of images over connections that stay open, for any number of threads."""
 
     def __init__(self, settings: Settings) -> None:
-        http.client._MAXHEADERS = 400  # type: ignore[attr-defined]  # not 100: some shops send 120
         self._settings = settings
         self._guard = Guard(settings)
-        self._heavy = threading.Semaphore(HEAVY_FILES)
-        self._pools: dict[str, urllib3.PoolManager] = {}  # by proxy, "" for none
-        self._pools_lock = threading.Lock()
+        # By origin: it takes as long as half a download to look for them in the environment.
+        self._proxies_of = lru_cache(maxsize=1000)(requests.utils.get_environ_proxies)
 
-    def fetch(self, place: Source) -> bytes:
-        """The bytes of an image, at most MAX_BYTES, within FETCH_SECONDS, all attempts together.
+    @cached_property
+    def _adapter(self) -> requests.adapters.HTTPAdapter:
+        """Made for the first URL: a folder needs none."""
+        return guarded_adapter(self._guard, self._settings.workers)
 
-        Raises ImageError.
+    def fetch(self, source: Source, deadline: Deadline) -> Download:
+        """One attempt at an image, of at most MAX_BYTES.
+
+        Raises Strain where its host did not cope, and ImageError where the image can't be had.
         """
-        if isinstance(place.where, Path):
-            return read_file(place.where)
-        if place.where[:5].lower() == "data:":
-            return read_data_url(place.where)
-        url = read_url(place.where)
-        deadline = Deadline(self._settings.fetch_seconds)
-        attempt = 1
-        while True:
-            try:
-                return self._follow(url, place.headers, deadline)
-            except Strain as error:
-                left = deadline.seconds
-                if attempt == FETCH_ATTEMPTS or error.rest > max(left, 0):
-                    raise
-                pause = max(error.rest, 2**attempt * random.uniform(0.125, 0.25))
-                if pause > left:  # it is not the host's pause that does not fit, but ours
-                    raise ImageError(f"{deadline.missed} ({error})") from None
-            time.sleep(pause)
-            attempt += 1
-
-    def _follow(self, url: Url, headers: Mapping[str, str], deadline: Deadline) -> bytes:
-        """One attempt, along its redirects. Cookies live that long, and go to no other origin."""
-        cookies: dict[str, dict[str, str]] = {}
-        for hop in range(MAX_REDIRECTS + 1):
-            own = cookies.setdefault(url.origin, {})
-            answer = None
-            try:
-                with contextlib.closing(self._ask(url, headers, own, deadline)) as answer:
-                    target = answer.headers.get("Location")
-                    if meaning_of(answer) is not Meaning.ELSEWHERE or not target:
-                        return self._picture(answer, deadline)
-                    own.update(cookies_of(answer))
-            except (OSError, ValueError, http.client.HTTPException, HTTPError) as error:
-                reason = network_reason(error)
-                if answer is None:
-                    raise Strain(reason) from None
-                raise Strain(reason) from None
-            except ImageError as error:
-                if hop == 0:
-                    raise
-                raise ImageError(f"a redirect elsewhere: {error}") from None
-            url = next_url(url, target)
-            headers = {}  # they were for the first place alone
-        raise ImageError(f"more than {MAX_REDIRECTS} redirects")
-
-    def _ask(
-        self, url: Url, headers: Mapping[str, str], cookies: dict[str, str], deadline: Deadline
-    ) -> BaseHTTPResponse:
-        sent = {**HEADERS, **headers, TARGET: url.target}
-        if cookies:
-            sent["Cookie"] = "; ".join(f"{name}={value}" for name, value in cookies.items())
-        if url.login and "Authorization" not in sent:
-            sent |= urllib3.make_headers(basic_auth=url.login, basic_auth_encoding="utf-8")
-        left = deadline.left()
-        return self._pools_for(url).urlopen(
-            "GET",
-            f"{url.origin}/",
-            headers=sent,
-            timeout=urllib3.Timeout(connect=left, read=min(READ_SECONDS, left)),
-            retries=False,
-            redirect=False,
-            preload_content=False,
-        )
-
-    def _pools_for(self, url: Url) -> urllib3.PoolManager:
-        """The open connections that may serve a URL: the direct ones, or a proxy's."""
-        proxies = requests.utils.get_environ_proxies(url.origin)
-        proxy = requests.utils.select_proxy(url.origin, proxies) or ""
-        if proxy:
-            self._guard.check_name(url)
-        with self._pools_lock:
-            if proxy not in self._pools:
-                self._pools[proxy] = self._open_pools(proxy)
-            return self._pools[proxy]
-
-    def _open_pools(self, proxy: str) -> urllib3.PoolManager:
-        options: dict[str, Any] = {
-            "num_pools": 64,  # hosts whose connections are kept
-            "maxsize": self._settings.workers,
-            "ssl_context": tls_context(),
-        }
-        connect: Connect | None = None
-        if not proxy:
-            connect = self._guard.connect
-            pools = urllib3.PoolManager(**options)
-        elif proxy.startswith("socks"):
-            connect = SocksProxy(proxy).connect
-            pools = urllib3.PoolManager(**options)
+        if isinstance(source.where, Path):
+            data = read_file(source.where)
+        elif source.where[:5].lower() == "data:":
+            data = read_data_url(source.where)
         else:
-            if "://" not in proxy:
-                proxy = f"http://{proxy}"
-            user, password = requests.utils.get_auth_from_url(proxy)
-            if user:
-                login = urllib3.make_headers(proxy_basic_auth=f"{user}:{password}")
-                options["proxy_headers"] = login
-            pools = urllib3.ProxyManager(proxy, **options)
-        pools.pool_classes_by_scheme = pool_classes(connect)
-        return pools
+            try:
+                data = self._follow(read_url(source.where), source.headers, deadline)
+            except (OSError, ValueError, HTTPError, zlib.error) as error:
+                raise failure_of(error, deadline) from None
+        return deadline.download(data)
 
-    def _picture(self, answer: BaseHTTPResponse, deadline: Deadline) -> bytes:
+    def _follow(self, url: str, headers: Mapping[str, str], deadline: Deadline) -> bytes:
+        """Goes along an image's redirects. Cookies live that long.
+
+        This is not left to requests, which reads all of a redirect's body and sends the key on.
+        """
+        cookies = RequestsCookieJar()
+        for hop in range(MAX_REDIRECTS + 1):
+            # Without a session: one would read passwords from .netrc.
+            request = requests.Request("GET", url, HEADERS | dict(headers), cookies=cookies)
+            try:
+                prepared = request.prepare()
+            except ValueError:
+                raise ImageError(BAD_REDIRECT if hop else NOT_A_URL) from None
+            with contextlib.closing(self._ask(prepared, deadline)) as answer:
+                if not answer.is_redirect:
+                    return self._image(answer, deadline)
+                cookies.update(answer.cookies)
+                url = next_url(answer)
+            headers = {}  # they were for the first URL alone
+        raise ImageError(f"{BAD_REDIRECT} (more than {MAX_REDIRECTS})")
+
+    def _ask(self, request: requests.PreparedRequest, deadline: Deadline) -> requests.Response:
+        url = str(request.url)
+        proxies = self._proxies_of(urljoin(url, "/"))
+        if requests.utils.select_proxy(url, proxies):
+            check_proxies("socks")
+            self._guard.check_name(url)
+        return self._adapter.send(request, True, deadline.left(), proxies=proxies)
+
+    def _image(self, answer: requests.Response, deadline: Deadline) -> bytes:
         """The bytes of an answer that is the image. Raises what any other answer means."""
-        if meaning_of(answer) is not Meaning.PICTURE:
-            raise refusal(answer, first_bytes(answer, deadline))
-        encodings = set(re.split(r"[\s,]+", answer.headers.get("Content-Encoding", "").lower()))
-        for encoding in encodings & UNASKED - set(urllib3.HTTPResponse.CONTENT_DECODERS):
-            raise ImageError(f"compressed as {encoding}, which it was not asked for")
-        data = self._body(answer, deadline)
-        if is_page(data) and is_robots_check(answer, data):
-            raise ImageError(f"HTTP {answer.status}, a check for robots: {ROBOT_ADVICE}")
-        return data
+        status = answer.status_code
+        if status in (200, 203, 206):  # a part of a file shows when it is decoded
+            return body_of(answer, deadline)
+        page = first_bytes(answer)
+        if status == 400:
+            # So Supabase's Storage refuses nearly everything, and names the true status.
+            self._check_bucket(answer.url, page)
+            named = re.search(rb'"statusCode": ?"?([45]\d\d)\b', page)
+            if named:
+                status = int(named[1])
+        if status in STRAINED:
+            raise Strain(f"HTTP {status}", retry_after(answer.headers))
+        raise ImageError(f"HTTP {status}")
 
-    def _body(self, answer: BaseHTTPResponse, deadline: Deadline) -> bytes:
-        data = bytearray()
-        heavy = False
-        try:
-            while chunk := answer.read1(2**16, decode_content=True):
-                data += chunk
-                if len(data) > MAX_BYTES:
-                    raise ImageError(TOO_LARGE)
-                left = deadline.left()
-                if len(data) > HEAVY_BYTES and not heavy:
-                    heavy = self._heavy.acquire(timeout=left)
-        finally:
-            if heavy:
-                self._heavy.release()
-        return bytes(data)
+    def _check_bucket(self, url: str, page: bytes) -> None:
+        """Raises ImageError where the project's own Storage has no such bucket for the public."""
+        if b"Bucket not found" in page and url.startswith(self._settings.url):
+            bucket = url.partition("/public/")[2].partition("/")[0]
+            raise ImageError(f"{PRIVATE_BUCKET} ({unquote(bucket)})")
 
 
 class Deadline:
-    """The end of the time that one image has."""
+    """When a download is given up: some seconds after its start, and one more second for each
+    LIVELY_BYTES that arrived. A slow line is no fault, one byte a second is."""
 
     def __init__(self, seconds: float) -> None:
-        self._end = time.monotonic() + seconds
-        self.missed = not_in_time(seconds)
+        self._seconds = seconds
+        self._started = time.monotonic()
+        self._end = self._started + seconds
+        self.first_byte: float | None = None  # when the body began to come
 
-    @property
-    def seconds(self) -> float:
-        """How long it is until then; below 0 where it is over."""
-        return self._end - time.monotonic()
+    def arrived(self, count: int) -> None:
+        """So many more bytes of the body are here."""
+        if self.first_byte is None:
+            self.first_byte = time.monotonic()
+        self._end += count / LIVELY_BYTES
 
     def left(self) -> float:
-        """The same, above 0. Raises ImageError where it is over."""
-        seconds = self.seconds
+        """The seconds that are left, above 0. Raises Strain where there are none."""
+        seconds = self._end - time.monotonic()
         if seconds <= 0:
-            raise ImageError(self.missed)
+            raise self.missed()
         return seconds
 
+    @property
+    def overdue(self) -> bool:
+        """Whether it was over a second ago, and the download hangs where no time-out reaches:
+        in headers that drip, or on a dead file system."""
+        return time.monotonic() > self._end + 1
 
-def not_in_time(seconds: float) -> str:
-    """Why an image was given up; schema.sql knows these words, see embedding_back_off."""
-    return f"not complete within {seconds:g} s"
+    def missed(self) -> Strain:
+        """What to raise, or to note, once it is over."""
+        return Strain(f"{TOO_LATE} ({self._seconds:g} s)", first_byte=self.first_byte)
 
-
-# What an answer means
-
-
-def meaning_of(answer: BaseHTTPResponse) -> Meaning:
-    """What an answer's status says."""
-    if answer.status == 206:
-        whole = re.fullmatch(r"bytes 0-(\d+)/(\d+)", answer.headers.get("Content-Range", ""))
-        if not whole or int(whole[1]) + 1 != int(whole[2]):
-            return Meaning.LATER
-    return ANSWERS.get(answer.status, Meaning.LATER)
+    def download(self, data: bytes) -> Download:
+        """What arrived, with the time that it took."""
+        now = time.monotonic()
+        return Download(data, now - self._started, now - (self.first_byte or now))
 
 
-def refusal(answer: BaseHTTPResponse, page: bytes) -> ImageError:
-    """What an answer means that is no picture; `page` is how its body begins."""
-    status = answer.status
-    meaning = meaning_of(answer)
-    if status == 400 and (meant := status_in_body(page)):
-        status = meant
-        meaning = ANSWERS.get(status, Meaning.LATER)
-    reason = f"HTTP {status} {http.client.responses.get(status, '')}".strip()
-    if meaning is Meaning.NEVER:
-        return ImageError(reason)
-    checks = meaning is Meaning.ROBOTS or is_robots_check(answer, page)
-    if checks or (answer.status == 202 and is_page(page)):
-        reason = f"{reason}, a check for robots: {ROBOT_ADVICE}"
-    after = retry_after(answer.headers)
-    if meaning is Meaning.AGAIN or after > 0:
-        return Strain(reason, after)
-    return ImageError(reason)
+# What an answer holds
 
 
-def status_in_body(page: bytes) -> int:
-    """The status that an answer's JSON names; 0 if none. Supabase's Storage answers 400 to nearly
-    all that it refuses, also for an hour of trouble, and says there what it means."""
+def body_of(answer: requests.Response, deadline: Deadline) -> bytes:
+    """The bytes of an image, unpacked where its host packed them, unasked."""
+    unpacker = None
+    if answer.headers.get("Content-Encoding", "").lower() in ("gzip", "x-gzip", "deflate"):
+        unpacker = zlib.decompressobj(wbits=47)  # either of gzip's and zlib's headers
+    data = bytearray()
+    # A packed body may end before its Content-Length, which some hosts take from the plain file.
+    while not (unpacker and unpacker.eof):
+        chunk = answer.raw.read1(2**16)
+        if not chunk:
+            break
+        if unpacker:
+            chunk = unpacker.decompress(chunk, MAX_BYTES + 1 - len(data))
+        data += chunk
+        if len(data) > MAX_BYTES:
+            raise ImageError(TOO_LARGE)
+        deadline.arrived(len(chunk))
+        deadline.left()
+    if unpacker and not unpacker.eof:
+        raise ImageError(BAD_COMPRESSION)
+    return bytes(data)
+
+
+def first_bytes(answer: requests.Response) -> bytes:
+    """How a page begins. Its connection is used again if that was all."""
+    page = b""
+    if answer.status_code >= 200:  # else the answer proper follows, and must not be another's
+        with contextlib.suppress(OSError, HTTPError):
+            page = answer.raw.read(PAGE_BYTES)
+    return page
+
+
+def next_url(answer: requests.Response) -> str:
+    """Where a redirect leads. Raises ImageError where no image can be."""
+    # Headers come as latin-1, hosts mean UTF-8.
+    location = answer.headers["Location"].encode("latin-1").decode("utf-8", "replace")
     try:
-        status = int(json.loads(page)["statusCode"])
-    except (LookupError, TypeError, ValueError, OverflowError, RecursionError):
-        return 0
-    return status if 400 <= status < 600 else 0
+        url = urljoin(answer.url, location.strip())
+    except ValueError:
+        url = ""
+    if not re.match("https?:", url, re.IGNORECASE):
+        raise ImageError(BAD_REDIRECT)
+    return url
 
 
 def retry_after(headers: Mapping[str, str]) -> float:
@@ -2282,180 +2341,84 @@ def retry_after(headers: Mapping[str, str]) -> float:
     if re.fullmatch(r"\d+(\.\d+)?", text, re.ASCII):
         return float(text)
     try:
-        return parsedate_to_datetime(text).timestamp() - time.time()
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
     except (ValueError, OverflowError):
         return 0.0
 
 
-def is_page(data: bytes) -> bool:
-    """Whether these are markup or JSON."""
-    return data[:100].lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"<", b"{")
+# What goes wrong on the way
 
-
-def is_robots_check(answer: BaseHTTPResponse, page: bytes) -> bool:
-    """Whether an answer asks for a proof that a person is asking. Long pages are not searched:
-    a shop's own may have a captcha in a form."""
-    if any(name.lower() in ROBOT_HEADERS for name in answer.headers):
-        return True
-    if len(page) < SCRIPT_BYTES and re.search(rb"document\.cookie|location\.reload", page):
-        return True  # a script that asks again
-    return len(page) < PAGE_BYTES and ROBOT_WORDS.search(page) is not None
-
-
-def first_bytes(answer: BaseHTTPResponse, deadline: Deadline) -> bytes:
-    """How a body begins; what there is of it, where it breaks off or comes too slowly."""
-    data = b""
-    if answer.status < 200:  # the answer proper follows, on a connection that is not used again
-        return data
-    with contextlib.suppress(OSError, http.client.HTTPException, HTTPError, ImageError):
-        while len(data) < PAGE_BYTES and deadline.left():
-            chunk = answer.read1(PAGE_BYTES - len(data), decode_content=True)
-            if not chunk:
-                break
-            data += chunk
-    return data
-
-
-def cookies_of(answer: BaseHTTPResponse) -> dict[str, str]:
-    """The cookies that an answer sets, without their conditions."""
-    cookies = {}
-    for line in answer.headers.getlist("Set-Cookie"):
-        name, _, value = line.partition(";")[0].partition("=")
-        cookies[name.strip()] = value.strip()
-    return cookies
+# The errors at the root of those of requests, urllib3 and httpx, the more special ones first
+NETWORK_REASONS: dict[type[Exception], str] = {
+    ssl.SSLCertVerificationError: CERTIFICATE,
+    ssl.SSLEOFError: LOST,
+    ssl.SSLError: NO_TLS,
+    socket.gaierror: NO_HOST,
+    TimeoutError: NO_ANSWER,
+    ConnectionRefusedError: REFUSED,
+    ConnectionError: LOST,
+    OSError: UNREACHABLE,
+    UnicodeError: NOT_A_URL,  # a part of the host's name is too long
+    zlib.error: BAD_COMPRESSION,
+}
+# These say nothing of how the host copes.
+LASTING = (CERTIFICATE, NO_TLS, NOT_A_URL, BAD_COMPRESSION, BAD_HEADERS)
 
 
 def network_reason(error: BaseException) -> str:
-    """What went wrong on the way to a host, in words that group well."""
-    said = ""
-    cause: BaseException | None = error
-    while cause:
-        # These name the URL, which may hold any word.
-        if not isinstance(cause, (requests.RequestException, MaxRetryError)):
-            said = f"{said} {cause!r}"
-        cause = cause.__cause__ or cause.__context__
-    for sign, reason in NETWORK_REASONS.items():
-        if sign in said:
+    """What went wrong on the way to a host."""
+    root = error
+    while root.__context__:
+        root = root.__context__
+    if str(root).startswith("got more than"):
+        return BAD_HEADERS
+    if isinstance(root, socket.gaierror) and root.errno == socket.EAI_AGAIN:
+        return NO_NAME_SERVER
+    for kind, reason in NETWORK_REASONS.items():
+        if isinstance(root, kind):
             return reason
-    return "connection lost"
+    return LOST
 
 
-# URLs
+def failure_of(error: Exception, deadline: Deadline) -> ImageError:
+    """What became of an image whose download broke off."""
+    reason = network_reason(error)
+    if reason in LASTING:
+        return ImageError(reason)
+    if reason == NO_ANSWER and deadline.first_byte:
+        return deadline.missed()
+    return Strain(reason)
 
 
-class Url(NamedTuple):
-    """A URL as a browser would ask for it: nothing is rewritten that need not be, as signed URLs
-    and object stores compare byte for byte."""
-
-    scheme: str  # http or https
-    host: str  # in ASCII, small letters, without brackets
-    port: int
-    target: str  # path and query
-    login: str  # user:password, or empty
-
-    @property
-    def origin(self) -> str:
-        """The URL's beginning, up to the path."""
-        host = self.host
-        if ":" in host:
-            host = f"[{host}]"
-        if self.port == PORTS[self.scheme]:
-            return f"{self.scheme}://{host}"
-        return f"{self.scheme}://{host}:{self.port}"
+# What is no answer of a host
 
 
-PORTS = {"http": 80, "https": 443}
-
-
-def read_url(text: str) -> Url:
+def read_url(text: str) -> str:
     """The URL that a text of the catalog is. Raises ImageError with what the text is instead."""
-    text = text.strip(BLANKS)
+    text = text.strip()
     if re.match(r"[\[{]|.*[\s,;|]https?://", text, re.IGNORECASE | re.DOTALL):
         raise ImageError(MANY_URLS)
     if not re.match(r"[\w!+.-]{2,}:(?!\d+/)", text):  # host:80 and C:\ are no schemes
         if re.search(r"\.\w{3,4}\s*[,;|\n]", text):
             raise ImageError(MANY_URLS)
         raise ImageError(NO_URL)
-    try:
-        return parse_url(text)
-    except ValueError:
-        raise ImageError("not a valid URL") from None
-
-
-def next_url(url: Url, location: str) -> Url:
-    """Where a redirect leads. Raises ImageError where that is nowhere."""
-    try:
-        # Headers come as latin-1, hosts mean UTF-8
-        location = quote(location.strip(BLANKS).encode("latin-1"), safe=string.punctuation)
-        if not re.match(r"[\w+.-]+:", location):
-            location = urljoin(url.origin + url.target, location)
-        return parse_url(location)
-    except ValueError:
-        raise ImageError("a redirect to no valid URL") from None
-    except ImageError as error:
-        raise ImageError(f"a redirect elsewhere: {error}") from None
-
-
-def parse_url(text: str) -> Url:
-    """The parts of a URL. Raises ValueError, and ImageError for schemes that are not fetched."""
-    text, _, _ = re.sub(r"[\t\r\n]", "", text).partition("#")
-    start, question, query = text.partition("?")
-    scheme, _, rest = start.replace("\\", "/").partition(":")
-    scheme = scheme.lower()
-    if scheme not in PORTS:
-        raise ImageError("only http, https and data URLs are fetched")
-    if not rest.startswith("//"):
-        raise ValueError
-    authority, slash, path = rest[2:].partition("/")
-    parts = urlsplit(f"//{authority}")
-    path = quote(without_dots(slash + path), safe=PATH_CHARACTERS)
-    query = quote(query, safe=QUERY_CHARACTERS)
-    login = ""
-    if parts.username is not None:
-        login = unquote(f"{parts.username}:{parts.password or ''}")
-    host = host_in_ascii(parts.hostname or "")
-    port = parts.port or PORTS[scheme]
-    return Url(scheme, host, port, f"{path}{question}{query}", login)
-
-
-def without_dots(path: str) -> str:
-    """A path without segments `.` and `..`, which browsers resolve before they ask."""
-    kept: list[str] = []
-    name = ""
-    for segment in path.split("/")[1:]:
-        name = segment.lower().replace("%2e", ".")
-        if name == "..":
-            del kept[-1:]
-        elif name != ".":
-            kept.append(segment)
-    if name in (".", ".."):
-        kept.append("")
-    return "/" + "/".join(kept)
-
-
-def host_in_ascii(host: str) -> str:
-    """A host's name or address as it is looked up. Raises ValueError where it can't be one."""
-    if ":" in host:
-        ipaddress.IPv6Address(host)
-        return host
-    host = unquote(host)
-    try:
-        if not host.isascii():
-            host = idna.encode(host, uts46=True).decode()
-    except idna.IDNAError:
-        pass  # browsers take names of emoji, which Python's older rules have
-    host = host.encode("idna").decode().rstrip(".").lower()
-    if not host or re.search(r'[\x00-\x20"#%/<>?@\[\\\]^`{|}\x7f]', host):
-        raise ValueError
-    return host
+    if not re.match("https?:", text, re.IGNORECASE):
+        raise ImageError(OTHER_SCHEME)
+    return text
 
 
 def read_data_url(text: str) -> bytes:
-    """The bytes that a data: URL holds. Raises ImageError."""
+    """The bytes that a data: URL holds in base64. Raises ImageError."""
+    found = re.match(r"data:[^,]*;\s*base64\s*,([^#]*)", text, re.IGNORECASE)
+    if not found:
+        raise ImageError(BROKEN_DATA_URL)
+    letters = found[1].translate(dict.fromkeys(b"\t\n\f\r "))
+    letters = letters.rstrip("=")
+    padding = "=" * (-len(letters) % 4)
     try:
-        return DataHandler().data_open(Request(text)).read()
+        return base64.b64decode(letters + padding, validate=True)
     except ValueError:
-        raise ImageError("broken data: URL") from None
+        raise ImageError(BROKEN_DATA_URL) from None
 
 
 def read_file(path: Path) -> bytes:
@@ -2467,13 +2430,10 @@ def read_file(path: Path) -> bytes:
             raise ImageError(TOO_LARGE)
         return path.read_bytes()
     except OSError as error:
-        raise ImageError(f"can't be read ({error.strerror})") from None
+        raise ImageError(f"{UNREADABLE} ({error.strerror})") from None
 
 
 # Connections
-
-# Opens a socket: host, port, seconds, options
-Connect = Callable[[str, int, Any, Any], socket.socket]
 
 
 class Guard:
@@ -2486,46 +2446,57 @@ class Guard:
     literally private is refused.
     """
 
-    NAT64 = "64:ff9b::/96"
-    # What older Pythons' is_global takes for public: metadata, site-local, NAT64, IPv4 in IPv6
-    NOT_PUBLIC = ("192.0.0.0/24", "fec0::/10", "64:ff9b:1::/48", "::/96")
+    INTERNET = ipaddress.ip_network("2000::/3")  # the whole of it, in IPv6
+    NAT64 = ipaddress.ip_network("64:ff9b::/96")
+    # What is_global takes for public: a range of clouds' services (in older Pythons), and Azure's
+    CLOUDS = (ipaddress.ip_network("192.0.0.0/24"), ipaddress.ip_network("168.63.129.16"))
 
     def __init__(self, settings: Settings) -> None:
         self._all = settings.private_hosts
-        self._own: tuple[str, int] | None = None
-        if settings.url:
-            own = parse_url(settings.url)
-            self._own = (own.host, own.port)
+        self._own = host_and_port(settings.url)
+        self._failing: set[str] = set()  # addresses, when they were last tried
 
-    def connect(self, host: str, port: int, seconds: float, options: Any) -> socket.socket:
-        """Connects to the first of a host's addresses that answers. Raises OSError, ImageError."""
-        addresses = self._allowed(host, port)
-        share = seconds / len(addresses)
-        for address in addresses[:-1]:
-            with contextlib.suppress(OSError):
-                return create_connection((address, port), share, None, options)
-        return create_connection((addresses[-1], port), share, None, options)
+    def connect(self, connection: urllib3.connection.HTTPConnection) -> socket.socket:
+        """A socket to the first of a host's addresses that answers. Raises OSError, ImageError."""
+        allowed = self._allowed(connection.host, connection.port)
+        addresses = [address for address in allowed if address not in self._failing] or allowed
+        seconds = float(connection.timeout or 0)
+        share = min(DEAD_SECONDS, seconds / len(addresses))
+        while True:
+            address = addresses.pop(0)
+            try:
+                opened = create_connection(
+                    (address, connection.port),
+                    share if addresses else seconds,
+                    socket_options=connection.socket_options,
+                )
+            except OSError:
+                self._failing.add(address)
+                seconds -= share
+                if not addresses:
+                    raise
+            else:
+                self._failing.discard(address)
+                return opened
 
-    def check_name(self, url: Url) -> None:
+    def check_name(self, url: str) -> None:
         """Raises ImageError where the host is a private address itself, no name of one."""
-        host = url.host
+        host, port = host_and_port(url)
+        host = unquote(host).rstrip(".")
         if re.fullmatch(r"(.+\.)?localhost", host):
             host = "127.0.0.1"
         with contextlib.suppress(socket.gaierror):  # a name
-            self._allowed(host, url.port, socket.AI_NUMERICHOST)
+            self._allowed(host, port, socket.AI_NUMERICHOST)
 
     def _allowed(self, host: str, port: int, flags: int = 0) -> list[str]:
         """The addresses of a host that may be connected to: one at least, or it raises."""
         entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
-        addresses = [str(entry[4][0]) for entry in entries]
+        addresses = list(dict.fromkeys(str(entry[4][0]) for entry in entries))
         if self._all or (host, port) == self._own:
             return addresses
         public = [address for address in addresses if self.is_public(address)]
         if not public:
-            reason = f"private address {addresses[0]} (ALLOW_PRIVATE_IMAGE_HOSTS=1 allows it)"
-            if is_name(host):  # it leads there now, as all do behind a network's login page
-                raise ImageError(reason)
-            raise ImageError(f"{reason}; --retry-failed tries it again")
+            raise ImageError(f"{PRIVATE_ADDRESS} ({addresses[0]})")
         return public
 
     @classmethod
@@ -2533,76 +2504,80 @@ class Guard:
         """Whether an IP address is one of the open internet, also inside its IPv6 wrappings."""
         ip = ipaddress.ip_address(address.partition("%")[0])
         if isinstance(ip, ipaddress.IPv6Address):
-            if ip in ipaddress.ip_network(cls.NAT64):
-                ip = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-            else:
-                ip = ip.ipv4_mapped or ip.sixtofour or ip
-        if any(ip in ipaddress.ip_network(network) for network in cls.NOT_PUBLIC):
+            inner = ip.ipv4_mapped or ip.sixtofour
+            if ip in cls.NAT64:
+                inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+            if not inner and ip not in cls.INTERNET:
+                return False
+            ip = inner or ip
+        if any(ip in network for network in cls.CLOUDS):
             return False
         return ip.is_global and not ip.is_multicast
 
 
-def is_name(host: str) -> bool:
-    """Whether a host is neither an address, in whatever spelling, nor this machine."""
-    if host == "localhost" or ":" in host:
-        return False
-    try:
-        socket.inet_aton(host)
-    except OSError:
-        return True
-    return False
+def host_and_port(url: str) -> tuple[str, int]:
+    """Where a URL leads; an empty host where it leads nowhere."""
+    parts = urlsplit(url)
+    return parts.hostname or "", parts.port or PORTS.get(parts.scheme, 0)
 
 
-class SocksProxy:
-    """The way through a SOCKS proxy. Raises RunError."""
+def guarded_adapter(guard: Guard, workers: int) -> requests.adapters.HTTPAdapter:
+    """requests' connections, for all threads together. Those without a proxy ask the guard; the
+    headers of any answer must fit into HEADER_BYTES.
 
-    def __init__(self, proxy: str) -> None:
-        check_proxies("socks")
-        socks = import_module("socks")
-        parts = urlsplit(proxy)
-        self._proxy = {
-            "proxy_type": socks.SOCKS5,
-            "proxy_addr": parts.hostname,
-            "proxy_port": parts.port or 1080,
-            "proxy_rdns": parts.scheme == "socks5h",  # who looks up names
-            "proxy_username": unquote(parts.username or "") or None,
-            "proxy_password": unquote(parts.password or "") or None,
-        }
-        self._open: Callable[..., socket.socket] = socks.create_connection
+    The classes stand in a function, as decoders do without requests.
+    """
+    # No documentation promises this hook. Without it nobody would ask the guard.
+    if not hasattr(urllib3.connection.HTTPConnection, "_new_conn"):
+        raise RunError(f"another version of urllib3 is needed: {INSTALL}")
+    http.client._MAXHEADERS = MOST_HEADERS  # type: ignore[attr-defined]
+    tls = tls_as_browsers()
 
-    def connect(self, host: str, port: int, seconds: float, options: Any) -> socket.socket:
-        """A connection to a host. Raises OSError."""
-        return self._open((host, port), seconds, socket_options=options, **self._proxy)
+    class Headers:
+        """The lines of a stream before a body."""
 
+        def __init__(self, stream: IO[bytes]) -> None:
+            self._stream = stream
+            self._left = HEADER_BYTES
+            self.close = stream.close
 
-def pool_classes(connect: Connect | None) -> dict[str, type[urllib3.HTTPConnectionPool]]:
-    """urllib3's pools, with connections that `connect` opens, and that send URLs as they are
-    written: urllib3 writes `%2F` for `%2f`, and `%25` for a percent sign that stands alone."""
+        def readline(self, limit: int) -> bytes:
+            line = self._stream.readline(limit)
+            self._left -= len(line)
+            if self._left < 0:
+                raise http.client.HTTPException(f"got more than {HEADER_BYTES} bytes of headers")
+            return line
 
-    class Connection(urllib3.connection.HTTPConnection):
-        def _new_conn(self) -> socket.socket:
-            if connect is None:  # to a proxy
-                return super()._new_conn()
-            return connect(self.host, self.port, self.timeout, self.socket_options)
+    class Answer(http.client.HTTPResponse):
+        def begin(self) -> None:
+            stream = self.fp
+            self.fp = Headers(stream)  # type: ignore[assignment]
+            super().begin()
+            self.fp = stream
 
-        def request(
-            self, method: str, url: str, body: Any = None, headers: Any = None, **options: Any
-        ) -> None:
-            headers = dict(headers)
-            # The URL that urllib3 gives is the origin, for a proxy, and a slash.
-            target = url.removesuffix("/") + headers.pop(TARGET)
-            super().request(method, target, body, headers, **options)
+    def change(manager: Any, **changes: Any) -> None:
+        """Changes the connections that a manager of urllib3 opens."""
+        changes["response_class"] = Answer
+        pools = {}
+        for scheme, pool in manager.pool_classes_by_scheme.items():
+            connection = type("Connection", (pool.ConnectionCls,), changes)
+            pools[scheme] = type("Pool", (pool,), {"ConnectionCls": connection})
+        manager.pool_classes_by_scheme = pools
 
-    class TlsConnection(Connection, urllib3.connection.HTTPSConnection):
-        pass
+    class Adapter(requests.adapters.HTTPAdapter):
+        def init_poolmanager(self, *counts: Any, **options: Any) -> None:
+            super().init_poolmanager(*counts, ssl_context=tls, **options)
+            change(self.poolmanager, _new_conn=lambda connection: guard.connect(connection))
 
-    class Pool(urllib3.HTTPConnectionPool):
-        ConnectionCls = Connection
+        def proxy_manager_for(self, proxy: str, **options: Any) -> Any:
+            if proxy not in self.proxy_manager:
+                change(super().proxy_manager_for(proxy, ssl_context=tls, **options))
+            return self.proxy_manager[proxy]
 
-    class TlsPool(urllib3.HTTPSConnectionPool):
-        ConnectionCls = TlsConnection
+        def cert_verify(self, *_: Any) -> None:
+            """requests would read its certificates for each connection. The context has ours."""
 
-    return {"http": Pool, "https": TlsPool}
+    return Adapter(HOSTS_KEPT, workers)
 
 
 def certificates() -> str:
@@ -2623,6 +2598,16 @@ def tls_context() -> ssl.SSLContext:
     except OSError as error:
         names = "REQUESTS_CA_BUNDLE, SSL_CERT_FILE"
         raise RunError(f"{path} is no file of certificates ({names}): {error}") from None
+
+
+def tls_as_browsers() -> ssl.SSLContext:
+    """The same for image hosts, some of which are old: as browsers do, it takes ciphers without
+    forward secrecy, servers without renegotiation_info, and roots without key identifiers."""
+    context = tls_context()
+    context.set_ciphers("DEFAULT:@SECLEVEL=2")
+    context.options |= 0x4  # OP_LEGACY_SERVER_CONNECT, which has no name before Python 3.12
+    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    return context
 
 
 def check_proxies(*needed: str) -> None:
@@ -3046,11 +3031,8 @@ class Loader:
         for _ in range(cores()):
             self._decoders.put(Decoder())
 
-    def fetch(self, place: Source) -> Download:
-        started = time.monotonic()
-        data = self._fetcher.fetch(place)
-        seconds = time.monotonic() - started
-        return Download(data, seconds, seconds)
+    def fetch(self, source: Source, deadline: Deadline) -> Download:
+        return self._fetcher.fetch(source, deadline)
 
     def load(self, asset: Asset, data: bytes) -> Loaded:
         levels = self.decode(data)
@@ -3855,7 +3837,7 @@ def fetch_rest(name: str, part: Path) -> None:
 def refusal_of_hub(answer: requests.Response) -> ImageError:
     """What an answer of the hub means that is no file."""
     reason = f"HTTP {answer.status_code} {answer.reason}".strip()
-    if ANSWERS.get(answer.status_code) is Meaning.AGAIN:
+    if answer.status_code in STRAINED:
         return Strain(reason, retry_after(answer.headers))
     return ImageError(reason)
 
@@ -3958,7 +3940,8 @@ def question_pixels(question: str, source: Source, settings: Settings) -> np.nda
     """The pixels (3, 224, 224) of a question's picture; raises RunError."""
     loader = Loader(settings)
     try:
-        return normalise(loader.decode(loader.fetch(source).data))
+        data = loader.fetch(source, Deadline(settings.fetch_seconds)).data
+        return normalise(loader.decode(data))
     except ImageError as error:
         raise RunError(f"--search {shorten(question, 200)}: {error}") from None
 
@@ -4045,15 +4028,17 @@ def views_of(pictures: set[Picture], store: Store, settings: Settings) -> dict[I
     host keeps the page waiting. Those that are late are left out."""
     loader = Loader(settings)
     pool = ThreadPoolExecutor(settings.workers)
-    futures = {picture.id: pool.submit(view_of, picture, store, loader) for picture in pictures}
+    view = partial(view_of, store, loader, settings.fetch_seconds)
+    futures = {picture.id: pool.submit(view, picture) for picture in pictures}
     done, _ = wait(futures.values(), settings.fetch_seconds + 1)
     pool.shutdown(wait=False, cancel_futures=True)
     return {asset: future.result() for asset, future in futures.items() if future in done}
 
 
-def view_of(picture: Picture, store: Store, loader: Loader) -> View | str:
+def view_of(store: Store, loader: Loader, seconds: float, picture: Picture) -> View | str:
     try:
-        data = loader.fetch(store.locate(Asset(picture.id, picture.image))).data
+        source = store.locate(Asset(picture.id, picture.image))
+        data = loader.fetch(source, Deadline(seconds)).data
         levels = loader.decode(data)
     except ImageError as error:
         return str(error)

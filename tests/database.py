@@ -12,10 +12,10 @@ from stack import REPO
 VERSION = "clip-vit-base-patch32"
 TABLES = ("product_embeddings", "product_embedding_failures")
 ONES = json.dumps([0.5] * 512)
-FAILURE = {"stage": "fetch", "reason": "HTTP 404", "permanent": True}
-EMBEDDING = (
-    "insert into product_embeddings (asset_id, embedding, model_version) values (%s, %s, %s)"
-)
+FAILURE = {"stage": "fetch", "reason": "HTTP 404"}
+EMBEDDING = """insert into product_embeddings
+    (asset_id, embedding, model_version, embedded_image_hash)
+    select id, %s, %s, embedding_image_hash(image) from embedding_sources() where id = %s"""
 
 
 def text(vector):
@@ -30,11 +30,12 @@ def schema():
     return (REPO / "schema.sql").read_text()
 
 
-def snippets(part=None):
-    """The statements in the file's comments that are to be pasted, by `part` of their text."""
+def snippet(part):
+    """The lines in the file's comments that are to be pasted, by `part` of their text."""
     blocks = re.findall(r"^(?:--   .*\n)+", schema(), re.MULTILINE)
     found = [re.sub(r"^--   ", "", block, flags=re.MULTILINE) for block in blocks]
-    return [block for block in found if part is None or part in block]
+    (block,) = (block for block in found if part in block)
+    return block
 
 
 def statements(script):
@@ -77,20 +78,26 @@ class Api:
                 return assets
 
     def store(self, vectors=(), failures=(), version=VERSION):
-        """Stores a vector for each of these assets, a failure for each of those: id -> outcome."""
-        answers = self.call("store_embeddings", **batch(vectors, failures, version))
-        assert len(answers) == len(vectors) + len(failures)
-        return {a["asset_id"]: a["outcome"] for a in answers}
+        """Stores a vector for each of these assets, a failure for each of those; the ids that were
+        taken, in their order."""
+        return sorted(self.call("store_embeddings", **batch(vectors, failures, version)))
 
 
 def batch(vectors=(), failures=(), version=VERSION):
-    def known(asset):
-        return {"asset_id": asset["id"], "image_hash": asset["image_hash"]}
-
     return {
         "model_version": version,
-        "vectors": [known(a) | {"embedding": a.get("embedding", ONES)} for a in vectors],
-        "failures": [known(a) | FAILURE | a.get("failure", {}) for a in failures],
+        "vectors": [
+            {
+                "asset_id": a["id"],
+                "embedded_image_hash": a["image_hash"],
+                "embedding": a.get("embedding", ONES),
+            }
+            for a in vectors
+        ],
+        "failures": [
+            {"asset_id": a["id"], "image_hash": a["image_hash"]} | FAILURE | a.get("failure", {})
+            for a in failures
+        ],
     }
 
 

@@ -104,7 +104,7 @@ class _HTTPServer(ThreadingHTTPServer):
     def __init__(self, owner):
         self.owner = owner
         self.open = set()
-        super().__init__(("127.0.0.1", owner.port), _Handler)
+        super().__init__((owner.address, owner.port), _Handler)
 
     def server_bind(self):
         socketserver.TCPServer.server_bind(self)  # HTTPServer's looks up the host's name: slow
@@ -129,7 +129,8 @@ class _Host:
     Subclasses answer requests in `answer(handler)`. `connections` counts those ever accepted.
     """
 
-    def __init__(self):
+    def __init__(self, address="127.0.0.1"):
+        self.address = address  # "" for all of this machine's
         self.port = 0  # the first start picks a free one
         self.connections = 0
         self._server = None
@@ -151,7 +152,7 @@ class _Host:
         # Bound and not listening: else a server of another test may get the port and answer there
         self._held = socket.socket()
         self._held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self._held.bind(("127.0.0.1", self.port))
+        self._held.bind((self.address, self.port))
         for connection in list(self._server.open):
             with contextlib.suppress(OSError):  # its client was faster
                 connection.shutdown(socket.SHUT_RDWR)
@@ -182,8 +183,8 @@ class ImageHost(_Host):
     Each answer waits `latency` seconds first. `requests` logs (path as sent, headers).
     """
 
-    def __init__(self, files=None, latency=0.0, otherwise=None):
-        super().__init__()
+    def __init__(self, files=None, latency=0.0, otherwise=None, **options):
+        super().__init__(**options)
         self.files = dict(files or {})
         self.otherwise = otherwise
         self.latency = latency
@@ -542,14 +543,18 @@ class Stack:
         self.reload_schema()
 
     def sql_as_editor(self, script):
-        """Runs statements in a new session of the user who owns the tables, as the SQL editor."""
+        """Runs statements in a new session of the user who owns the tables, as the SQL editor;
+        returns the last one's rows."""
         with psycopg.connect(self.db_uri, user="editor", autocommit=True) as editor:
-            editor.execute(script)
+            cursor = editor.execute(script)
+            while cursor.nextset():
+                pass
+            return cursor.fetchall() if cursor.description else []
 
     def apply_schema(self, id_type="uuid", script=None):
-        """Runs schema.sql, or another text of it, for this type of id."""
+        """Runs schema.sql, or another text of it, for this type of id; returns what it shows."""
         script = script or (REPO / "schema.sql").read_text()
-        self.sql_as_editor(re.sub(r"\buuid\b", id_type, script))
+        return self.sql_as_editor(re.sub(r"\buuid\b", id_type, script))
 
     def add_assets(self, rows):
         """Inserts (id, image_url, client_name) rows; a million take some seconds."""
@@ -585,8 +590,8 @@ class Stack:
         }
 
     def failures(self):
-        """asset_id -> (stage, reason, permanent, attempts)."""
-        columns = "asset_id, stage, reason, permanent, attempts"
+        """asset_id -> (stage, reason, attempts)."""
+        columns = "asset_id, stage, reason, attempts"
         rows = self.sql(f"select {columns} from product_embedding_failures")
         return {asset: rest for asset, *rest in rows}
 

@@ -1,4 +1,9 @@
-"""What a run starts, waits for, leaves and counts: runs in this process, over a store in memory."""
+"""What a run starts, waits for, leaves and counts: runs in this process, over a store in memory.
+
+Promises: attempted == embedded + failed; one download for one picture; a host that strains is
+tried again, rests, or is given up, and no other host waits for it; what is under way is bounded;
+what ends a run, and with which exit code.
+"""
 
 import contextlib
 import re
@@ -7,12 +12,12 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from answers import hang_up, in_turn, length, raw, status
+from answers import cut, hang_up, in_turn, length, raw, status
 from conftest import TINY_VERSION, wait_until
 from stack import ImageHost
 
 import generate_embeddings as script
-from generate_embeddings import Asset, Embedded, Failed, Outcome, Place, RunError, Status
+from generate_embeddings import Asset, Embedded, Failed, RunError, Source, Status
 
 PERSON = 20  # seconds that no event here takes, also on a busy machine
 
@@ -20,27 +25,26 @@ PERSON = 20  # seconds that no event here takes, also on a busy machine
 class MemoryStore:
     """A third store, written by what the protocol says and nothing else."""
 
-    place, longest = "memory", 60.0
+    place, patience = "memory", 60.0
 
-    def __init__(self, images, outcomes=None):
+    def __init__(self, images, left=()):
         self.assets = [Asset(number, image) for number, image in enumerate(images)]
-        self.outcomes = outcomes or {}  # by id, where it is another than a store's usual one
+        self.left = set(left)  # ids whose results it does not take
         self.batches = []
 
     def status(self):
-        return Status(assets=len(self.assets), done=0, failed_for_good=0)
+        return Status(assets=len(self.assets), done=0, failed=0)
 
     def pages(self):
-        yield self.assets
+        for start in range(0, len(self.assets), script.PAGE_ROWS):
+            yield self.assets[start : start + script.PAGE_ROWS]
 
     def locate(self, asset):
-        return Place(asset.image, {})
+        return Source(asset.image, {})
 
     def save(self, results):
         self.batches.append(results)
-        usual = [Outcome("noted" if isinstance(r, Failed) else "stored") for r in results]
-        ids = [result.asset.id for result in results]
-        return [self.outcomes.get(i, outcome) for i, outcome in zip(ids, usual, strict=True)]
+        return {result.asset.id for result in results} - self.left
 
     @property
     def saved(self):
@@ -61,7 +65,7 @@ def ride(tiny, monkeypatch):
 
     def ride(store, **settings):
         given = {"clip_model": str(tiny), "model_version": TINY_VERSION, "private_hosts": True}
-        given |= {"workers": 4, "fetch_seconds": 5.0} | settings
+        given |= {"workers": 16, "fetch_seconds": 5.0} | settings
         made = script.Settings(**given)
         report = script.Report(store.status(), made)
         error = None
@@ -70,9 +74,16 @@ def ride(tiny, monkeypatch):
         except Exception as end:
             error = end
         assert report.attempted == report.embedded + report.failed
+        assert len(store.saved) == sum(map(len, store.batches)), "twice"
         return report, error
 
     return ride
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Patience that is short enough for a test; rests stay as they are."""
+    monkeypatch.setattr(script, "PATIENT_SECONDS", 2.0)
 
 
 @pytest.fixture
@@ -83,11 +94,18 @@ def good(photos):
 
 
 @pytest.fixture
-def dead():
-    """Four hosts that never give an answer of their own: 403 is a wall before a host."""
+def answering(photos):
+    """Makes hosts that answer as they are told; `ok` is an image."""
     with contextlib.ExitStack() as started:
-        hosts = [ImageHost(otherwise=status(403)) for _ in range(4)]
-        yield [started.enter_context(host) for host in hosts]
+
+        def answering(otherwise=None, **options):
+            return started.enter_context(ImageHost(otherwise=otherwise, **options))
+
+        answering.ok = status(200, body=photos["flower.jpg"])
+        yield answering
+
+
+# What is counted
 
 
 def test_a_store_that_is_written_from_the_protocol_alone_will_do(ride, good):
@@ -97,7 +115,6 @@ def test_a_store_that_is_written_from_the_protocol_alone_will_do(ride, good):
     assert error is None
     assert (report.embedded, report.failed, report.left, report.exit_code) == (31, 2, 0, 1)
     assert store.embedded() == {*range(30), 32}
-    assert {store.saved[i].permanent for i in (30, 31)} == {True}
 
 
 def test_a_batch_to_store_is_bounded_and_nothing_comes_twice(ride, good, monkeypatch):
@@ -116,14 +133,18 @@ def test_a_batch_to_store_is_bounded_and_nothing_comes_twice(ride, good, monkeyp
     assert max(map(len, store.batches)) == 7
 
 
-def test_what_the_store_sets_aside_is_no_attempt(ride, good):
-    names = ["stored", "deleted", "superseded", "changed", "busy", "stored", "refused"]
-    outcomes = {number: Outcome(name, "not on a Sunday") for number, name in enumerate(names)}
-    report, error = ride(MemoryStore(good.urls(7), outcomes))
+def test_what_the_store_does_not_take_is_no_attempt_and_is_left(ride, good):
+    report, error = ride(MemoryStore([*good.urls(7), "data:,no"], left={1, 3, 7}))
     assert error is None
-    assert (report.embedded, report.failed, report.gone, report.left) == (2, 1, 2, 2)
-    assert report.reasons == {"store: not on a Sunday": 1}
-    assert report.set_aside.keys() == set(script.SET_ASIDE.values())
+    assert (report.embedded, report.failed, report.left, report.exit_code) == (5, 0, 3, 0)
+    assert "       3  changed or gone meanwhile" in report.lines()
+
+
+def test_the_report_says_what_was_left_of_which_host_and_why():
+    report = script.Report(Status(9, 0, 0), script.Settings())
+    report.leave("cdn.example", "HTTP 503", 2)
+    report.leave("cdn.example", "HTTP 429, asked to wait until 14:03", 3)
+    assert "       5  of cdn.example: HTTP 429, asked to wait until 14:03" in report.lines()
     assert report.exit_code == 1
 
 
@@ -131,7 +152,7 @@ def test_a_report_says_so_where_all_failed_for_one_reason():
     def lines(*reasons):
         report = script.Report(Status(3, 0, 0), script.Settings())
         for number, reason in enumerate(reasons):
-            report.count(Failed(Asset(number, "x"), "fetch", reason, False), Outcome("noted"))
+            report.count(Failed(Asset(number, "x"), "fetch", reason), taken=True)
         return "\n".join(report.lines())
 
     said = "that were tried failed for the same reason: fetch: host not found"
@@ -151,220 +172,301 @@ def test_a_report_says_so_where_all_failed_for_one_reason():
     ],
 )
 def test_the_host_of_an_image_is_whom_its_url_leads_to(image, host):
-    assert Place(image, {}).host == host
+    assert Source(image, {}).host == host
 
 
-# Hosts
+# One download for one picture
 
 
-FAIL, SILENT, ANSWER = "fail", "silent", "answer"
+def test_assets_that_share_a_url_are_loaded_once_and_each_counts(ride, good, monkeypatch):
+    monkeypatch.setattr(script, "PAGE_ROWS", 20)  # they come on several pages
+    loaded, whole = [], script.Loader.load
+
+    def load(self, asset, data):
+        loaded.append(asset.id)
+        return whole(self, asset, data)
+
+    monkeypatch.setattr(script.Loader, "load", load)
+    good.files["/gone"] = status(404)
+    store = MemoryStore([*good.urls(1), good.url_of("/gone"), good.url_of("/x")] * 30)
+    report, error = ride(store)
+    assert error is None
+    assert (report.embedded, report.failed, report.left) == (60, 30, 0)
+    assert good.asked() == {"/0": 1, "/gone": 1, "/x": 1}
+    assert len(loaded) == 2
+    assert {store.saved[i].reason for i in store.failed()} == {"HTTP 404"}
+    assert store.failed() == set(range(1, 90, 3))
 
 
-def hosts_after(*events):
-    """The judgement on hosts after (host, what it did, how often)."""
-    hosts = script.Hosts()
-    for host, what, times in events:
-        for _ in range(times):
-            if what == ANSWER:
-                hosts.answered(host)
-            else:
-                hosts.failed(host, silent=what == SILENT)
-    return hosts
+def test_what_is_kept_for_assets_that_may_share_it_is_bounded(ride, good, monkeypatch):
+    for name in ("PAGE_ROWS", "MOST_WAITING", "RESULTS_KEPT"):
+        monkeypatch.setattr(script, name, 5)
+    report, error = ride(MemoryStore([*good.urls(60), *good.urls(1)]), workers=1)
+    assert error is None
+    assert (report.embedded, good.asked()["/0"]) == (61, 2)
+
+
+def test_data_urls_are_not_kept_to_be_shared(ride, monkeypatch):
+    kept = []
+    monkeypatch.setattr(script.Run, "finish", lambda self, job, result: kept.append(self.jobs))
+    ride(MemoryStore(["data:image/png;base64," + "A" * 5000]))
+    assert kept == [{}]
+
+
+# Strain
 
 
 @pytest.mark.parametrize(
-    ("events", "down"),
+    "strain",
     [
-        ([("a", FAIL, 19)], []),
-        ([("a", FAIL, 20)], ["a"]),
-        ([("a", FAIL, 19), ("a", ANSWER, 1), ("a", FAIL, 19)], []),
-        ([("a", FAIL, 19), ("b", ANSWER, 1), ("a", FAIL, 1)], ["a"]),
-        ([("a", FAIL, 10), ("b", FAIL, 20), ("a", FAIL, 9)], ["b"]),
-        ([("", FAIL, 50)], []),  # files and data: URLs
-        ([("a", SILENT, 20)], ["a"]),
-        ([("a", ANSWER, 1), ("a", SILENT, 99)], []),  # a moment ago it was there
-        ([("a", ANSWER, 1), ("a", SILENT, 99), ("a", FAIL, 1)], ["a"]),
-        ([("b", ANSWER, 1), ("a", SILENT, 20)], ["a"]),
+        *(status(code) for code in (408, 420, 425, 429, 430, 500, 502, 503, 504, 520)),
+        raw(length(9999), b"x", end=hang_up),
+        raw(length(9999), b"x", end=cut),
+        raw(end=cut),
     ],
 )
-def test_a_host_is_down_after_20_failures_in_a_row(events, down):
-    hosts = hosts_after(*events)
-    assert [name for name in ("", "a", "b") if hosts.is_down(name)] == down
+def test_an_image_that_met_strain_is_tried_again_and_comes(ride, answering, strain):
+    host = answering(in_turn(strain, answering.ok))
+    report, error = ride(MemoryStore(host.urls(3)))
+    assert error is None
+    assert (report.embedded, report.failed, len(host.requests)) == (3, 0, 4)
 
 
-@pytest.mark.parametrize(
-    ("events", "ends", "gone"),
-    [
-        ([("a", FAIL, 19), ("b", FAIL, 19)], False, False),
-        ([("a", FAIL, 20)], False, True),  # nothing came at all
-        ([("a", FAIL, 20), ("b", ANSWER, 1)], False, False),
-        ([("b", ANSWER, 1), ("a", FAIL, 20)], False, False),
-        ([("", ANSWER, 9), ("a", FAIL, 20)], False, True),  # a data: URL proves no network
-        ([("b", ANSWER, 1)] + [(name, FAIL, 20) for name in "cde"], True, True),
-        ([(name, FAIL, 20) for name in "cd"] + [("b", ANSWER, 1), ("e", FAIL, 20)], False, False),
-        ([("b", ANSWER, 1), ("c", FAIL, 60)], False, False),
-    ],
-)
-def test_the_network_is_gone_with_three_hosts_in_a_row_or_where_nothing_ever_came(
-    events, ends, gone
+def test_an_image_that_always_meets_strain_fails_after_four_tries(ride, answering):
+    host = answering(answering.ok)
+    host.files["/1"] = status(502)
+    store = MemoryStore(host.urls(6))
+    report, error = ride(store)
+    assert error is None
+    assert (report.embedded, report.failed, report.left, report.exit_code) == (5, 1, 0, 1)
+    assert store.saved[1][1:] == ("fetch", "HTTP 502")
+    assert host.asked()["/1"] == script.TRIES
+
+
+@pytest.mark.parametrize("code", [400, 401, 403, 404, 406, 410, 418])
+def test_an_answer_that_is_no_image_says_nothing_of_its_host(ride, answering, code):
+    host = answering(answering.ok)
+    host.files |= {f"/{n}": status(code) for n in range(120)}
+    report, error = ride(MemoryStore(host.urls(123)))
+    assert error is None
+    assert (report.embedded, report.failed, report.left) == (3, 120, 0)
+    assert max(host.asked().values()) == 1
+
+
+def test_a_host_that_asks_for_a_rest_gets_it_and_other_hosts_go_on(ride, answering, good):
+    began = time.monotonic()
+    asked = []
+
+    def busy(handler):
+        asked.append(time.monotonic())
+        if asked[-1] < asked[0] + 3:
+            status(429, ("Retry-After", "3"))(handler)
+        else:
+            answering.ok(handler)
+
+    host = answering(busy)
+    others = []
+    good.otherwise = lambda handler: (others.append(time.monotonic()), answering.ok(handler))
+    report, error = ride(MemoryStore([*host.urls(9), *good.urls(20)]))
+    assert error is None
+    assert (report.embedded, report.failed) == (29, 0)
+    in_rest = [moment for moment in asked if asked[0] + 1 < moment < asked[0] + 2.9]
+    assert in_rest == []
+    assert len(host.requests) <= 9 + script.FIRST_WINDOW
+    assert time.monotonic() - began > 3
+
+
+def test_a_try_that_ended_in_a_retry_after_does_not_count(ride, answering):
+    busy = [status(429, ("Retry-After", "1"))] * 6
+    host = answering(in_turn(*busy, answering.ok))
+    report, error = ride(MemoryStore(host.urls(1)))
+    assert error is None
+    assert (report.embedded, len(host.requests)) == (1, 7)
+
+
+def test_the_log_says_which_host_rests_why_and_until_when(ride, answering, caplog):
+    host = answering(in_turn(status(429, ("Retry-After", "2")), answering.ok))
+    with caplog.at_level("INFO"):
+        ride(MemoryStore(host.urls(1)))
+    (line,) = [line for line in caplog.messages if "rests" in line]
+    assert re.fullmatch(rf"127.0.0.1:{host.port} rests until \d\d:\d\d:\d\d: HTTP 429", line)
+
+
+def test_a_host_that_asks_for_too_long_a_rest_is_left_and_nothing_is_noted(ride, answering, good):
+    host = answering(status(429, ("Retry-After", "3600")))
+    store = MemoryStore([*host.urls(50), *good.urls(3)])
+    report, error = ride(store)
+    assert error is None
+    assert (report.embedded, report.failed, report.left, report.exit_code) == (3, 0, 50, 1)
+    assert len(host.requests) <= script.FIRST_WINDOW
+    assert re.search(r"50  of .*: HTTP 429, asked to wait until \S", "\n".join(report.lines()))
+
+
+def test_what_was_tried_of_a_host_that_is_given_up_has_failed_the_rest_is_left(
+    ride, answering, good, quick
 ):
-    hosts = hosts_after(*events)
-    assert (hosts.several_in_a_row, hosts.network_is_gone) == (ends, gone)
+    host = answering(status(503))
+    store = MemoryStore([*host.urls(50), *good.urls(20)])
+    report, error = ride(store)
+    assert error is None
+    tried = {int(path[1:]) for path in host.asked()}
+    assert store.failed() == tried
+    assert (report.embedded, report.failed, report.left) == (20, len(tried), 50 - len(tried))
+    assert len(tried) < 20
+    assert [*report.left_of.values()] == [50 - len(tried)]
+    assert report.exit_code == 1
 
 
-def test_a_host_that_stays_silent_is_down_in_the_end(monkeypatch):
-    hosts = hosts_after(("a", ANSWER, 1), ("a", SILENT, 20))
-    assert not hosts.is_down("a")
-    monkeypatch.setattr(script, "SILENT_SECONDS", 0.0)
-    assert hosts.failed("a", silent=True)
-    assert hosts.is_down("a")
+def test_a_run_to_which_no_host_sent_an_image_ends_with_the_network_as_its_reason(
+    ride, answering, quick
+):
+    hosts = [answering(status(503)), answering(raw(end=cut))]
+    report, error = ride(MemoryStore([url for host in hosts for url in host.urls(30)]))
+    assert isinstance(error, RunError)
+    assert "no image came from any host" in str(error)
+    assert "check this machine's network" in str(error)
+    assert 0 < report.failed < 60
 
 
-def test_a_network_that_is_away_for_a_moment_ends_no_run(ride, photos, monkeypatch):
-    monkeypatch.setattr(script, "FETCH_ATTEMPTS", 2)
+@pytest.mark.parametrize("first", ["an image", "a 404"])
+def test_a_host_that_once_did_its_work_shows_that_the_network_is_there(
+    ride, answering, quick, first
+):
+    begins = {"an image": answering.ok, "a 404": status(404)}[first]
+    host = answering(in_turn(begins, status(503)))
+    other = answering(answering.ok)
+    report, error = ride(MemoryStore([*host.urls(30), *other.urls(1)]))
+    assert error is None
+    assert report.exit_code == 1
+
+
+def test_a_host_that_recovers_is_used_again(ride, photos):
     with ImageHost(otherwise=photos["flower.jpg"]) as host:
 
         def go_away():
             wait_until(lambda: len(host.requests) >= 10)
             host.stop()
-            wait_until(lambda: len(store.failed()) > script.HOST_FAILURES)
+            time.sleep(2)
             host.start()
 
-        store = MemoryStore(host.urls(400))
         away = threading.Thread(target=go_away)
         away.start()
-        report, error = ride(store)
+        report, error = ride(MemoryStore(host.urls(200)))
         away.join()
     assert error is None
-    assert (report.left, report.set_aside, report.exit_code) == (0, {}, 1)
-    assert report.failed > script.HOST_FAILURES
-    assert report.embedded == 400 - report.failed > 200
+    assert (report.embedded, report.failed, report.left) == (200, 0, 0)
 
 
-def test_a_host_that_breaks_off_is_not_silent(ride, photos, monkeypatch):
-    monkeypatch.setattr(script, "FETCH_ATTEMPTS", 1)
-    breaks_off = raw(length(999), b"x", end=hang_up)
-    with ImageHost(otherwise=in_turn(status(200, body=photos["flower.jpg"]), breaks_off)) as host:
-        report, error = ride(MemoryStore(host.urls(60)), workers=1)
-    assert error is None
-    assert (report.embedded, report.failed, report.left) == (1, 20, 39)
-
-
-def test_what_no_host_was_asked_for_is_no_answer_of_the_network(ride, dead):
+def test_what_no_host_was_asked_for_is_no_sign_of_the_network(ride, answering, quick):
     """Though such URLs have a host's name in them."""
-    addresses = [f"{url},{url}" for url in dead[0].urls(5)] + ["http://no host/a.jpg"]
-    report, error = ride(MemoryStore(addresses + dead[0].urls(25) + addresses), workers=1)
+    host = answering(status(503))
+    addresses = [f"{url},{url}" for url in host.urls(5)] + ["http://no host/a.jpg"]
+    report, error = ride(MemoryStore(addresses + host.urls(25) + addresses))
     assert "check this machine's network" in str(error)
     assert report.reasons[f"fetch: {script.MANY_URLS}"] >= 5
 
 
-@pytest.mark.parametrize("order", ["the dead host first", "the dead host last"])
-def test_one_dead_host_is_the_failure_of_its_images_in_any_order(ride, good, dead, order):
-    parts = [dead[0].urls(50), good.urls(20)]
-    if order == "the dead host last":
-        parts.reverse()
-    store = MemoryStore(parts[0] + parts[1])
-    report, error = ride(store, workers=1)
-    assert error is None
-    assert (report.exit_code, report.embedded, report.failed, report.left) == (1, 20, 20, 30)
-    assert [*report.set_aside.values()] == [30]
-    assert len(dead[0].requests) == 20
-    assert not any(failed.permanent for failed in store.saved.values() if len(failed) == 4)
-
-
-def test_a_run_to_which_nothing_came_ends_with_the_network_as_its_reason(ride, dead):
-    report, error = ride(MemoryStore(dead[0].urls(50)))
-    assert isinstance(error, RunError)
-    assert f"127.0.0.1:{dead[0].port} failed 20 times in a row" in str(error)
-    assert 20 <= report.failed <= 24  # as many as were under way
-    assert report.left == 50 - report.failed
-
-
-def test_three_hosts_down_in_a_row_end_the_run(ride, good, dead):
-    images = good.urls(3) + [url for host in dead for url in host.urls(30)]
-    report, error = ride(MemoryStore(images), workers=1)
-    assert isinstance(error, RunError)
-    assert "check this machine's network" in str(error)
-    assert (report.embedded, report.failed, report.left) == (3, 60, 60)
-    assert dead[3].requests == []
-
-
-def test_an_image_between_two_dead_hosts_shows_that_the_network_is_there(ride, good, dead):
-    parts = [dead[0].urls(25), dead[1].urls(25), good.urls(1), dead[2].urls(25), good.urls(1)]
-    report, error = ride(MemoryStore([url for part in parts for url in part]), workers=1)
-    assert error is None
-    assert (report.exit_code, report.embedded, report.failed, report.left) == (1, 2, 60, 15)
-
-
-def test_images_that_a_host_says_are_gone_are_no_sign_of_trouble(ride, photos):
-    def reply(handler):
-        there = int(handler.path[1:]) >= 50
-        handler.reply(200 if there else 404, [], photos["flower.jpg"])
-
-    with ImageHost(otherwise=reply) as host:
-        report, error = ride(MemoryStore(host.urls(53)))
-    assert error is None
-    assert (report.embedded, report.failed, report.left) == (3, 50, 0)
-
-
-def test_what_goes_wrong_after_the_download_is_no_fault_of_the_host(
-    ride, good, monkeypatch, caplog
-):
+def test_what_goes_wrong_after_the_download_is_no_fault_of_the_host(ride, good, monkeypatch):
     def busy(self, asset, data):
-        wait_until(lambda: len(good.requests) == 30)
-        time.sleep(0.5)  # the last has come, and no answer more ends the row of failures
-        raise script.NotNow("its decoder was killed")
+        raise script.ImageError(script.DECODER_LOST)
 
     monkeypatch.setattr(script.Loader, "load", busy)
-    report, error = ride(MemoryStore(good.urls(30)), workers=30)
+    report, error = ride(MemoryStore(good.urls(30)))
     assert error is None
-    assert (report.failed, report.left) == (30, 0)
-    assert "its other images are left" not in caplog.text
+    assert (report.failed, report.left, len(good.requests)) == (30, 0, 30)
 
 
 # Room
 
 
-def test_a_slow_download_makes_room_for_others(ride, photos, monkeypatch):
-    monkeypatch.setattr(script, "SLOW_SECONDS", 1.5)
-    rest, overtaken = threading.Semaphore(0), []
+def test_silent_hosts_keep_no_other_host_waiting(ride, answering, good, monkeypatch):
+    monkeypatch.setattr(script, "SILENT_SECONDS", 0.3)
+    silent = [answering(hang_until_stopped) for _ in range(8)]
+    urls = [url for host in silent for url in host.urls(4)] + good.urls(40)
+    store = MemoryStore(urls)
+    done = []
 
-    def reply(handler):
-        if int(handler.path[1:]) < 2:
-            overtaken.append(all(rest.acquire(timeout=PERSON) for _ in range(3)))
-        else:
-            rest.release()
-        handler.reply(200, [], photos["flower.jpg"])
+    def watch():
+        wait_until(lambda: len(good.requests) == 40, PERSON)
+        wait_until(lambda: len(store.embedded()) == 40, PERSON)
+        done.append(True)
+        for host in silent:
+            host.otherwise = answering.ok
+            host.stop()
+            host.start()
 
-    with ImageHost(otherwise=reply) as host:
-        report, _ = ride(MemoryStore(host.urls(8)), workers=2, fetch_seconds=60.0)
-    assert report.embedded == 8
-    assert overtaken == [True, True]
+    threading.Thread(target=watch).start()
+    report, error = ride(store, fetch_seconds=60.0)
+    assert error is None
+    assert done == [True]
+    assert report.embedded == len(urls)
 
 
-def test_where_the_line_itself_is_slow_nothing_makes_room(ride, photos, monkeypatch):
-    monkeypatch.setattr(script, "SLOW_SECONDS", 0.3)
-    monkeypatch.setattr(script, "MOST_SLOW", 1)
-    crowd = []
+def hang_until_stopped(handler):
+    handler.connection.recv(1)
 
-    def reply(handler):
-        time.sleep(1)
-        if handler.path == "/1":  # begun beside the first, which came slowly
-            wait_until(lambda: store.saved)
-            time.sleep(1)  # for a third
-            crowd.extend(path for path, _ in host.requests)
-        handler.reply(200, [], photos["flower.jpg"])
 
-    with ImageHost(otherwise=reply) as host:
-        store = MemoryStore(host.urls(3))
-        report, _ = ride(store, workers=1, fetch_seconds=60.0)
-    assert report.embedded == 3
-    assert sorted(crowd) == ["/0", "/1"]
+def test_images_of_a_host_that_rests_let_those_behind_them_pass(ride, answering, good, monkeypatch):
+    monkeypatch.setattr(script, "PAGE_ROWS", 10)
+    host = answering(in_turn(*[status(503, ("Retry-After", "2"))] * 4, answering.ok))
+    order = []
+    host.otherwise, strained = (
+        lambda handler: (order.append("slow"), strained(handler)),
+        host.otherwise,
+    )
+    good.otherwise = lambda handler: (order.append("good"), answering.ok(handler))
+    report, error = ride(MemoryStore([*host.urls(60), *good.urls(20)]))
+    assert error is None
+    assert report.embedded == 80
+    assert order[:24].count("good") == 20
+
+
+def test_what_waits_for_hosts_is_bounded(ride, answering, good, monkeypatch):
+    monkeypatch.setattr(script, "PAGE_ROWS", 10)
+    monkeypatch.setattr(script, "MOST_WAITING", 30)
+    pages = []
+    whole = MemoryStore.pages
+
+    def counted(self):
+        for page in whole(self):
+            pages.append(page)
+            yield page
+
+    monkeypatch.setattr(MemoryStore, "pages", counted)
+    host = answering(in_turn(*[status(503, ("Retry-After", "3"))] * 4, answering.ok))
+    seen = []
+
+    def watch():
+        wait_until(lambda: len(host.requests) >= 4)
+        time.sleep(1.5)  # for more than there should be
+        seen.append(len(pages))
+
+    threading.Thread(target=watch).start()
+    report, error = ride(MemoryStore(host.urls(200)))
+    assert error is None
+    assert report.embedded == 200
+    assert seen[0] <= 5
+
+
+def test_what_waits_is_bounded_by_the_length_of_its_urls_too(ride, good, monkeypatch, photos):
+    monkeypatch.setattr(script, "MOST_WAITING_CHARACTERS", 1)
+    monkeypatch.setattr(script, "PAGE_ROWS", 5)
+    waiting, whole = [], script.Run.start_find
+
+    def start_find(self):
+        waiting.append(self.waiting)
+        whole(self)
+
+    monkeypatch.setattr(script.Run, "start_find", start_find)
+    report, error = ride(MemoryStore(good.urls(40)))
+    assert error is None
+    assert report.embedded == 40
+    assert max(waiting) <= 5
 
 
 @pytest.mark.parametrize("busy", ["loading", "embedding"])
 def test_what_waits_for_the_model_is_bounded(ride, good, monkeypatch, busy):
-    most = 2 * (3 + 2)  # of 3 workers and 2 cores
+    most = 3 + 2 * 2 + 2  # 3 workers, twice 2 cores, and 2 that were under way
     opened = threading.Event()
 
     class SlowEncoder(script.ClipEncoder):
@@ -381,7 +483,7 @@ def test_what_waits_for_the_model_is_bounded(ride, good, monkeypatch, busy):
     counted = []
 
     def watch():
-        wait_until(lambda: len(good.requests) >= most)
+        wait_until(lambda: len(good.requests) >= 3 + 2 * 2)
         time.sleep(1)  # for more than there should be
         counted.append(len(good.requests))
         opened.set()
@@ -390,7 +492,7 @@ def test_what_waits_for_the_model_is_bounded(ride, good, monkeypatch, busy):
     report, error = ride(MemoryStore(good.urls(60)), workers=3, fetch_seconds=60.0)
     assert error is None
     assert report.embedded == 60
-    assert counted == [most]
+    assert counted[0] <= most
 
 
 def test_what_waits_for_the_store_is_bounded(ride, good, monkeypatch):
@@ -406,9 +508,10 @@ def test_what_waits_for_the_store_is_bounded(ride, good, monkeypatch):
         return save(self, results)
 
     monkeypatch.setattr(MemoryStore, "save", slow)
-    report, _ = ride(MemoryStore(good.urls(100)))
+    report, _ = ride(MemoryStore(good.urls(100)), workers=4)
     assert report.embedded == 100
-    assert counted[0] <= 5 + 10 + 2 * (4 + 2)  # being stored, waiting for that, under way
+    # being stored, waiting for that, waiting for the model, under way
+    assert counted[0] <= 5 + 10 + (4 + 2 * 2) + 2 * 4
 
 
 def test_a_batch_is_full_where_there_is_enough(ride, good, monkeypatch):
@@ -416,14 +519,14 @@ def test_a_batch_is_full_where_there_is_enough(ride, good, monkeypatch):
 
     def embed(self, batch):
         sizes.append(len(batch))
-        wait_until(lambda: len(good.requests) >= 24)  # as many as wait for the model at most
+        wait_until(lambda: len(good.requests) >= 20)
         return whole(self, batch)
 
     monkeypatch.setattr(script.ClipEncoder, "embed", embed)
     report, _ = ride(MemoryStore(good.urls(60)), batch_size=4)
     assert report.embedded == 60
     assert max(sizes) == 4
-    assert sizes.count(4) >= 3
+    assert sizes.count(4) >= 2
 
 
 def test_the_last_images_are_shared_among_the_cores(ride, good, monkeypatch):
@@ -471,16 +574,15 @@ def test_an_unexpected_error_costs_one_image_and_nothing_for_good(ride, good, mo
     assert (report.embedded, report.failed) == (5, 1)
     failed = store.saved[3]
     assert (failed.stage, failed.reason) == ("decode", "unexpected ZeroDivisionError")
-    assert failed.permanent is False
 
 
 def test_a_download_that_hangs_below_every_deadline_is_given_up(ride, good, monkeypatch):
     whole, opened = script.Loader.fetch, threading.Event()
 
-    def hang(self, place):
-        if place.where == store.assets[0].image:
+    def hang(self, source, deadline):
+        if source.where == store.assets[0].image:
             opened.wait(PERSON)
-        return whole(self, place)
+        return whole(self, source, deadline)
 
     monkeypatch.setattr(script.Loader, "fetch", hang)
     store = MemoryStore(good.urls(4))
@@ -490,8 +592,7 @@ def test_a_download_that_hangs_below_every_deadline_is_given_up(ride, good, monk
     opened.set()
     assert error is None
     assert (report.embedded, report.failed) == (3, 1)
-    assert store.saved[0].reason == "not complete within 1 s"
-    assert store.saved[0].permanent is False
+    assert store.saved[0].reason == "not complete in time (1 s)"
 
 
 def test_a_machines_trouble_ends_the_run_and_is_no_images_failure(ride, good, monkeypatch):
@@ -568,33 +669,12 @@ def test_a_store_that_hangs_ends_the_run(ride, good, monkeypatch, call):
         yield hang()
 
     monkeypatch.setattr(MemoryStore, call, hang_later if call == "pages" else hang)
-    monkeypatch.setattr(MemoryStore, "longest", 1.0)
+    monkeypatch.setattr(MemoryStore, "patience", 1.0)
     report, error = ride(MemoryStore(good.urls(9)))
     opened.set()
     assert isinstance(error, RunError)
     assert "no answer from the database for" in str(error)
     assert report.attempted == 0
-
-
-def refusing(count, but=()):
-    """Outcomes: refused, each for the same reason."""
-    return {n: Outcome("refused", "no room") for n in range(count) if n not in but}
-
-
-def test_a_database_that_refuses_every_row_for_one_reason_ends_the_run(ride, good, monkeypatch):
-    monkeypatch.setattr(script, "WRITE_ROWS", 5)
-    report, error = ride(MemoryStore(good.urls(200), refusing(200)))
-    assert isinstance(error, RunError)
-    assert "no room" in str(error)
-    assert 20 <= report.failed < 100
-    assert report.left == 200 - report.failed
-
-
-def test_one_row_that_was_stored_shows_that_the_others_are_at_fault(ride, good, monkeypatch):
-    monkeypatch.setattr(script, "WRITE_ROWS", 5)
-    report, error = ride(MemoryStore(good.urls(60), refusing(60, but=range(5))), workers=1)
-    assert error is None
-    assert (report.embedded, report.failed, report.left) == (5, 55, 0)
 
 
 # What is said meanwhile
@@ -609,5 +689,5 @@ def test_a_log_has_a_line_every_10_images_at_first_and_every_10_seconds_then(cap
         for number in range(1000):
             now.seconds += 0.125  # ten seconds are 80 images
             progress.step(failed=number < 7)
-    counts = [int(n) for n in re.findall(r"(\d+)/3000 done, failed=7, ", caplog.text)]
+    counts = [int(n) for n in re.findall(r"(\d+)/3,000 done, 7 failed, ", caplog.text)]
     assert counts == [*range(10, 101, 10), *range(180, 1001, 80)]

@@ -1,0 +1,265 @@
+"""The pace, in a simulation: hosts with habits that people report, and a line, in steps of 20 ms.
+
+Promises: what a host can give comes, in at most so many times the best possible time; what it
+can't give costs a bounded number of requests; a host that recovers is used again; a slow line is no
+fault. tests/hosts.py has real hosts with the same habits. Nothing here looks at a clock.
+"""
+
+import math
+import random
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+
+import generate_embeddings as script
+
+STEP = 0.02  # seconds
+LATENCY = 0.1
+ALWAYS = math.inf
+
+
+@dataclass
+class Habit:
+    """What a host does, and its line. Times are in seconds, sizes in bytes."""
+
+    images: int
+    size: float = 150e3
+    line: float = 12.5e6  # bytes a second
+    latency: float = LATENCY
+    service: float = 0.0  # for an image,
+    workers: int = 10**9  # so many at a time; the others wait
+    window: tuple[int, float] | None = None  # images per seconds, then 429 with Retry-After
+    rate: tuple[float, float] | None = None  # images a second and how many at once, then 503
+    connections: int = 10**9  # then 503
+    missing: float = 0.0  # share of the images, which answer 502
+    away: tuple[float, float] = (0.0, 0.0)  # from when to when nobody answers
+
+
+class Host:
+    """A simulated host: what comes of a request, step by step."""
+
+    def __init__(self, habit):
+        self.habit = habit
+        chance = random.Random(1)
+        self.gone = {n for n in range(habit.images) if chance.random() < habit.missing}
+        self.tokens = habit.rate[1] if habit.rate else 0.0
+        self.window_began = 0.0
+        self.in_window = 0
+
+    def refusal(self, image, now, busy):
+        """None, or the seconds of Retry-After (0: none is given)."""
+        habit = self.habit
+        if habit.away[0] < now < habit.away[1] or image in self.gone or busy >= habit.connections:
+            return 0.0
+        if habit.window:
+            most, seconds = habit.window
+            if now - self.window_began > seconds:
+                self.window_began, self.in_window = now, 0
+            self.in_window += 1
+            if self.in_window > most:
+                return seconds - (now - self.window_began) + 0.1
+        if habit.rate:
+            if self.tokens < 1:
+                return 0.0
+            self.tokens -= 1
+        return None
+
+    def step(self):
+        if self.habit.rate:
+            self.tokens = min(self.habit.rate[1], self.tokens + self.habit.rate[0] * STEP)
+
+
+def simulate(habit, workers=16):
+    """How a run over one host ends: seconds, arrived, failed, left, requests."""
+    host, pace = Host(habit), script.Pace(script.FIRST_WINDOW, workers)
+    end = SimpleNamespace(seconds=0.0, arrived=0, failed=0, left=0, requests=0)
+    queue = [(image, 0) for image in range(habit.images)]
+    flying = []
+    now = 0.0
+    while (queue or flying) and now < 3000:
+        while queue and len(flying) < int(pace.window) and now >= pace.rest_until:
+            image, tried = queue.pop(0)
+            end.requests += 1
+            flying.append(SimpleNamespace(image=image, tried=tried, since=now, refused=None))
+            flying[-1].phase, flying[-1].wait, flying[-1].bytes = "way", habit.latency, habit.size
+        host.step()
+        share = habit.line * STEP / max(1, sum(f.phase == "body" for f in flying))
+        served = 0
+        for f in flying:
+            if f.phase == "way":
+                f.wait -= STEP
+                if f.wait <= 0:
+                    busy = sum(other.phase in ("serve", "body") for other in flying)
+                    f.refused = host.refusal(f.image, now, busy)
+                    f.phase, f.wait = "serve" if f.refused is None else "refused", habit.service
+            elif f.phase == "serve" and served < habit.workers:
+                served += 1
+                f.wait -= STEP
+                if f.wait <= 0:
+                    f.phase = "body"
+            elif f.phase == "body":
+                f.bytes -= share
+        for f in list(flying):
+            if f.phase == "body" and f.bytes <= 0:
+                flying.remove(f)
+                end.arrived += 1
+                pace.arrived(now, now - f.since)
+            elif f.phase == "refused" or now - f.since > 30 + (habit.size - f.bytes) / 50e3:
+                flying.remove(f)
+                pace.strained(now, f.since, f.refused or 0.0)
+                f.tried += not f.refused
+                if f.tried < script.TRIES:
+                    queue.append((f.image, f.tried))
+                else:
+                    end.failed += 1
+        if pace.given_up:
+            end.failed += sum(tried > 0 for _, tried in queue) + len(flying)
+            end.left = sum(tried == 0 for _, tried in queue)
+            break
+        now += STEP
+    end.seconds = now
+    return end
+
+
+GOOD = {
+    # what the host or the line does: the habit, the best possible time, how many times as long it
+    # may take, and the share of the images that may wait for the next run
+    "a line of 2 MB/s, large originals": (Habit(40, size=3.9e6, line=2e6), 78, 1.1, 0),
+    "a line of 1 MB/s, larger ones": (Habit(20, size=8e6, line=1e6), 160, 1.1, 0),
+    "answers after 100 ms": (Habit(600), 12, 1.1, 0),
+    "answers after 300 ms": (Habit(600, latency=0.3), 20, 1.1, 0),
+    "answers after 3 s": (Habit(300, latency=3.0), 58, 1.3, 0),
+    "two workers that need 2 s": (Habit(60, workers=2, service=2.0), 60, 1.1, 0),
+    "100 images in 40 s, Retry-After": (Habit(300, window=(100, 40)), 82, 1.1, 0),
+    "4 connections, else 503": (Habit(200, connections=4, service=0.15), 13, 1.5, 0),
+    "2 connections, else 503": (Habit(200, connections=2, service=0.15), 26, 1.3, 0),
+    "10 a second, else 503": (Habit(900, rate=(10, 20)), 88, 1.1, 0),
+    "5 a second, else 503": (Habit(900, rate=(5, 20)), 176, 1.1, 0.01),
+    "2 a second, else 503": (Habit(200, rate=(2, 20)), 90, 1.1, 0.03),
+    "away for 5 s": (Habit(600, away=(3, 8)), 18, 1.3, 0),
+    "away for 25 s": (Habit(600, away=(2, 27)), 38, 1.3, 0),
+}
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_what_a_host_can_give_comes_in_good_time(name):
+    habit, best, times, share = GOOD[name]
+    end = simulate(habit)
+    assert end.arrived >= (1 - share) * habit.images, end
+    assert end.seconds <= times * best, end
+    assert end.left == 0, end
+
+
+BAD = {
+    # the habit, how long it may take, and how many requests it may cost
+    "is away for ever": (Habit(300, away=(-1, ALWAYS)), 70, 12),
+    "has lost every tenth image, and says 502": (Habit(600, missing=0.1), 100, 700),
+    "asks for an hour": (Habit(300, window=(20, 3600)), 5, 40),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_a_host_can_not_give_costs_a_bounded_time(name):
+    habit, seconds, requests = BAD[name]
+    end = simulate(habit)
+    assert end.arrived + end.failed + end.left == habit.images
+    assert end.seconds < seconds, end
+    assert end.requests <= requests, end
+
+
+def strained(pace, now, times=1, rest=0.0, since=None):
+    for _ in range(times):
+        pace.strained(now, now if since is None else since, rest)
+    return pace
+
+
+def test_strain_halves_the_window_once_for_all_that_were_under_way():
+    pace = script.Pace(16, 16)
+    strained(pace, 10.0, times=2, since=9.0)
+    assert pace.window == 8
+    strained(pace, 10.5, since=10.2)
+    assert pace.window == 1  # the third in a row
+
+
+def test_the_window_grows_by_one_an_image_and_above_the_threshold_by_one_a_round():
+    pace = strained(script.Pace(8, 16), 1.0)
+    assert pace.window == 4
+    for _ in range(4):
+        pace.arrived(2.0, 0.1)
+    assert 4.5 < pace.window < 5.1
+    fresh = script.Pace(4, 16)
+    for _ in range(99):
+        fresh.arrived(2.0, 0.1)
+    assert fresh.window == 16
+
+
+@pytest.mark.parametrize(("seconds", "grows"), [(1.9, True), (5.0, False), (9.0, False)])
+def test_only_a_quick_image_widens_the_window(seconds, grows):
+    pace = script.Pace(4, 16)
+    pace.arrived(1.0, 0.5)
+    before = pace.window
+    pace.arrived(20.0, seconds)
+    assert (pace.window > before) == grows
+    assert (pace.window < before) == (seconds > script.SLOW_SECONDS)
+
+
+def test_what_is_slow_for_every_image_widens_the_window_too():
+    pace = script.Pace(4, 16)
+    for _ in range(3):
+        pace.arrived(20.0, 5.0)
+    assert pace.window == 7
+
+
+def test_rests_double_up_to_16_seconds_and_begin_with_the_third_strain():
+    pace = script.Pace(16, 16)
+    rests = []
+    now = 100.0
+    for _ in range(9):
+        strained(pace, now)
+        rests.append(max(0.0, pace.rest_until - now))
+        now = max(now, pace.rest_until)
+    assert rests == [0, 0, 1, 2, 4, 8, 16, 16, 16]
+    pace.arrived(now, 0.1)
+    strained(pace, now)
+    assert pace.rest_until == now + 1  # in a window below three each strain rests
+
+
+def test_a_host_rests_as_long_as_it_asks_for():
+    pace = strained(script.Pace(4, 16), 10.0, rest=37.0)
+    assert pace.rest_until == 47.0
+    strained(pace, 10.1, rest=37.0)
+    assert pace.rest_until == 47.1
+    assert not pace.given_up
+
+
+@pytest.mark.parametrize(("rest", "given_up"), [(890.0, False), (901.0, True), (86400.0, True)])
+def test_a_host_that_asks_for_over_15_minutes_is_given_up(rest, given_up):
+    assert strained(script.Pace(4, 16), 10.0, rest=rest).given_up == given_up
+
+
+def test_a_host_is_given_up_after_six_strains_and_a_minute_without_an_image():
+    pace = script.Pace(4, 16)
+    strained(pace, 0.0, times=9)
+    strained(pace, 59.0)
+    assert not pace.given_up
+    pace.arrived(60.0, 0.1)  # it recovers
+    strained(pace, 70.0, times=5)
+    strained(pace, 131.0)
+    assert pace.given_up
+
+
+def test_the_rests_that_a_host_asks_for_are_no_minute_without_an_image():
+    pace = script.Pace(4, 16)
+    for round in range(10):
+        strained(pace, 40.0 * round, rest=40.0)
+    assert not pace.given_up
+    strained(pace, 461.0)
+    assert pace.given_up
+
+
+def test_a_few_strains_give_no_host_up():
+    pace = script.Pace(4, 16)
+    for minute in range(5):
+        strained(pace, 60.0 * minute)
+    assert not pace.given_up
