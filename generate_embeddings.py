@@ -3862,7 +3862,7 @@ SHOWN_NAMES = 8  # of pictures that failed for one reason
 THUMBNAIL = 160  # pixels a side
 THUMBNAIL_BYTES = 2700
 LONGEST_LINK = 800  # bytes of HTML
-LONGEST_CELL = 2000  # characters; spreadsheets take 32,767
+LONGEST_ADDRESS = 2000  # characters, and of any cell; spreadsheets take 32,767
 HEAD_BYTES = 2**20  # of a file: its width and height stand there
 # Where a cell, or what a spreadsheet that splits at semicolons takes for one, begins a formula.
 FORMULA = re.compile(r"""(?:^|[;\t\r\n])[\s"]*(?=[=+\-@\uff1d\uff0b\uff0d\uff20])""")
@@ -3970,7 +3970,7 @@ class File(NamedTuple):
 
     size: int  # bytes
     pixels: tuple[int, ...] = ()  # width and height, where they are known
-    digest: bytes = b""  # where files are compared
+    digest: bytes = b""
 
     @property
     def measures(self) -> str:
@@ -4042,7 +4042,8 @@ def view_of(store: Store, loader: Loader, seconds: float, picture: Picture) -> V
         levels = loader.decode(data)
     except ImageError as error:
         return str(error)
-    return View(thumbnail(levels), File(len(data), pixels_of(data[:HEAD_BYTES])))
+    file = File(len(data), pixels_of(data[:HEAD_BYTES]), hashlib.sha256(data).digest())
+    return View(thumbnail(levels), file)
 
 
 def thumbnail(levels: np.ndarray) -> str:
@@ -4074,7 +4075,7 @@ p { margin: .25rem 0 1rem; max-width: 62em; color: var(--dim) }
 nav, .cards { display: flex; flex-wrap: wrap; gap: .9rem }
 nav a, article { padding: .9rem; border: 1px solid var(--line); border-radius: .8rem;
   background: var(--card) }
-nav a { flex: 1 1 9rem; color: var(--dim); text-decoration: none }
+nav a { flex: 1 1 11rem; color: var(--dim); text-decoration: none }
 nav a:hover { border-color: currentcolor }
 nav b { display: block; color: CanvasText; font-size: 1.5rem; line-height: 1.2 }
 article { flex: var(--n) 1 calc(var(--n) * 8.75rem + 1.3rem); max-width: calc(var(--n) * 13rem) }
@@ -4082,6 +4083,7 @@ article { flex: var(--n) 1 calc(var(--n) * 8.75rem + 1.3rem); max-width: calc(va
 #failed .grid { display: block }
 article p { margin: .6rem 0 0; font-size: .85rem }
 .grid { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)) }
+#failed figure { margin-top: .6rem }
 figure { margin: 0; min-width: 0; font-size: .8rem; line-height: 1.35 }
 img, .none { display: block; width: 100%; aspect-ratio: 1; border-radius: .5rem;
   box-shadow: 0 0 0 1px var(--line) }
@@ -4217,44 +4219,44 @@ class Page:
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """The table."""
-        found: list[tuple[Picture, dict[str, Any]]] = []
         for number, group in enumerate(self._groups, 1):
             for one in group:
-                row = {"what": "looks the same", "group": number}
-                found.append((one, row | {"similarity": f"{self._similarity[one.id]:.6f}"}))
+                cosine = f"{self._similarity[one.id]:.6f}"
+                yield self._row(one, what="looks the same", group=number, similarity=cosine)
         for failure in self._catalog.failures:
-            row = {"what": "can't be used", "reason": cell(failure.reason)}
-            found.append((failure.picture, row | {"advice": advice(failure.reason)}))
-        for one, row in found:
-            for name in ("name", "client", "id", "image", "link"):
-                row[name] = cell(str(getattr(one, name)))
-            file = self._files.get(one.id)
-            if file:
-                row |= zip(("bytes", "width", "height"), (file.size, *file.pixels), strict=False)
-                row["copy"] = "no" if file.digest else ""
-            if one.id in self._kept:
-                row |= {"copy": self._same, "keep": cell(str(self._kept[one.id]))}
-            yield row
+            words = {"reason": cell(failure.reason), "advice": advice(failure.reason)}
+            yield self._row(failure.picture, what="can't be used", **words)
+
+    def _row(self, picture: Picture, **row: Any) -> dict[str, Any]:
+        for name in ("name", "client", "id", "image", "link"):
+            row[name] = cell(str(getattr(picture, name)))
+        file = self._files.get(picture.id)
+        if file:
+            row |= zip(("bytes", "width", "height"), (file.size, *file.pixels), strict=False)
+            row["copy"] = "no" if self._settings.local else ""
+        if picture.id in self._kept:
+            row |= {"copy": self._same, "keep": cell(str(self._kept[picture.id]))}
+        return row
 
     def html(self, status: Status) -> str:
         """The page."""
         settings = self._settings
-        title = "Products"
-        place = urlsplit(settings.url).netloc
-        if settings.local:
-            title = place = settings.local.name
+        place = settings.local.name if settings.local else urlsplit(settings.url).netloc
+        title = settings.client or (place if settings.local else "Products")
         now = datetime.now()
         about = (
             f"{status.done:,} of {status.assets:,} pictures can be found by similar-product search"
-            f" · {now.day} {now:%B %Y, %H:%M} · {place}"
+            f" · {now.day} {now:%B %Y, %H:%M}"
         )
+        if place != title:
+            about += f" · {place}"
         sections = [self._asked(), self._looks_same(), self._failed(), self._alike()]
         return PAGE.format(
-            title=escaped(settings.client or title, 200),
+            title=escaped(title, 200),
             style=STYLE,
             about=escaped(about, 400),
             same=f"<b>{len(self._groups):,}</b>groups look the same{self._superfluous()}",
-            failed=f"<b>{len(self._catalog.failures):,}</b>can't be used",
+            failed=f"<b>{len(self._catalog.failures):,}</b>pictures can't be used",
             alike=f"<b>{len(self._samples)}</b>samples of what looks alike",
             sections="".join(sections),
         )
@@ -4280,11 +4282,11 @@ class Page:
         catalog = self._catalog
         text = (
             "Copies, resized pictures, or variants of one product: look before you delete. The "
-            "largest of a group comes first. A picture opens its original; its name leads to the "
-            f"product, or a click selects the id below it, to be copied. {self._table} has all, "
-            "and of what is the same names the one to keep; an empty cell in it means: not known."
-            f"</p><p>A similarity of {SAME} counts as the same. Compared is the square in a "
-            "picture's middle."
+            "largest of a group comes first. A picture opens its original. Its name leads to the "
+            "product, or else a click on the line below the name selects that, to be copied. "
+            f"{self._table} has all of them, with the one to keep of those that are the same. An "
+            f"empty cell there means: not known.</p><p>A similarity of {SAME} counts as the same. "
+            "Compared is the square in a picture's middle."
         )
         if catalog.typical is not None:
             text += f" Pictures that have little in common have {catalog.typical:.2f} here."
@@ -4293,9 +4295,9 @@ class Page:
                 f"</p><p>Time was short: of {catalog.embedded:,} pictures {catalog.compared:,} "
                 f"were compared with all others, {catalog.sought_among:,} searched for copies."
             )
-        listed = len(self._listed())
-        if self._settings.local and len(self._files) < listed:
-            text += f"</p><p>Of {listed:,} files {len(self._files):,} could be looked at in time."
+        not_seen = sum(one.id not in self._files for one in self._listed())
+        if self._settings.local and not_seen:
+            text += f" {counted(not_seen, 'file')} could not be looked at, or not in time."
         cards = [self._group(*both) for both in enumerate(self._groups[:SHOWN_GROUPS], 1)]
         cut = self._cut(len(self._groups) - SHOWN_GROUPS)
         return section("same", "Looks the same", text, cards, cut)
@@ -4328,11 +4330,7 @@ class Page:
         cards = []
         for reason in sorted(by_reason, key=lambda reason: -len(by_reason[reason])):
             failed = by_reason[reason]
-            lines = [
-                f"<figure>{self._name(one)}{link(self._original(one), escaped(one.image, 100))}"
-                "</figure>"
-                for one in failed[:SHOWN_NAMES]
-            ]
+            lines = [self._line(one) for one in failed[:SHOWN_NAMES]]
             title = f"{escaped(reason[:1].upper() + reason[1:], 200)} <mark>{len(failed):,}</mark>"
             text = f"<p>{advice(reason) or 'Ask your developer.'}</p>"
             cards.append(card(title, lines, text, self._cut(len(failed) - SHOWN_NAMES)))
@@ -4342,6 +4340,11 @@ class Page:
         )
         cut = self._cut(len(cards) - SHOWN_REASONS)
         return section("failed", "Can't be used", text, cards[:SHOWN_REASONS], cut)
+
+    def _line(self, picture: Picture) -> str:
+        """A picture that can't be shown."""
+        where = "Open it" if self._settings.local else escaped(picture.image, 100)
+        return f"<figure>{self._name(picture)}{link(self._original(picture), where)}</figure>"
 
     def _alike(self) -> str:
         cards = []
@@ -4436,7 +4439,7 @@ def similarity(cosine: float) -> str:
 def cell(text: str) -> str:
     """Text that no spreadsheet takes for a formula, nor for too long. Some split a line at
     semicolons, some at tabs."""
-    return FORMULA.sub(r"\g<0>'", shorten(text, LONGEST_CELL))
+    return FORMULA.sub(r"\g<0>'", shorten(text, LONGEST_ADDRESS))
 
 
 def table_beside(page: Path) -> Path:
