@@ -3979,13 +3979,6 @@ class File(NamedTuple):
         return ", ".join(filter(None, [" x ".join(map(str, self.pixels)), size]))
 
 
-class View(NamedTuple):
-    """A picture as the page shows it."""
-
-    thumbnail: str  # a data: URL
-    file: File
-
-
 def files_in(folder: Path, pictures: list[Picture]) -> dict[Id, File]:
     """What the pictures' files are like: of those that can be read, in LOOK_SECONDS."""
     deadline = time.monotonic() + LOOK_SECONDS
@@ -4023,9 +4016,11 @@ def pixels_of(head: bytes) -> tuple[int, ...]:
     return ()
 
 
-def views_of(pictures: set[Picture], store: Store, settings: Settings) -> dict[Id, View | str]:
-    """The pictures, or why they can't be shown. All together they get the time of one image: no
-    host keeps the page waiting. Those that are late are left out."""
+def views_of(
+    pictures: set[Picture], store: Store, settings: Settings
+) -> dict[Id, tuple[str, File | None]]:
+    """How the page shows each picture, and what its file is like. All together they get the time
+    of one image: no host keeps the page waiting. Those that are late are left out."""
     loader = Loader(settings)
     pool = ThreadPoolExecutor(settings.workers)
     view = partial(view_of, store, loader, settings.fetch_seconds)
@@ -4035,15 +4030,18 @@ def views_of(pictures: set[Picture], store: Store, settings: Settings) -> dict[I
     return {asset: future.result() for asset, future in futures.items() if future in done}
 
 
-def view_of(store: Store, loader: Loader, seconds: float, picture: Picture) -> View | str:
+def view_of(
+    store: Store, loader: Loader, seconds: float, picture: Picture
+) -> tuple[str, File | None]:
+    """A picture as HTML, or why there is none."""
     try:
         source = store.locate(Asset(picture.id, picture.image))
         data = loader.fetch(source, Deadline(seconds)).data
         levels = loader.decode(data)
     except ImageError as error:
-        return str(error)
+        return NO_PICTURE.format(escaped(str(error), 100)), None
     file = File(len(data), pixels_of(data[:HEAD_BYTES]), hashlib.sha256(data).digest())
-    return View(thumbnail(levels), file)
+    return f'<img src="{thumbnail(levels)}" alt="{escaped(picture.name, 60)}">', file
 
 
 def thumbnail(levels: np.ndarray) -> str:
@@ -4111,6 +4109,7 @@ PAGE = """<!doctype html>
 <main>{sections}</main>
 </html>
 """
+NO_PICTURE = '<span class="none">{}</span>'
 TABLE_COLUMNS = ["what", "group", "name", "client", "similarity", "copy", "keep"]
 TABLE_COLUMNS += ["width", "height", "bytes", "id", "image", "link", "reason", "advice"]
 
@@ -4153,9 +4152,7 @@ class Page:
             self._files = files_in(settings.local, self._listed())
         self._compare()
         self._views = views_of(self._shown(), store, settings)
-        for asset, view in self._views.items():
-            if isinstance(view, View):
-                self._files.setdefault(asset, view.file)
+        self._files |= {asset: file for asset, (_, file) in self._views.items() if file}
         self._compare()
         page = settings.gallery or Path()
         self._folder = page.parent
@@ -4361,12 +4358,9 @@ class Page:
 
     def _figure(self, picture: Picture, note: str = "") -> str:
         """A picture, or why there is none, and what is said of it."""
-        view = self._views.get(picture.id, "not in time")
-        if isinstance(view, View):
-            shown = f'<img src="{view.thumbnail}" alt="{escaped(picture.name, 60)}">'
-            note += f"<small>{view.file.measures}</small>"
-        else:
-            shown = f'<span class="none">{escaped(view, 100)}</span>'
+        shown, file = self._views.get(picture.id, (NO_PICTURE.format("not in time"), None))
+        if file:
+            note += f"<small>{file.measures}</small>"
         return (
             f"<figure>{link(self._original(picture), shown)}"
             f"<figcaption>{self._name(picture)}{note}</figcaption></figure>"
