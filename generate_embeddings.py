@@ -3,6 +3,7 @@
 # dependencies = [
 #     "torch==2.13.0",
 #     "transformers==5.23.0",
+#     "huggingface-hub==2.4.0",
 #     "pillow==13.0.0",
 #     "requests==2.34.2",
 #     "urllib3==2.8.0",
@@ -185,7 +186,6 @@ try:
         import requests
         import urllib3
         from requests.cookies import RequestsCookieJar
-        from requests.exceptions import ChunkedEncodingError
         from tqdm import tqdm
         from tqdm.contrib.logging import logging_redirect_tqdm
         from urllib3.exceptions import HTTPError
@@ -510,7 +510,7 @@ NO_ANSWER = reason("no answer in time", _LATER)
 TOO_LATE = reason("not complete in time", _LATER)
 REFUSED = reason("connection refused", _LATER)
 UNREACHABLE = reason("host not reachable", _LATER)
-LOST = reason("connection lost", _LATER)
+CONNECTION_LOST = reason("connection lost", _LATER)
 BAD_COMPRESSION = reason("a broken compression", _LATER)
 BAD_HEADERS = reason("an answer with too many headers", _LATER)
 BAD_REDIRECT = reason("a redirect that leads nowhere", _CORRECT)
@@ -1612,10 +1612,12 @@ class SupabaseStore:
         vectors = []
         failures = []
         for result in results:
-            row = {"asset_id": result.asset.id, "image_hash": result.asset.image_hash}
+            asset = result.asset
             if isinstance(result, Embedded):
+                row = {"asset_id": asset.id, "embedded_image_hash": asset.image_hash}
                 vectors.append(row | {"embedding": vector_text(result.vector)})
             else:
+                row = {"asset_id": asset.id, "image_hash": asset.image_hash}
                 failures.append(row | {"stage": result.stage, "reason": result.reason})
         taken: set[Id] = self._call(
             "store_embeddings",
@@ -2293,12 +2295,14 @@ class Deadline:
 def body_of(answer: requests.Response, deadline: Deadline) -> bytes:
     """The bytes of an image, unpacked where its host packed them, unasked."""
     unpacker = None
+    piece = 2**16
     if answer.headers.get("Content-Encoding", "").lower() in ("gzip", "x-gzip", "deflate"):
         unpacker = zlib.decompressobj(wbits=47)  # either of gzip's and zlib's headers
+        piece = 2**12  # of which no more than 4 MB can come
     data = bytearray()
     # A packed body may end before its Content-Length, which some hosts take from the plain file.
     while not (unpacker and unpacker.eof):
-        chunk = answer.raw.read1(2**16)
+        chunk = answer.raw.read1(piece)
         if not chunk:
             break
         if unpacker:
@@ -2316,7 +2320,8 @@ def body_of(answer: requests.Response, deadline: Deadline) -> bytes:
 def first_bytes(answer: requests.Response) -> bytes:
     """How a page begins. Its connection is used again if that was all."""
     page = b""
-    if answer.status_code >= 200:  # else the answer proper follows, and must not be another's
+    # By HTTP others than these have no body. What comes anyway must not be another image's answer.
+    if answer.status_code >= 400:
         with contextlib.suppress(OSError, HTTPError):
             page = answer.raw.read(PAGE_BYTES)
     return page
@@ -2351,12 +2356,12 @@ def retry_after(headers: Mapping[str, str]) -> float:
 # The errors at the root of those of requests, urllib3 and httpx, the more special ones first
 NETWORK_REASONS: dict[type[Exception], str] = {
     ssl.SSLCertVerificationError: CERTIFICATE,
-    ssl.SSLEOFError: LOST,
+    ssl.SSLEOFError: CONNECTION_LOST,
     ssl.SSLError: NO_TLS,
     socket.gaierror: NO_HOST,
     TimeoutError: NO_ANSWER,
     ConnectionRefusedError: REFUSED,
-    ConnectionError: LOST,
+    ConnectionError: CONNECTION_LOST,
     OSError: UNREACHABLE,
     UnicodeError: NOT_A_URL,  # a part of the host's name is too long
     zlib.error: BAD_COMPRESSION,
@@ -2377,7 +2382,7 @@ def network_reason(error: BaseException) -> str:
     for kind, reason in NETWORK_REASONS.items():
         if isinstance(root, kind):
             return reason
-    return LOST
+    return CONNECTION_LOST
 
 
 def failure_of(error: Exception, deadline: Deadline) -> ImageError:
@@ -2552,8 +2557,10 @@ def guarded_adapter(guard: Guard, workers: int) -> requests.adapters.HTTPAdapter
         def begin(self) -> None:
             stream = self.fp
             self.fp = Headers(stream)  # type: ignore[assignment]
-            super().begin()
-            self.fp = stream
+            try:
+                super().begin()
+            finally:
+                self.fp = stream
 
     def change(manager: Any, **changes: Any) -> None:
         """Changes the connections that a manager of urllib3 opens."""
@@ -3640,14 +3647,10 @@ class Weights:
 
 HUB = "https://huggingface.co"  # HF_ENDPOINT names a mirror of it
 HUB_SECONDS = 10.0  # without a byte, until a connection counts as lost
-HUB_ATTEMPTS = 3  # one after the other that bring nothing
-HUB_WAIT = 2.0  # seconds between them, where the hub does not say how many
-HUB_LONGEST_WAIT = 60.0  # seconds, whatever it says
-HUB_CHUNK = 2**16  # bytes; what a cut costs at most
 
 
 class PinnedFile(NamedTuple):
-    """A file of the model at MODEL_REVISION, as others publish it who pinned that, too."""
+    """A file of the model at MODEL_REVISION."""
 
     size: int  # bytes
     sha256: str
@@ -3665,9 +3668,9 @@ MODEL_FILES = {
 
 
 def model_folder(settings: Settings, needed: tuple[str, ...]) -> Path:
-    """The folder of the model: CLIP_MODEL's, or that of the pinned one."""
+    """The folder of the model: the one that CLIP_MODEL names, or that of the pinned model."""
     if not settings.clip_model:
-        return download(needed)
+        return pinned_model(needed)
     folder = Path(settings.clip_model).expanduser()
     weights = folder / WEIGHTS
     is_copy = settings.model_version == MODEL_VERSION and not (folder / SAFETENSORS).is_file()
@@ -3679,9 +3682,12 @@ def model_folder(settings: Settings, needed: tuple[str, ...]) -> Path:
     return folder
 
 
-def download(needed: tuple[str, ...] = TO_ASK) -> Path:
-    """The folder of the pinned model with the files that are needed: in our cache, or in the one
-    that HF_HUB_CACHE or HF_HOME names. What is in neither is downloaded to ours."""
+def pinned_model(needed: tuple[str, ...] = TO_ASK) -> Path:
+    """The folder of the pinned model. It has at least the files that are needed.
+
+    Our cache is looked through first, then the one that HF_HUB_CACHE or HF_HOME names. A model
+    that is in neither is downloaded to ours.
+    """
     caches = [MODEL_CACHE]
     if "HF_HUB_CACHE" in os.environ:
         caches.append(Path(os.environ["HF_HUB_CACHE"]))
@@ -3693,17 +3699,14 @@ def download(needed: tuple[str, ...] = TO_ASK) -> Path:
         if all(is_whole(folder / name) for name in needed):
             return folder
     folder = MODEL_CACHE / folder_in_cache
-    log.info("downloading %s once, about 600 MB, to %s", MODEL_ID, MODEL_CACHE)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with one_run_at_a_time(folder):
-            for name in MODEL_FILES:
-                get_file(folder / name)
-    except (OSError, ImageError) as error:  # the disk's, requests', and the hub's
+        download_model(folder)
+    except (ImportError, RunError):
+        raise
+    except Exception as error:  # the disk's, the hub's, or its HTTP library's
         raise RunError(
-            f"{MODEL_ID} could not be downloaded ({shorten(str(error), 100)}): check network and "
-            "disk and run again, which goes on where this stopped, or set CLIP_MODEL to a folder "
-            "with a copy of it"
+            f"{MODEL_ID} could not be downloaded ({hub_trouble(error)}): check network, disk, and "
+            "HF_ENDPOINT and HF_TOKEN if set; or set CLIP_MODEL to a folder with a copy of it"
         ) from None
     return folder
 
@@ -3716,8 +3719,11 @@ def length(path: Path) -> int:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a file of the model is there, and byte for byte the pinned one. Weights take up to
-    a second, so NAME.checked beside them says that they were looked at since they changed."""
+    """Whether a file of the model is there, and byte for byte the pinned one.
+
+    Its SHA-256 takes up to a second, so it is looked at once: NAME.checked beside the file says
+    that the file has not changed since.
+    """
     pinned = MODEL_FILES[path.name]
     if length(path) != pinned.size:
         return False
@@ -3733,12 +3739,72 @@ def is_whole(path: Path) -> bool:
     return True
 
 
+def download_model(folder: Path) -> None:
+    """Downloads the model's files that are not yet in this folder of our cache."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    if huggingface_hub.is_offline_mode():
+        raise RunError(
+            f"{MODEL_ID} is not in {MODEL_CACHE}, and HF_HUB_OFFLINE forbids its download: unset "
+            "that, or set CLIP_MODEL to a folder with a copy of it"
+        )
+    check_proxies("socksio")
+    log.info("downloading %s once, about 600 MB, to %s", MODEL_ID, MODEL_CACHE)
+    # Xet is a second way to the hub. It heeds neither our certificates nor a proxy's.
+    constants.HF_HUB_DISABLE_XET = True
+    constants.HF_HUB_DISABLE_TELEMETRY = True  # it asks the hub for names of coding agents
+    hub_log = logging.getLogger("huggingface_hub")
+    hub_log.handlers = [HubWarnings()]
+    hub_log.propagate = False
+    huggingface_hub.set_client_factory(hub_client)
+    MODEL_CACHE.mkdir(parents=True, exist_ok=True)
+    with one_run_at_a_time():
+        # Runs that were stopped left these.
+        for partial_file in MODEL_CACHE.rglob("*.incomplete"):
+            partial_file.unlink()
+        for name in MODEL_FILES:
+            get_file(folder / name)
+
+
+def get_file(path: Path) -> None:
+    """Downloads a file of the model unless it is there. A damaged one is fetched once more."""
+    from huggingface_hub import hf_hub_download
+
+    if is_whole(path):
+        return
+    hub = (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
+    bar: Any = model_bar  # a class will do, too
+    for _attempt in range(2):
+        delete_damaged(path)
+        hf_hub_download(
+            MODEL_ID,
+            path.name,
+            revision=MODEL_REVISION,
+            cache_dir=MODEL_CACHE,
+            endpoint=hub,
+            tqdm_class=bar,
+        )
+        if is_whole(path):
+            return
+    delete_damaged(path)
+    raise ImageError(f"the hub serves another {path.name}")
+
+
+def delete_damaged(path: Path) -> None:
+    """Deletes a file of the model that is not the pinned one, if there is any, and says so."""
+    if path.exists():
+        log.warning("%s is damaged (its SHA-256): deleted", path)
+        path.resolve().unlink()
+    path.unlink(missing_ok=True)  # in the hub's cache it is a link
+
+
 @contextlib.contextmanager
-def one_run_at_a_time(folder: Path) -> Iterator[None]:
-    """Of several runs one downloads; the others wait, and find what it brought."""
+def one_run_at_a_time() -> Iterator[None]:
+    """Of several runs one downloads the model. The others wait, and find it in the cache."""
     from filelock import FileLock, Timeout
 
-    lock = FileLock(folder / "download.lock")
+    lock = FileLock(MODEL_CACHE / "download.lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -3750,96 +3816,53 @@ def one_run_at_a_time(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def get_file(path: Path) -> None:
-    """Puts a file of the model there, unless it is. A damaged one is deleted and fetched anew.
-    Raises ImageError where the hub has another file, and what fetch_rest raises."""
-    if is_whole(path):
-        return
-    if path.exists():
-        delete_damaged(path)
-    fetch_file(path)
-    if not is_whole(path):
-        delete_damaged(path)
-        fetch_file(path)
-    if not is_whole(path):
-        path.unlink()
-        raise ImageError(f"{hub()} serves another {path.name}")
+def hub_client() -> Any:
+    """The HTTP client for huggingface_hub. It trusts the certificates that we trust, and waits
+    HUB_SECONDS at most for a byte."""
+    import httpx2
+
+    def limit_seconds(request: httpx2.Request) -> None:
+        """huggingface_hub would wait for a minute, six times over."""
+        steps = ("connect", "read", "write", "pool")
+        request.extensions["timeout"] = dict.fromkeys(steps, HUB_SECONDS)
+
+    return httpx2.Client(
+        verify=tls_context(), follow_redirects=True, event_hooks={"request": [limit_seconds]}
+    )
 
 
-def delete_damaged(path: Path) -> None:
-    """Deletes a file of the model that is not the pinned one, and says so."""
-    log.warning("%s is damaged (its SHA-256): deleted, and fetched once more", path)
-    path.resolve().unlink()
-    path.unlink(missing_ok=True)  # the hub's own client had made a link of it
+def model_bar(**options: Any) -> Any:
+    """The download's bar, on a terminal. huggingface_hub's own bar shows a URL, and stays."""
+    width = shutil.get_terminal_size().columns - 1
+    look = {"desc": "model", "leave": False, "disable": None, "ncols": width}
+    return tqdm(**options | look)
 
 
-def hub() -> str:
-    """Where the model comes from: the hub, or the mirror that HF_ENDPOINT names."""
-    return (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
+class HubWarnings(logging.Handler):
+    """Passes on what huggingface_hub says, as when it tries again."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        log.info("model hub: %s", without_urls(record.getMessage()))
 
 
-def fetch_file(path: Path) -> None:
-    """Downloads a file of the model. What a cut, or an earlier run, left of it stays, and is gone
-    on from; attempts count only while they bring nothing."""
-    part = path.with_name(path.name + ".part")
-    in_vain = 0
-    while length(part) < MODEL_FILES[path.name].size:
-        before = length(part)
-        try:
-            fetch_rest(path.name, part)
-        except Strain as error:
-            in_vain += 1
-            if length(part) > before:
-                in_vain = 0
-            if in_vain == HUB_ATTEMPTS:
-                raise
-            time.sleep(min(max(error.rest, HUB_WAIT), HUB_LONGEST_WAIT))
-    part.replace(path)
+def without_urls(text: str) -> str:
+    """The text of a library's message. HF_ENDPOINT, and so each URL, may hold a password."""
+    return re.sub(r"https?://\S+", "the hub", text)
 
 
-def fetch_rest(name: str, part: Path) -> None:
-    """Asks the hub for what is missing of a file. Raises Strain where that did not bring all of
-    it, ImageError where another attempt would bring no more."""
-    size = MODEL_FILES[name].size
-    have = length(part)
-    headers = {"User-Agent": HEADERS["User-Agent"], "Accept-Encoding": "identity"}
-    headers["Range"] = f"bytes={have}-"
-    if token := os.environ.get("HF_TOKEN", "").strip():  # a company's mirror asks for one
-        headers["Authorization"] = f"Bearer {token}"
-    url = f"{hub()}/{MODEL_ID}/resolve/{MODEL_REVISION}/{name}"
-    try:
-        with requests.get(
-            url, headers=headers, stream=True, timeout=HUB_SECONDS, verify=certificates()
-        ) as answer:
-            if answer.status_code not in (200, 206):
-                raise refusal_of_hub(answer)
-            if answer.status_code == 200:  # all of it, whatever was asked for
-                have = 0
-            coming = answer.headers.get("Content-Length", "")
-            if coming.isdecimal() and have + int(coming) != size:
-                raise ImageError(f"{hub()} serves another {name}")
-            with part.open("ab" if have else "wb") as file:
-                for chunk in answer.iter_content(HUB_CHUNK):
-                    file.write(chunk)
-                    tenths_before = 10 * have // size
-                    have += len(chunk)
-                    tenths = 10 * have // size
-                    if name == WEIGHTS and tenths > tenths_before:
-                        log.info("downloaded %d %% of the model", 10 * tenths)
-    except (requests.ConnectionError, requests.Timeout, ChunkedEncodingError) as error:
-        raise Strain(network_reason(error), HUB_WAIT) from None
-    except requests.exceptions.InvalidHeader:  # its message quotes the token
-        raise RunError("HF_TOKEN holds characters that no token may: set it anew") from None
-    if have < size:
-        raise Strain("cut off", HUB_WAIT)
+def hub_trouble(error: BaseException) -> str:
+    """Why the download failed, in a few words."""
+    from httpx2 import NetworkError, TimeoutException
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-
-def refusal_of_hub(answer: requests.Response) -> ImageError:
-    """What an answer of the hub means that is no file."""
-    reason = f"HTTP {answer.status_code} {answer.reason}".strip()
-    if answer.status_code in STRAINED:
-        return Strain(reason, retry_after(answer.headers))
-    return ImageError(reason)
+    if isinstance(error, LocalEntryNotFoundError):  # as huggingface_hub has a cache of its own
+        error = error.__cause__ or error
+    response = getattr(error, "response", None)
+    if response is not None:
+        return f"HTTP {response.status_code} {response.reason_phrase}".strip()
+    if isinstance(error, (OSError, ImageError, NetworkError, TimeoutException)):
+        return shorten(without_urls(str(error)), 200)
+    return type(error).__name__  # texts of others may quote the token, or a part of HF_ENDPOINT
 
 
 # =============================================================== The page, the question

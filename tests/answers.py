@@ -1,9 +1,19 @@
-"""What an image host may answer: callables for the `files` of stack.ImageHost."""
+"""What an image host may answer: callables for the `files` of stack.ImageHost. Below them hosts
+that speak TLS, and proxies."""
 
 import contextlib
+import ipaddress
+import socket
+import socketserver
+import ssl
+import threading
 import time
+from datetime import UTC, datetime, timedelta
 
-from stack import reset
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
+from stack import ImageHost, reset
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: image/png\r\n"
 NO_LENGTH = OK + b"Connection: close\r\n\r\n"
@@ -60,3 +70,113 @@ def cut(handler):
     handler.wfile.flush()
     time.sleep(0.05)  # so that the first part arrives
     reset(handler.connection)
+
+
+class TlsHost(ImageHost):
+    """An ImageHost that speaks TLS. `authority` is the file of who signed its certificate: one
+    without key identifiers, as many old ones. With a `cipher` it knows only that one, of TLS 1.2.
+    """
+
+    def __init__(self, folder, files, days=1, cipher=None):
+        super().__init__(files)
+        self.folder, self.days, self.cipher = folder, days, cipher
+        self.authority = folder / "authority.pem"
+
+    def start(self):
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self._certificate())
+        if self.cipher:
+            context.maximum_version = ssl.TLSVersion.TLSv1_2
+            context.set_ciphers(self.cipher)
+        super().start()
+        self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
+        return self
+
+    def _certificate(self):
+        """A file with a new certificate and its key."""
+        root_key, key = (rsa.generate_private_key(65537, 2048) for _ in range(2))
+        root = self._signed("authority", root_key, root_key, x509.BasicConstraints(True, None))
+        address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+        made = self._signed("host", key, root_key, x509.SubjectAlternativeName([address]))
+        form, pkcs8 = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+        secret = key.private_bytes(form, pkcs8, serialization.NoEncryption())
+        self.authority.write_bytes(root.public_bytes(form))
+        file = self.folder / "certificate.pem"
+        file.write_bytes(secret + made.public_bytes(form))
+        return file
+
+    def _signed(self, subject, key, by, extension):
+        names = [
+            x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+            for name in ("authority", subject)
+        ]
+        now = datetime.now(UTC)
+        return (
+            x509.CertificateBuilder(*names, key.public_key(), x509.random_serial_number())
+            .not_valid_before(now - timedelta(days=9))
+            .not_valid_after(now + timedelta(days=self.days))
+            .add_extension(extension, critical=subject == "authority")
+            .sign(by, hashes.SHA256())
+        )
+
+    @property
+    def url(self):
+        return super().url.replace("http:", "https:")
+
+
+class Tunnel(socketserver.ThreadingTCPServer):
+    """A proxy that leads to `port` of this machine, whatever it is asked for: `asked`."""
+
+    daemon_threads = True
+
+    def __init__(self, handler, port):
+        super().__init__(("127.0.0.1", 0), handler)
+        self.port, self.asked = port, []
+        self.place = f"127.0.0.1:{self.server_address[1]}"
+
+    def __enter__(self):
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.shutdown()
+        self.server_close()
+
+
+class _Tunnelled(socketserver.StreamRequestHandler):
+    """A connection through a Tunnel; `greet` says where it is to lead."""
+
+    rbufsize = 0  # what follows the greeting is not for us
+
+    def handle(self):
+        self.server.asked.append(self.greet())
+        with socket.create_connection(("127.0.0.1", self.server.port)) as host:
+            threading.Thread(target=_pump, args=(self.connection, host), daemon=True).start()
+            _pump(host, self.connection)
+
+
+def _pump(source, target):
+    with contextlib.suppress(OSError):
+        while data := source.recv(2**16):
+            target.sendall(data)
+        target.shutdown(socket.SHUT_WR)
+
+
+class Socks5(_Tunnelled):
+    def greet(self):
+        self.rfile.read(self.rfile.read(2)[1])  # the methods that it knows
+        self.wfile.write(b"\5\0")
+        assert self.rfile.read(4) == b"\5\1\0\3"  # connect to a name
+        name = self.rfile.read(self.rfile.read(1)[0]).decode()
+        port = int.from_bytes(self.rfile.read(2), "big")
+        self.wfile.write(b"\5\0\0\1" + bytes(6))
+        return f"{name}:{port}"
+
+
+class Connect(_Tunnelled):
+    def greet(self):
+        lines = []
+        while line := self.rfile.readline().strip():
+            lines.append(line.decode())
+        self.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        return lines[0].split(" ")[1], [line for line in lines if "Basic" in line]

@@ -263,7 +263,7 @@ def vector(*numbers):
 
 
 FOLDER_COLUMNS = [
-    *("asset_id", "modified", "model_version", "embedding", "stage", "reason", "permanent"),
+    *("asset_id", "modified", "model_version", "embedding", "stage", "reason"),
     *("created_at", "updated_at"),
 ]
 
