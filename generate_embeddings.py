@@ -4224,13 +4224,14 @@ class Page:
         if self._settings.local:
             self._same = "same file"
             kinds = {asset: file.digest for asset, file in self._files.items()}
-        often = Counter(kinds.values())
-        first: dict[Any, Id] = {}
-        self._kept: dict[Id, Id] = {}  # by ids of what is the same, the one that can stay
+        ids_of: dict[Any, list[Id]] = {}
         for picture in self._listed():
-            kind = kinds.get(picture.id)
-            if often[kind] > 1:
-                self._kept[picture.id] = first.setdefault(kind, picture.id)
+            if picture.id in kinds:
+                ids_of.setdefault(kinds[picture.id], []).append(picture.id)
+        self._kept: dict[Id, Id] = {}  # by ids of what is the same, the one that can stay
+        for ids in ids_of.values():
+            if len(ids) > 1:
+                self._kept |= dict.fromkeys(ids, ids[0])
 
     def _smallness(self, picture: Picture) -> tuple[int, int]:
         """What sorts the largest first, and last what is not known."""
