@@ -1820,6 +1820,10 @@ def vector_text(vector: np.ndarray) -> str:
     return "[" + ",".join(map(str, vector.astype(np.float32))) + "]"
 
 
+MOST_COMPARED = 100_000  # vectors of a folder: 200 MB
+MOST_PAIRS = 1_000_000  # a thousand pictures that look the same make half of that
+BLOCK = 1024  # vectors that are compared with as many others at a time
+JOURNAL_MAGIC = bytes.fromhex("d9d505f920a163d7")  # at a journal's end: it names another one
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".webp", ".avif"}
 IMAGE_SUFFIXES |= {".tif", ".tiff", ".bmp", ".heic", ".heif"}
 # Copies, thumbnails and deleted files, as NAS systems, archives and desktops keep them
@@ -1841,6 +1845,13 @@ on conflict do update set modified = :image_hash, model_version = :version,
     embedding = :embedding, stage = :stage, reason = :reason, updated_at = :now
 where :embedding is not null or embedding is null or modified <> :image_hash
     or model_version <> :version
+"""
+
+
+# SQLite goes by a row's sql, whatever its other columns say
+FOLDER_ODDITIES = """
+select name from sqlite_master where sql not like 'create table%'
+    and sql not like 'create index%' and sql not like 'create unique index%'
 """
 
 
@@ -1869,6 +1880,7 @@ class FolderStore:
         self._below = ""
         if settings.client is not None:
             self._below = composed(settings.client.strip("/")) + "/"
+        self._mine: set[str] = set()  # paths that `status` found: other rows are not believed
         self._new: list[Asset] = []
         self._failed: list[Asset] = []
 
@@ -1879,7 +1891,10 @@ class FolderStore:
         if self._settings.dry_run and not Path(place).exists():
             place = ":memory:"
         try:
+            self._refuse_traps()
             with contextlib.closing(sqlite3.connect(place, 60)) as database, database:
+                if database.execute(FOLDER_ODDITIES).fetchone():
+                    raise RunError(f"{self.place} has triggers or views: it is not ours, move it")
                 database.execute(FOLDER_TABLE)
                 yield database
         except (sqlite3.Error, OSError) as error:
@@ -1888,11 +1903,25 @@ class FolderStore:
                 "a folder that can be written to, with room on the disk"
             ) from None
 
+    def _refuse_traps(self) -> None:
+        """Raises RunError where somebody prepared the file, or one beside it, so that SQLite would
+        write to files elsewhere, or delete them."""
+        for ending in ("", "-journal", "-wal", "-shm"):
+            path = Path(self.place + ending)
+            if is_link(path) or (path.exists() and not path.is_file()):
+                raise RunError(f"{path} is a link, or no file: move it")
+            if ending == "-journal" and path.exists():
+                with path.open("rb") as journal:
+                    journal.seek(max(0, path.stat().st_size - len(JOURNAL_MAGIC)))
+                    if journal.read() == JOURNAL_MAGIC:
+                        raise RunError(f"{path} is of several databases, and not ours: move it")
+
     def status(self) -> Status:
         """As Store says. Compares the folder's images with what the file knows of them: deletes
         the rows of files that are gone, and keeps for `pages` what is pending."""
         files = dict(self._files())
-        mine = [path for path in sorted(files) if self._is_mine(path)]
+        mine = [path for path in sorted(files) if composed(path).startswith(self._below)]
+        self._mine = set(mine)
         if not mine:
             self._explain_nothing(files)
         with self._database() as database:
@@ -1916,9 +1945,6 @@ class FolderStore:
             else:
                 done += 1
         return Status(len(mine), done, len(self._failed))
-
-    def _is_mine(self, path: str) -> bool:
-        return composed(path).startswith(self._below)
 
     def _explain_nothing(self, files: Mapping[str, Any]) -> None:
         if not self._below:
@@ -2015,37 +2041,37 @@ class FolderStore:
                 blocks.append(block)
         vectors = np.concatenate(blocks)
         blocks.clear()  # 200 MB
-        rows, looked_at = rows_alike(vectors)
+        alike, compared = rows_alike(vectors)
         pairs = [
             Pair(
-                pictures[one],
-                pictures[other],
-                cosine,
-                same=bool((vectors[one] == vectors[other]).all()),
+                pictures[one], pictures[other], cosine, bool((vectors[one] == vectors[other]).all())
             )
-            for one, other, cosine in rows
+            for one, other, cosine in alike
         ]
-        spread = np.linspace(0, len(pictures) - 1, min(SAMPLES, len(pictures))).astype(int)
+        copies = {other for _, other, _ in alike}
+        apart = np.array([row for row in range(len(pictures)) if row not in copies], int)
+        spread = apart[np.linspace(0, len(apart) - 1, min(SAMPLES, len(apart))).astype(int)]
         samples = []
         for own, cosines in zip(spread, vectors[spread] @ vectors.T, strict=True):
-            nearest = [row for row in np.argsort(-cosines)[: NEAREST + 1] if row != own][:NEAREST]
-            matches = [Match(pictures[row], float(cosines[row])) for row in nearest]
+            nearest = apart[np.argsort(-cosines[apart])][: NEAREST + 1]
+            matches = [Match(pictures[row], float(cosines[row])) for row in nearest if row != own]
             samples.append(Sample(pictures[own], matches))
         typical = None
         if len(spread) > 1:
             cosines = vectors[spread] @ vectors[spread].T
             typical = float(np.median(cosines[np.triu_indices(len(spread), 1)]))
         among = len(vectors)
-        return Catalog(pairs, embedded, among, looked_at, samples, typical, self._failures())
+        return Catalog(pairs, embedded, among, compared, samples, typical, self._failures())
 
     def _vectors(self) -> Iterator[tuple[list[Picture], np.ndarray]]:
-        """All pictures with their vectors (n, 512), in blocks of several thousand."""
-        query = "select asset_id, embedding from images where model_version = ? and {} order by 1"
-        query = query.format("embedding is not null")
+        """The pictures that `status` found with their vectors (n, 512), in blocks of thousands."""
+        query = """select asset_id, embedding from images
+            where model_version = ? and typeof(embedding) = 'blob' and length(embedding) = ?
+            order by asset_id"""
         with self._database() as database:
-            found = database.execute(query, [self._settings.model_version])
+            found = database.execute(query, [self._settings.model_version, 4 * DIMENSIONS])
             while block := found.fetchmany(5000):
-                mine = [(path, blob) for path, blob in block if self._is_mine(path)]
+                mine = [(path, blob) for path, blob in block if path in self._mine]
                 vectors = np.frombuffer(b"".join(blob for _, blob in mine), "<f4")
                 yield [picture_of(path) for path, _ in mine], vectors.reshape(-1, DIMENSIONS)
 
@@ -2054,10 +2080,38 @@ class FolderStore:
             where model_version = ? and reason is not null order by asset_id"""
         with self._database() as database:
             return [
-                FailedPicture(picture_of(path), reason)
+                FailedPicture(picture_of(path), str(reason))
                 for path, reason in database.execute(query, [self._settings.model_version])
-                if self._is_mine(path)
+                if path in self._mine
             ]
+
+
+def rows_alike(vectors: np.ndarray) -> tuple[list[tuple[int, int, float]], int]:
+    """The pairs of rows of unit vectors (n, 512) whose cosine is SAME or more, the earlier row
+    first; and how many rows were compared with all others before LOOK_SECONDS were over.
+
+    Equal rows come first, each paired with the first of its kind, which then stands for all.
+    """
+    deadline = time.monotonic() + LOOK_SECONDS
+    pairs = []
+    first: dict[bytes, int] = {}
+    for row, vector in enumerate(vectors):
+        known = first.setdefault(hashlib.sha256(vector).digest(), row)
+        if known != row:
+            pairs.append((known, row, 1.0))
+    copies = len(pairs)
+    rows = list(first.values())
+    for start in range(0, len(rows), BLOCK):
+        if start and (time.monotonic() > deadline or len(pairs) > MOST_PAIRS):
+            return pairs, copies + start
+        ours = rows[start : start + BLOCK]
+        for other in range(start, len(rows), BLOCK):
+            theirs = rows[other : other + BLOCK]
+            cosines = vectors[ours] @ vectors[theirs].T
+            for i, j in np.argwhere(cosines >= SAME):
+                if ours[i] < theirs[j]:
+                    pairs.append((ours[i], theirs[j], min(float(cosines[i, j]), 1.0)))
+    return pairs, len(vectors)
 
 
 def picture_of(path: str) -> Picture:
@@ -3766,76 +3820,28 @@ def hub_trouble(error: BaseException) -> str:
 # detection takes a distance of 0.01. What unrelated pictures have depends on the catalog, and is
 # said on the page.
 SAME = 0.99
-LOOK_SECONDS = 4.0  # in search of those; the whole page may take 15, of a folder 10
-MOST_COMPARED = 100_000  # vectors of a folder: 200 MB
-MOST_PAIRS = 1_000_000  # a thousand pictures that look the same make half of that
-BLOCK = 1024  # vectors that are compared with as many others at a time
-AXES = 64
-REACH = math.sqrt(2 - 2 * SAME)  # the distance of vectors whose cosine is SAME
-ROUNDING = 1e-5  # of float32 sums
-
-MATCHES = 12  # pictures for a question; --limit says another number,
-SHOWN_MATCHES = 24  # of which the page shows these
-SAMPLES = 16  # pictures that are shown with their nearest
-NEAREST = 6
+LOOK_SECONDS = 4.0  # in search of those; as long at a folder's files. The page may take 10 there
+MATCHES = 12  # pictures for a question; --limit says another number
+# With these numbers a page has at most 3 MB, which mail programs and phones take.
+SHOWN_QUESTIONS = 4
+SHOWN_MATCHES = 24
 SHOWN_GROUPS = 60
-SHOWN_MEMBERS = 6  # of a group
-OPEN_GROUPS = 12  # the others are folded, for whoever scrolls on a phone
-OPEN_REASONS = 12  # likewise
-SHOWN_NAMES = 20  # of those that failed for one reason, or that have no room in their group
-OPEN_NAMES = 4  # of the former; they are folded if there are more
-GROUP_ROOM = 1_200_000  # bytes: mail programs and phones take a page of 3 MB
-TEXT_ROOM = 150_000  # for groups without pictures
-SAMPLE_ROOM = 900_000
-ANSWER_ROOM = 400_000
-FAILURE_ROOM = 300_000
-LONGEST_ADDRESS = 2000  # characters of a link; browsers take few more
-LARGE = 224  # pixels
-MEDIUM = 160
-SMALL = 112
+SHOWN_MEMBERS = 6
+SAMPLES = 16
+NEAREST = 6  # to a sample
+SHOWN_REASONS = 15
+SHOWN_NAMES = 8  # of pictures that failed for one reason
+THUMBNAIL = 160  # pixels a side
+THUMBNAIL_BYTES = 2700
+LONGEST_LINK = 800  # bytes of HTML
+LONGEST_ADDRESS = 2000  # characters, and of any cell; spreadsheets take 32,767
+HEAD_BYTES = 2**20  # of a file: its width and height stand there
+# Where a cell, or what a spreadsheet that splits at semicolons takes for one, begins a formula.
+FORMULA = re.compile(r"""(?:^|[;\t\r\n])[\s"]*(?=[=+\-@\uff1d\uff0b\uff0d\uff20])""")
 
 NEAR_TO_WORDS = "0.2 to 0.35 is near; pictures are nearer to each other"
 
-SAME_FILE = "same file"
-SAME_PICTURE = "same picture"  # to the last bit of what the model sees
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A question with the pictures nearest to it."""
-
-    question: str
-    matches: list[Match]
-
-
-@dataclass(frozen=True)
-class View:
-    """What the fetch of a picture told: what the model sees of it, and what its file is like."""
-
-    levels: np.ndarray
-    sight: bytes  # checksum of the levels
-    file: bytes  # checksum of the file
-    size: int  # bytes of the file
-    pixels: tuple[int, int] | None  # width and height, where they are known
-
-    @property
-    def measures(self) -> str:
-        """As in: 1500 x 1000, 240 KB."""
-        size = f"{math.ceil(self.size / 1000):,} KB"
-        if not self.pixels:
-            return size
-        width, height = self.pixels
-        return f"{width} x {height}, {size}"
-
-    def thumbnail(self, side: int) -> str:
-        """The address of an image that is in the page itself."""
-        data = io.BytesIO()
-        Image.fromarray(self.levels).resize((side, side)).save(data, "WEBP", quality=75)
-        return "data:image/webp;base64," + base64.b64encode(data.getvalue()).decode()
-
-
-Views = Mapping[Id, View | str]  # of pictures that were to be fetched; text: why there is none
-Group = list[Match]  # pictures that look the same, each with its cosine to the nearest of them
+Answer = tuple[str, list[Match]]  # a question, and what is nearest to it
 
 
 def answer_questions(store: Store, settings: Settings, status: Status) -> int:
@@ -3846,13 +3852,12 @@ def answer_questions(store: Store, settings: Settings, status: Status) -> int:
             f"nothing is embedded yet as {settings.model_version}: run without --search first"
         )
     vectors = question_vectors(settings)
-    answers = []
-    for question, vector in zip(settings.search, vectors, strict=True):
-        answers.append(Answer(question, store.search(vector, settings.limit or MATCHES)))
+    wanted = settings.limit or MATCHES
+    answers = [(asked, store.search(vectors[asked], wanted)) for asked in settings.search]
     with contextlib.suppress(OSError):  # as in: ... | head -1
-        for answer in answers:
-            for match in answer.matches:
-                print(answer_line(answer.question, match, settings))
+        for question, matches in answers:
+            for match in matches:
+                print(answer_line(question, match, settings))
         sys.stdout.flush()
     if settings.gallery:
         write_gallery(store, settings, status, answers)
@@ -3870,26 +3875,28 @@ def answer_line(question: str, match: Match, settings: Settings) -> str:
     return "\t".join(map(printable, columns))
 
 
-def question_vectors(settings: Settings) -> list[np.ndarray]:
+def question_vectors(settings: Settings) -> dict[str, np.ndarray]:
     """The vector (512,) of each question; loads only the towers that these need."""
-    places = {question: picture_place(question) for question in settings.search}
-    pixels = {
-        question: question_pixels(question, place, settings)
-        for question, place in places.items()
-        if place
-    }
-    words = [question for question in places if question not in pixels]
+    pixels = {}
+    words = []
+    for question in settings.search:
+        source = question_source(question)
+        if source:
+            pixels[question] = question_pixels(question, source, settings)
+        else:
+            words.append(question)
     vectors: dict[str, np.ndarray] = {}
     if pixels:
-        made = ClipEncoder(settings).encode(np.stack(list(pixels.values())))
-        vectors.update(zip(pixels, made, strict=True))
+        vectors |= zip(
+            pixels, ClipEncoder(settings).encode(np.stack([*pixels.values()])), strict=True
+        )
     if words:
         log.info("for words %s", NEAR_TO_WORDS)
-        vectors.update(zip(words, TextEncoder(settings).encode(words), strict=True))
-    return [vectors[question] for question in settings.search]
+        vectors |= zip(words, TextEncoder(settings).encode(words), strict=True)
+    return vectors
 
 
-def picture_place(question: str) -> Source | None:
+def question_source(question: str) -> Source | None:
     """Where the picture is that a question names: a URL, or a file that is there. None: it is
     words. Raises RunError for what looks like a file and is none."""
     if re.match("(?i)https?://", question):
@@ -3901,183 +3908,126 @@ def picture_place(question: str) -> Source | None:
     return None
 
 
-def question_pixels(question: str, place: Source, settings: Settings) -> np.ndarray:
+def question_pixels(question: str, source: Source, settings: Settings) -> np.ndarray:
     """The pixels (3, 224, 224) of a question's picture; raises RunError."""
+    loader = Loader(settings)
     try:
-        download = Fetcher(settings).fetch(place, Deadline(settings.fetch_seconds))
-        return normalise(Decoder().decode(download.data))
+        data = loader.fetch(source, Deadline(settings.fetch_seconds)).data
+        return normalise(loader.decode(data))
     except ImageError as error:
         raise RunError(f"--search {shorten(question, 200)}: {error}") from None
 
 
-def write_gallery(
-    store: Store, settings: Settings, status: Status, answers: Sequence[Answer] = ()
-) -> None:
-    """Writes the page, and the table beside it. Raises RunError where that can't be done."""
-    log.info("making the page")
-    catalog = store.catalog()
-    groups = groups_of(catalog.pairs)
-    shown = {match.picture for group in groups[:SHOWN_GROUPS] for match in group[:SHOWN_MEMBERS]}
-    for answer in answers:
-        shown.update(match.picture for match in answer.matches[:SHOWN_MATCHES])
-    for sample in catalog.samples:
-        shown.add(sample.picture)
-        shown.update(match.picture for match in sample.nearest)
-    views = views_of(shown, store, settings)
-    groups.sort(key=lambda group: not are_copies(group[:SHOWN_MEMBERS], views))  # these first
-    page = Page(settings, views)
-    written = settings.gallery or Path()
-    try:
-        written.write_text(page.whole(status, catalog, groups, answers), "utf-8", "replace")
-        write_table(table_beside(written), groups, catalog.failures, views)
-    except OSError as error:
-        raise RunError(f"{error.filename} can't be written: {error.strerror}") from None
-    log.info("for a spreadsheet: %s", table_beside(written))
-    log.info("look at %s", written.as_uri())
+# What --gallery finds
 
 
-def rows_alike(vectors: np.ndarray) -> tuple[list[tuple[int, int, float]], int]:
-    """The pairs of rows of unit vectors (n, 512) whose cosine is SAME or more; and how many rows
-    were compared with all others before LOOK_SECONDS were over.
-
-    Equal rows come first, each paired with the first of its kind, which then stands for all. The
-    rest is geometry: a rotation keeps distances (whose square is 2 - 2 cosine), and on a few of
-    its axes no two points are farther apart than on all. So most pairs are ruled out on the AXES
-    that tell most, and by their order along the first of these.
-    """
-    if not len(vectors):
-        return [], 0
-    deadline = time.monotonic() + LOOK_SECONDS
-    pairs = []
-    first: dict[bytes, int] = {}
-    for row, vector in enumerate(vectors):
-        known = first.setdefault(vector.tobytes(), row)
-        if known != row:
-            pairs.append((known, row, 1.0))
-    copies = len(pairs)
-    rows = np.array(list(first.values()), int)
-    mean = vectors.mean(axis=0)
-    spread = vectors.T @ vectors - len(vectors) * np.outer(mean, mean)
-    points = vectors[rows] @ np.linalg.eigh(spread)[1][:, -AXES:]
-    order = np.argsort(points[:, -1])
-    rows = rows[order]
-    points = points[order]
-    vectors = vectors[rows]
-    halves = (points * points).sum(axis=1, keepdims=True) / 2
-    ones = np.ones_like(halves)
-    left = np.hstack([points, -halves, ones])  # left @ right.T is -distance^2 / 2 on these axes
-    right = np.hstack([points, ones, -halves])
-    for start in range(0, len(rows), BLOCK):
-        late = time.monotonic() > deadline or len(pairs) > MOST_PAIRS
-        if start and late:
-            return pairs, copies + start
-        ours = slice(start, start + BLOCK)
-        for other in range(start, len(rows), BLOCK):
-            theirs = slice(other, other + BLOCK)
-            if points[other, -1] - points[ours][-1, -1] > REACH:
-                break
-            if (left[ours] @ right[theirs].T).max() < SAME - 1 - ROUNDING:
-                continue
-            cosines = vectors[ours] @ vectors[theirs].T
-            for i, j in np.argwhere(cosines >= SAME):
-                if start + i < other + j:
-                    pairs.append((int(rows[start + i]), int(rows[other + j]), float(cosines[i, j])))
-    return pairs, len(rows) + copies
-
-
-def groups_of(pairs: list[Pair]) -> list[Group]:
-    """The pairs joined: a picture in four copies is one group. The most alike come first."""
-    group_of: dict[Id, dict[Picture, float]] = {}
+def joined(pairs: Iterable[Pair]) -> list[list[Picture]]:
+    """The pictures of pairs that share one, together: a picture in four copies is one list."""
+    list_of: dict[Id, list[Picture]] = {}
     for pair in pairs:
-        group = group_of.setdefault(pair.one.id, {pair.one: 0.0})
-        joined = group_of.setdefault(pair.other.id, {pair.other: 0.0})
-        if joined is not group:
-            if len(joined) > len(group):
-                group, joined = joined, group
-            group.update(joined)
-            for picture in joined:
-                group_of[picture.id] = group
-        for picture in (pair.one, pair.other):
-            group[picture] = max(group[picture], pair.similarity)
-    distinct = {id(group): group for group in group_of.values()}
-    groups = []
-    for group in distinct.values():
-        matches = [Match(picture, similarity) for picture, similarity in group.items()]
-        matches.sort(key=lambda match: -match.similarity)
-        groups.append(matches)
-    groups.sort(key=lambda matches: -matches[-1].similarity)
-    return groups
+        ours = list_of.setdefault(pair.one.id, [pair.one])
+        theirs = list_of.setdefault(pair.other.id, [pair.other])
+        if ours is theirs:
+            continue
+        if len(ours) < len(theirs):
+            ours, theirs = theirs, ours
+        ours += theirs
+        for picture in theirs:
+            list_of[picture.id] = ours
+    return list({id(pictures): pictures for pictures in list_of.values()}.values())
 
 
-def views_of(pictures: set[Picture], store: Store, settings: Settings) -> Views:
-    """What the fetch of each picture gave, or why it gave nothing. All together they get the time
-    of one image: no host keeps the page waiting."""
+class File(NamedTuple):
+    """What a look at a picture's file told."""
+
+    size: int  # bytes
+    pixels: tuple[int, ...] = ()  # width and height, where they are known
+    digest: bytes = b""
+
+    @property
+    def measures(self) -> str:
+        """As in: 1500 x 1000, 240 KB."""
+        size = f"{math.ceil(self.size / 1000):,} KB"
+        return ", ".join(filter(None, [" x ".join(map(str, self.pixels)), size]))
+
+
+def files_in(folder: Path, pictures: list[Picture]) -> dict[Id, File]:
+    """What the pictures' files are like: of those that can be read, in LOOK_SECONDS."""
+    deadline = time.monotonic() + LOOK_SECONDS
+    files = {}
+    for picture in pictures:
+        path = folder / picture.image
+        if time.monotonic() < deadline and path.is_file():  # a named pipe would never end
+            with contextlib.suppress(OSError), path.open("rb") as file:
+                pixels = pixels_of(file.read(HEAD_BYTES))
+                file.seek(0)
+                digest = hashlib.file_digest(file, "sha256").digest()
+                files[picture.id] = File(file.tell(), pixels, digest)
+    return files
+
+
+# Where a WebP's kinds have their width and height, which are side by side as numbers of as many
+# bits: their first byte, the bits from one to the other, their bits, and what to add.
+WEBP = {b"VP8 ": (26, 16, 14, 0), b"VP8L": (21, 14, 14, 1), b"VP8X": (24, 24, 24, 1)}
+
+
+def pixels_of(head: bytes) -> tuple[int, ...]:
+    """Width and height, as far as the first bytes of a file tell. What Pillow opens with code in
+    C, which may crash on a file, is read here."""
+    if head[8:12] == b"WEBP" and head[12:16] in WEBP:
+        first, apart, bits, more = WEBP[head[12:16]]
+        both = int.from_bytes(head[first : first + 6], "little")
+        return both % 2**bits + more, (both >> apart) % 2**bits + more
+    # AVIF and HEIC have one of these for the image, and one for the tiles that it is made of.
+    sizes = re.findall(rb"ispe\0{4}(.{4})(.{4})", head, re.DOTALL)
+    if sizes:
+        return tuple(map(int.from_bytes, max(sizes)))
+    with contextlib.suppress(Exception):  # Pillow raises nearly every type there is
+        formats = ["JPEG", "PNG", "GIF", "BMP", "TIFF"]
+        return Image.open(io.BytesIO(head), formats=formats).size
+    return ()
+
+
+def views_of(
+    pictures: set[Picture], store: Store, settings: Settings
+) -> dict[Id, tuple[str, File | None]]:
+    """How the page shows each picture, and what its file is like. All together they get the time
+    of one image: no host keeps the page waiting. Those that are late are left out."""
     loader = Loader(settings)
     pool = ThreadPoolExecutor(settings.workers)
     view = partial(view_of, store, loader, settings.fetch_seconds)
     futures = {picture.id: pool.submit(view, picture) for picture in pictures}
-    wait(futures.values(), settings.fetch_seconds + 1)
-    views: dict[Id, View | str] = {}
-    for asset, future in futures.items():
-        if not future.done():
-            future.cancel()
-            views[asset] = "not in time"
-        elif future.exception():
-            views[asset] = str(future.exception())
-        else:
-            views[asset] = future.result()
-    return views
+    done, _ = wait(futures.values(), settings.fetch_seconds + 1)
+    pool.shutdown(wait=False, cancel_futures=True)
+    return {asset: future.result() for asset, future in futures.items() if future in done}
 
 
-def view_of(store: Store, loader: Loader, seconds: float, picture: Picture) -> View:
-    """Fetches a picture and looks at it; raises ImageError."""
-    source = store.locate(Asset(picture.id, picture.image))
-    data = loader.fetch(source, Deadline(seconds)).data
-    levels = loader.decode(data)
-    sight = hashlib.sha256(levels.tobytes()).digest()
-    return View(levels, sight, hashlib.sha256(data).digest(), len(data), pixels_of(data))
-
-
-def pixels_of(data: bytes) -> tuple[int, int] | None:
-    """Width and height, of formats whose headers Python reads by itself: what may crash is for the
-    decoders' processes."""
+def view_of(
+    store: Store, loader: Loader, seconds: float, picture: Picture
+) -> tuple[str, File | None]:
+    """A picture as HTML, or why there is none."""
     try:
-        return Image.open(io.BytesIO(data), formats=["JPEG", "PNG", "GIF"]).size
-    except Exception:  # Pillow raises nearly every type there is
-        return None
+        source = store.locate(Asset(picture.id, picture.image))
+        data = loader.fetch(source, Deadline(seconds)).data
+        levels = loader.decode(data)
+    except ImageError as error:
+        return NO_PICTURE.format(escaped(str(error), 100)), None
+    file = File(len(data), pixels_of(data[:HEAD_BYTES]), hashlib.sha256(data).digest())
+    return f'<img src="{thumbnail(levels)}" alt="{escaped(picture.name, 60)}">', file
 
 
-def copies_in(group: Group, views: Views) -> dict[Id, str]:
-    """Which pictures of a group are copies of others in it, as far as they were fetched; with a
-    number where they are copies of different pictures."""
-    known = {}
-    for match in group:
-        view = views.get(match.picture.id)
-        if isinstance(view, View):
-            known[match.picture.id] = view
-    files = Counter(view.file for view in known.values())
-    sights = Counter(view.sight for view in known.values())
-    copied = [sight for sight, count in sights.items() if count > 1]
-    copies = {}
-    for asset, view in known.items():
-        if view.sight not in copied:
-            continue
-        copies[asset] = SAME_FILE if files[view.file] > 1 else SAME_PICTURE
-        if len(copied) > 1:
-            copies[asset] += f" {copied.index(view.sight) + 1}"
-    return copies
+def thumbnail(levels: np.ndarray) -> str:
+    """A picture as an address that holds it."""
+    small = Image.fromarray(levels).resize((THUMBNAIL, THUMBNAIL))
+    for quality in (60, 30, 10, 1):
+        file = io.BytesIO()
+        small.save(file, "WEBP", quality=quality)
+        if file.tell() <= THUMBNAIL_BYTES:
+            break
+    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def are_copies(group: Group, views: Views) -> bool:
-    """Whether all pictures of a group are known to be copies of one."""
-    sights = set()
-    for match in group:
-        view = views.get(match.picture.id)
-        if not isinstance(view, View):
-            return False
-        sights.add(view.sight)
-    return len(sights) == 1
-
+# What --gallery writes
 
 STYLE = """
 :root { color-scheme: light dark; --page: #f6f6f4; --card: #fff; --line: #e3e3df; --dim: #66665f;
@@ -4092,51 +4042,30 @@ h2 { margin: 2.5rem 0 .25rem; font-size: 1.3rem }
 h3 { margin: 0 0 .6rem; font-size: .95rem }
 a { color: inherit }
 p { margin: .25rem 0 1rem; max-width: 62em; color: var(--dim) }
-nav { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fit, minmax(7rem, 1fr)) }
-nav a { padding: .7rem 1rem; border: 1px solid var(--line); border-radius: .7rem;
-  background: var(--card); color: var(--dim); text-decoration: none }
+nav, .cards { display: flex; flex-wrap: wrap; gap: .9rem }
+nav a, article { padding: .9rem; border: 1px solid var(--line); border-radius: .8rem;
+  background: var(--card) }
+nav a { flex: 1 1 11rem; color: var(--dim); text-decoration: none }
 nav a:hover { border-color: currentcolor }
 nav b { display: block; color: CanvasText; font-size: 1.5rem; line-height: 1.2 }
-.cards { columns: 20rem; column-gap: .9rem }
-.cards article { break-inside: avoid }
-.cards > h3 { break-after: avoid }
-.cards > ul { margin-bottom: 1.2rem }
-article { margin-bottom: .9rem; padding: .9rem; border: 1px solid var(--line);
-  border-radius: .8rem; background: var(--card) }
-article p { margin: 0 }
-.twos, .threes, .nearest { display: grid; gap: .75rem;
-  grid-template-columns: repeat(2, minmax(0, 1fr)) }
-.threes { grid-template-columns: repeat(3, minmax(0, 1fr)) }
-.nearest { grid-template-columns: repeat(6, minmax(0, 1fr)) }
-figure { margin: 0; min-width: 0 }
-figure a { display: block; border-radius: .5rem }
+article { flex: var(--n) 1 calc(var(--n) * 8.75rem + 1.3rem); max-width: calc(var(--n) * 13rem) }
+#failed article { flex: 1 1 20rem; max-width: 40rem }
+#failed .grid { display: block }
+article p { margin: .6rem 0 0; font-size: .85rem }
+.grid { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)) }
+#failed figure { margin-top: .6rem }
+figure { margin: 0; min-width: 0; font-size: .8rem; line-height: 1.35 }
 img, .none { display: block; width: 100%; aspect-ratio: 1; border-radius: .5rem;
   box-shadow: 0 0 0 1px var(--line) }
-.none { display: grid; place-content: center; padding: .5rem; color: var(--dim);
-  font-size: .75rem; text-align: center; overflow: hidden }
-figcaption { margin-top: .35rem; font-size: .8rem; line-height: 1.35 }
-li:last-child { margin: 0 }
+.none { display: grid; place-content: center; padding: .5rem; color: var(--dim); text-align: center;
+  overflow: hidden }
+figcaption { margin-top: .35rem }
 figcaption b { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 4;
   overflow: hidden }
-figcaption small { display: block; color: var(--dim); font-size: .72rem }
-mark { padding: .1rem .45rem; border-radius: 1rem; background: var(--mark); color: var(--ink);
-  font-size: .72rem; white-space: nowrap }
-.sample { display: grid; gap: 1.1rem; grid-template-columns: minmax(9rem, 1fr) 4.5fr }
-details { margin-bottom: .75rem }
-summary { padding: .3rem 0; color: var(--dim); cursor: pointer }
-ul { margin: .5rem 0 0; padding: 0; list-style: none; font-size: .85rem }
-li { margin-bottom: .45rem; break-inside: avoid }
-li small { display: block; color: var(--dim) }
-@media (max-width: 999px) {
-  .sample { grid-template-columns: 1fr 2fr }
-  .sample .nearest { grid-template-columns: repeat(3, minmax(0, 1fr)) }
-}
-@media (max-width: 699px) {
-  nav a { padding: .5rem .6rem; font-size: .8rem; line-height: 1.25 }
-  .sample { grid-template-columns: 1fr }
-  .sample > figure { display: grid; gap: .75rem; grid-template-columns: 7rem 1fr }
-  .nearest { grid-template-columns: repeat(3, minmax(0, 1fr)) }
-}
+small { display: block; color: var(--dim); font-size: .75rem }
+.id { -webkit-user-select: all; user-select: all }
+mark { display: inline-block; padding: 0 .45rem; border-radius: 1rem; background: var(--mark);
+  color: var(--ink); font-size: .75rem }
 """
 PAGE = """<!doctype html>
 <html lang="en">
@@ -4147,354 +4076,342 @@ PAGE = """<!doctype html>
 <title>{title}</title>
 <style>{style}</style>
 <header><h1>{title}</h1><p>{about}</p></header>
-<nav aria-label="Sections">{links}</nav>
+<nav aria-label="Sections"><a href="#same">{same}</a><a href="#failed">{failed}</a>
+<a href="#alike">{alike}</a></nav>
 <main>{sections}</main>
 </html>
 """
+NO_PICTURE = '<span class="none">{}</span>'
+TABLE_COLUMNS = ["what", "group", "name", "client", "similarity", "copy", "keep"]
+TABLE_COLUMNS += ["width", "height", "bytes", "id", "image", "link", "reason", "advice"]
+
+
+def write_gallery(
+    store: Store, settings: Settings, status: Status, answers: Sequence[Answer] = ()
+) -> None:
+    """Writes the page, and the table beside it. Raises RunError where that can't be done."""
+    log.info("making the page")
+    warnings.simplefilter("ignore")  # Pillow's, of what a file claims
+    page = Page(store, settings, answers)
+    written = settings.gallery or Path()
+    table = table_beside(written)
+    try:
+        written.write_text(page.html(status), "utf-8", "replace")
+        # Excel takes a file without this encoding's first bytes for another one.
+        with table.open("w", encoding="utf-8-sig", errors="replace", newline="") as file:
+            writer = csv.DictWriter(file, TABLE_COLUMNS)
+            writer.writeheader()
+            writer.writerows(page.rows())
+    except OSError as error:
+        raise RunError(f"{error.filename} can't be written: {error.strerror}") from None
+    log.info("for a spreadsheet: %s", table)
+    log.info("look at %s", written.as_uri())
 
 
 class Page:
-    """The page that --gallery writes, part by part. It loads nothing and runs nothing, so it can
-    be sent around. Text from outside goes through html.escape."""
+    """What --gallery writes. The page loads nothing and runs nothing, so it can be sent around.
+    Text from outside goes through `escaped`, an address through `link`."""
 
-    def __init__(self, settings: Settings, views: Views) -> None:
+    def __init__(self, store: Store, settings: Settings, answers: Sequence[Answer]) -> None:
         self._settings = settings
-        self._views = views
-        self._file = settings.gallery or Path()
-        self._clients = "folders" if settings.local else "clients"
-        table = table_beside(self._file).name
-        self._table = (
-            f'<a href="{quote(table)}" target="_blank" rel="noreferrer">{html.escape(table)}</a>'
-        )
+        self._catalog = store.catalog()
+        self._answers = [(asked, found[:SHOWN_MATCHES]) for asked, found in answers]
+        del self._answers[SHOWN_QUESTIONS:]
+        self._find_groups()
+        self._samples = [self._without_copies(sample) for sample in self._catalog.samples]
+        self._files: dict[Id, File] = {}
+        if settings.local:
+            self._files = files_in(settings.local, self._listed())
+        self._compare()
+        self._views = views_of(self._shown(), store, settings)
+        self._files |= {asset: file for asset, (_, file) in self._views.items() if file}
+        self._compare()
+        page = settings.gallery or Path()
+        self._folder = page.parent
+        table = table_beside(page).name
+        self._table = link(quote(table), html.escape(table))
 
-    def whole(
-        self, status: Status, catalog: Catalog, groups: list[Group], answers: Sequence[Answer]
-    ) -> str:
-        """The page's HTML."""
-        links = [
-            ("same", len(groups), "group", "looking the same"),
-            ("failed", len(catalog.failures), "picture", "that can't be used"),
-            ("alike", len(catalog.samples), "sample", "of look-alikes"),
-        ]
-        sections = [
-            self._same(catalog, groups),
-            self._failed(catalog.failures),
-            self._alike(catalog.samples),
-        ]
-        if answers:
-            sections.insert(0, self._asked(answers))
+    def _find_groups(self) -> None:
+        """Those that are more alike come first."""
+        self._similarity: dict[Id, float] = {}  # of a picture to the nearest of its group
+        for pair in self._catalog.pairs:
+            for asset in (pair.one.id, pair.other.id):
+                known = self._similarity.get(asset, 0.0)
+                self._similarity[asset] = max(known, pair.similarity)
+        self._groups = joined(self._catalog.pairs)
+        self._groups.sort(key=lambda group: -min(self._similarity[one.id] for one in group))
+
+    def _without_copies(self, sample: Sample) -> Sample:
+        """A sample and its nearest, one of each group: a copy is no look-alike."""
+        group_of = {one.id: group[0].id for group in self._groups for one in group}
+        seen: dict[Id, Match] = {}
+        for match in [Match(sample.picture, 1.0), *sample.nearest]:
+            seen.setdefault(group_of.get(match.picture.id, match.picture.id), match)
+        return Sample(sample.picture, list(seen.values())[1 : NEAREST + 1])
+
+    def _listed(self) -> list[Picture]:
+        """The pictures of the table, in its order."""
+        failed = [failure.picture for failure in self._catalog.failures]
+        return [*itertools.chain(*self._groups), *failed]
+
+    def _shown(self) -> set[Picture]:
+        """The pictures of the page."""
+        groups = [group[:SHOWN_MEMBERS] for group in self._groups[:SHOWN_GROUPS]]
+        samples = [sample.picture for sample in self._samples]
+        found = [found for _, found in self._answers] + [one.nearest for one in self._samples]
+        return {match.picture for match in itertools.chain(*found)}.union(samples, *groups)
+
+    def _compare(self) -> None:
+        """Sorts each group, as far as files are known: the largest first, and of equal ones the
+        shortest name, which is rarely a copy's. Finds what is the same: in a folder by its file,
+        else by its vector."""
+        for group in self._groups:
+            group.sort(key=lambda one: (*self._smallness(one), len(one.name), str(one.id)))
+        self._same = "same picture"
+        equal = enumerate(joined(pair for pair in self._catalog.pairs if pair.same))
+        kinds: dict[Id, Any] = {one.id: kind for kind, found in equal for one in found}
+        if self._settings.local:
+            self._same = "same file"
+            kinds = {asset: file.digest for asset, file in self._files.items()}
+        ids_of: dict[Any, list[Id]] = {}
+        for picture in self._listed():
+            if picture.id in kinds:
+                ids_of.setdefault(kinds[picture.id], []).append(picture.id)
+        self._kept: dict[Id, Id] = {}  # by ids of what is the same, the one that can stay
+        for ids in ids_of.values():
+            if len(ids) > 1:
+                self._kept |= dict.fromkeys(ids, ids[0])
+
+    def _smallness(self, picture: Picture) -> tuple[int, int]:
+        """What sorts the largest first, and last what is not known."""
+        file = self._files.get(picture.id, File(0, (0, 0)))
+        return -math.prod(file.pixels), -file.size
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The table."""
+        for number, group in enumerate(self._groups, 1):
+            for one in group:
+                cosine = f"{self._similarity[one.id]:.6f}"
+                yield self._row(one, what="looks the same", group=number, similarity=cosine)
+        for failure in self._catalog.failures:
+            words = {"reason": cell(failure.reason), "advice": advice(failure.reason)}
+            yield self._row(failure.picture, what="can't be used", **words)
+
+    def _row(self, picture: Picture, **row: Any) -> dict[str, Any]:
+        for name in ("name", "client", "id", "image", "link"):
+            row[name] = cell(str(getattr(picture, name)))
+        file = self._files.get(picture.id)
+        if file:
+            row |= zip(("bytes", "width", "height"), (file.size, *file.pixels), strict=False)
+            row["copy"] = "no" if self._settings.local else ""
+        if picture.id in self._kept:
+            row |= {"copy": self._same, "keep": cell(str(self._kept[picture.id]))}
+        return row
+
+    def html(self, status: Status) -> str:
+        """The page."""
+        settings = self._settings
+        place = settings.local.name if settings.local else urlsplit(settings.url).netloc
+        title = settings.client or (place if settings.local else "Products")
         now = datetime.now()
         about = (
-            f"{status.done:,} of {status.assets:,} pictures embedded · "
-            f"{now.day} {now:%B %Y, %H:%M} · {self._settings.model_version}"
+            f"{status.done:,} of {status.assets:,} pictures can be found by similar-product search"
+            f" · {now.day} {now:%B %Y, %H:%M}"
         )
-        anchors = [
-            f'<a href="#{to}"><b>{count:,}</b>{plural(count, noun)} {rest}</a>'
-            for to, count, noun, rest in links
-        ]
+        if place != title:
+            about += f" · {place}"
+        sections = [self._asked(), self._looks_same(), self._failed(), self._alike()]
         return PAGE.format(
-            title=html.escape(title_of(self._settings)),
+            title=escaped(title, 200),
             style=STYLE,
-            about=html.escape(about),
-            links="".join(anchors),
+            about=escaped(about, 400),
+            same=f"<b>{len(self._groups):,}</b>groups look the same{self._superfluous()}",
+            failed=f"<b>{len(self._catalog.failures):,}</b>pictures can't be used",
+            alike=f"<b>{len(self._samples)}</b>samples of what looks alike",
             sections="".join(sections),
         )
 
-    def _asked(self, answers: Sequence[Answer]) -> str:
-        articles = as_many_as_fit(map(self._answer, answers), ANSWER_ROOM)
-        return f"<h2>Asked</h2><p>Nearest first. For words {NEAR_TO_WORDS}.</p>{''.join(articles)}"
-
-    def _answer(self, answer: Answer) -> str:
-        question = html.escape(shorten(answer.question, 100))
-        figures = [self._found(match, MEDIUM) for match in answer.matches[:SHOWN_MATCHES]]
-        return (
-            f'<article><h3>{question}</h3><div class="nearest">{"".join(figures)}</div></article>'
-        )
-
-    def _same(self, catalog: Catalog, groups: list[Group]) -> str:
-        numbered = list(enumerate(groups, 1))
-        cards = as_many_as_fit(itertools.starmap(self._card, numbered[:SHOWN_GROUPS]), GROUP_ROOM)
-        parts = [
-            '<h2 id="same">Looks the same</h2><p>Copies, resized pictures, or variants of one '
-            "product: look before you delete. A picture leads to its original. All groups are in "
-            f"{self._table}, for a spreadsheet.</p><details><summary>What counts as the same?"
-            f"</summary><p>{self._what_counts(catalog)}</p></details>",
-            self._cards(cards, OPEN_GROUPS, "group"),
-            self._without_pictures(numbered[len(cards) :]),
+    def _superfluous(self) -> str:
+        """As in: 21 identical files in 9 groups. One of each kind is not superfluous."""
+        counts = [
+            sum(self._kept.get(one.id, one.id) != one.id for one in group) for group in self._groups
         ]
-        if not groups:
-            parts.append("<p>No two pictures do.</p>")
-        if catalog.compared < catalog.embedded:
-            parts.append(
-                f"<p>Time was short: of {catalog.embedded:,} pictures {catalog.compared:,} were "
-                f"compared with all others, {catalog.sought_among:,} looked through for copies.</p>"
-            )
-        return "".join(parts)
+        noun = "identical file" if self._settings.local else "repeated picture"
+        groups = counted(sum(map(bool, counts)), "group")
+        return f"; superfluous: {counted(sum(counts), noun)} in {groups}"
 
-    def _cards(self, cards: list[str], shown: int, noun: str) -> str:
-        """Cards side by side, all but the first folded."""
-        text = f'<div class="cards">{"".join(cards[:shown])}</div>'
-        folded = cards[shown:]
-        if not folded:
-            return text
-        return (
-            f"{text}<details><summary>{counted(len(folded), f'more {noun}')}</summary>"
-            f'<div class="cards">{"".join(folded)}</div></details>'
-        )
-
-    def _without_pictures(self, numbered: list[tuple[int, Group]]) -> str:
-        """Groups as text: those whose pictures have no room."""
-        if not numbered:
+    def _asked(self) -> str:
+        """Empty where nothing was asked."""
+        if not self._answers:
             return ""
-        lines = as_many_as_fit(itertools.starmap(self._group_in_words, numbered), TEXT_ROOM)
-        more = ""
-        if len(lines) < len(numbered):
-            more = f"<p>And {len(numbered) - len(lines):,} more: see {self._table}.</p>"
-        summary = f"And {counted(len(numbered), 'more group')}, without pictures"
-        return (
-            f"<details><summary>{summary}</summary>"
-            f'<div class="cards">{"".join(lines)}</div>{more}</details>'
-        )
+        cards = [card(escaped(asked, 100), self._found(found)) for asked, found in self._answers]
+        text = f"Nearest first; the search printed them all. For words {NEAR_TO_WORDS}."
+        return section("asked", "Asked", text, cards)
 
-    def _group_in_words(self, number: int, group: Group) -> str:
-        return f"<h3>{self._title(number, group)}</h3>{self._names(group)}"
-
-    def _what_counts(self, catalog: Catalog) -> str:
+    def _looks_same(self) -> str:
+        catalog = self._catalog
         text = (
-            f"A similarity of {SAME} or more: photo libraries such as immich draw the line there, "
-            "too. 1.000 may also be a picture that was saved again or resized. What counts is the "
-            f"square in its middle, as shown here: “{SAME_PICTURE}” marks those that are equal in "
-            f"it, “{SAME_FILE}” files that are equal as a whole."
+            "Copies, resized pictures, or variants of one product: look before you delete. The "
+            "largest of a group comes first. A picture opens its original. Its name leads to the "
+            "product, or else a click on the line below the name selects that, to be copied. "
+            f"{self._table} has all of them, with the one to keep of those that are the same. An "
+            f"empty cell there means: not known.</p><p>A similarity of {SAME} counts as the same. "
+            "Compared is the square in a picture's middle."
         )
-        if catalog.typical is None:
-            return text
-        return f"{text} Pictures that have little in common have {catalog.typical:.2f} here."
-
-    def _card(self, number: int, group: Group) -> str:
-        """A group with its pictures; copies are marked."""
-        copies = copies_in(group, self._views)
-        figures = [
-            self._found(match, MEDIUM, copies.get(match.picture.id, ""))
-            for match in group[:SHOWN_MEMBERS]
-        ]
-        more = ""
-        if len(group) > SHOWN_MEMBERS:
-            more = (
-                f"<details><summary>and {len(group) - SHOWN_MEMBERS:,} more</summary>"
-                f"{self._names(group[SHOWN_MEMBERS:])}</details>"
+        if catalog.typical is not None:
+            text += f" Pictures that have little in common have {catalog.typical:.2f} here."
+        if catalog.compared < catalog.embedded:
+            text += (
+                f"</p><p>Time was short: of {catalog.embedded:,} pictures {catalog.compared:,} "
+                f"were compared with all others, {catalog.sought_among:,} searched for copies."
             )
-        columns = "twos" if len(group) in (2, 4) else "threes"
+        not_seen = sum(one.id not in self._files for one in self._listed())
+        if self._settings.local and not_seen:
+            text += f" {counted(not_seen, 'file')} could not be looked at, or not in time."
+        cards = [self._group(*both) for both in enumerate(self._groups[:SHOWN_GROUPS], 1)]
+        cut = self._cut(len(self._groups) - SHOWN_GROUPS)
+        return section("same", "Looks the same", text, cards, cut)
+
+    def _group(self, number: int, group: list[Picture]) -> str:
+        kept = {self._kept.get(picture.id) for picture in group}
+        what = "look the same"
+        if len(kept) == 1 and None not in kept:
+            what = f"times the {self._same}"
+        figures = []
+        for one in group[:SHOWN_MEMBERS]:
+            note = similarity(self._similarity[one.id])
+            if one.id in self._kept:
+                note = f"<mark>{self._same}</mark>"
+            if one is group[0] and self._smallness(one) < self._smallness(group[-1]) < (0, 0):
+                note = f"<mark>largest</mark> {note}"
+            figures.append(self._figure(one, note))
+        cut = self._cut(len(group) - SHOWN_MEMBERS)
+        return card(f"Group {number:,}: {len(group):,} {what}", figures, cut=cut)
+
+    def _cut(self, count: int) -> str:
+        """What is said of so many that have no room."""
+        return f"<p>And {count:,} more: see {self._table}.</p>" if count > 0 else ""
+
+    def _failed(self) -> str:
+        by_reason: dict[str, list[Picture]] = {}
+        for failure in self._catalog.failures:
+            reason = failure.reason.partition(" (")[0]
+            by_reason.setdefault(reason, []).append(failure.picture)
+        cards = []
+        for reason in sorted(by_reason, key=lambda reason: -len(by_reason[reason])):
+            failed = by_reason[reason]
+            lines = [self._line(one) for one in failed[:SHOWN_NAMES]]
+            title = f"{escaped(reason[:1].upper() + reason[1:], 200)} <mark>{len(failed):,}</mark>"
+            text = f"<p>{advice(reason) or 'Ask your developer.'}</p>"
+            cards.append(card(title, lines, text, self._cut(len(failed) - SHOWN_NAMES)))
+        text = (
+            "Similar-product search can't find these until they are mended. Later runs try them "
+            f"again by themselves. {self._table} has all."
+        )
+        cut = self._cut(len(cards) - SHOWN_REASONS)
+        return section("failed", "Can't be used", text, cards[:SHOWN_REASONS], cut)
+
+    def _line(self, picture: Picture) -> str:
+        """A picture that can't be shown."""
+        where = "Open it" if self._settings.local else escaped(picture.image, 100)
+        return f"<figure>{self._name(picture)}{link(self._original(picture), where)}</figure>"
+
+    def _alike(self) -> str:
+        cards = []
+        for sample in self._samples:
+            figures = [self._figure(sample.picture), *self._found(sample.nearest)]
+            cards.append(card(escaped(sample.picture.name, 60), figures))
+        text = (
+            "Some pictures from all over, each with the nearest to it, as a shop would show them."
+        )
+        return section("alike", "Looks alike", text, cards)
+
+    def _found(self, matches: list[Match]) -> list[str]:
+        return [self._figure(match.picture, similarity(match.similarity)) for match in matches]
+
+    def _figure(self, picture: Picture, note: str = "") -> str:
+        """A picture, or why there is none, and what is said of it."""
+        shown, file = self._views.get(picture.id, (NO_PICTURE.format("not in time"), None))
+        if file:
+            note += f"<small>{file.measures}</small>"
         return (
-            f"<article><h3>{self._title(number, group)}</h3>"
-            f'<div class="{columns}">{"".join(figures)}</div>{more}</article>'
+            f"<figure>{link(self._original(picture), shown)}"
+            f"<figcaption>{self._name(picture)}{note}</figcaption></figure>"
         )
 
-    def _title(self, number: int, group: Group) -> str:
-        """As in: Group 7: 3 copies, in 2 clients. The number is also the table's."""
-        are = "copies" if are_copies(group, self._views) else "look the same"
-        title = f"Group {number:,}: {len(group):,} {are}"
-        clients = {match.picture.client for match in group}
-        if len(clients) > 1:
-            title = f"{title}, in {len(clients):,} {self._clients}"
-        return title
+    def _name(self, picture: Picture) -> str:
+        """What leads to the product: its name, or else its id, to be copied."""
+        name = f"<bdi>{escaped(picture.name, 60)}</bdi>"
+        page = self._web(picture.link)
+        lines = [f"<b>{link(page, name)}</b>"]
+        if not page:
+            lines.append(f'<small><bdi class="id">{escaped(str(picture.id), 200)}</bdi></small>')
+        if picture.client and not self._settings.local:
+            lines.append(f"<small><bdi>{escaped(picture.client, 60)}</bdi></small>")
+        return "".join(lines)
 
-    def _names(self, group: Group) -> str:
-        """Pictures of a group as text, with their ids."""
-        lines = []
-        for match in group[:SHOWN_NAMES]:
-            name = self._link(match.picture, html.escape(shorten(match.picture.name)))
-            rest = [f"{match.similarity:.3f}", shorten(str(match.picture.id), 160)]
-            if not self._settings.local:  # there the id has the folder in it
-                rest.insert(1, shorten(match.picture.client))
-            small = html.escape(" · ".join(filter(None, rest)))
-            lines.append(f"<li><b>{name}</b><small>{small}</small></li>")
-        if len(group) > SHOWN_NAMES:
-            lines.append(f"<li>and {len(group) - SHOWN_NAMES:,} more: see {self._table}</li>")
-        return f"<ul>{''.join(lines)}</ul>"
+    def _original(self, picture: Picture) -> str:
+        """The address of a picture's file; empty where there is none."""
+        if not self._settings.local:
+            return self._web(picture.image)
+        path = self._settings.local / picture.image
+        try:
+            return quote(Path(os.path.relpath(path, self._folder)).as_posix())
+        except ValueError:  # on another drive
+            return path.as_uri()
 
-    def _failed(self, failures: list[FailedPicture]) -> str:
-        parts = [
-            '<h2 id="failed">Can\'t be used</h2><p>These have no vector: no search finds them. All '
-            f"are in {self._table}.</p>"
-        ]
-        by_reason: dict[str, list[FailedPicture]] = {}
-        for failure in failures:
-            by_reason.setdefault(failure.reason, []).append(failure)
-        largest_first = sorted(by_reason, key=lambda reason: -len(by_reason[reason]))
-        cards = [self._reason(reason, by_reason[reason]) for reason in largest_first]
-        cards = as_many_as_fit(cards, FAILURE_ROOM)
-        parts.append(self._cards(cards, OPEN_REASONS, "reason"))
-        if len(cards) < len(by_reason):
-            more = counted(len(by_reason) - len(cards), "more reason")
-            parts.append(f"<p>And {more}: see {self._table}.</p>")
-        if not failures:
-            parts.append("<p>None: what was tried could be used.</p>")
-        return "".join(parts)
-
-    def _reason(self, reason: str, failures: list[FailedPicture]) -> str:
-        """What failed for one reason, with what to do about it."""
-        again = "Tried again when the address changes, or with --retry-failed."
-        if self._settings.local:
-            again = "Tried again when the file changes."
-        lines = [self._failure(failure.picture) for failure in failures[:SHOWN_NAMES]]
-        if len(failures) > SHOWN_NAMES:
-            lines.append(f"<li>and {len(failures) - SHOWN_NAMES:,} more: see {self._table}</li>")
-        names = f"<ul>{''.join(lines)}</ul>"
-        if len(failures) > OPEN_NAMES:
-            names = f"<details><summary>Which they are</summary>{names}</details>"
-        title = html.escape(shorten(reason[:1].upper() + reason[1:], 200))
-        return (
-            f"<article><h3>{title} <mark>{len(failures):,}</mark></h3>"
-            f"<p>{advice(reason)} {again}</p>{names}</article>"
-        )
-
-    def _failure(self, picture: Picture) -> str:
-        name = html.escape(shorten(picture.name))
-        value = html.escape(shorten(picture.image or str(picture.id), 160))
-        client = ""
-        if picture.client and not self._settings.local:  # there the value has the folder in it
-            client = f" · {html.escape(shorten(picture.client))}"
-        return f"<li><b>{self._link(picture, name)}</b>{client}<small>{value}</small></li>"
-
-    def _alike(self, samples: list[Sample]) -> str:
-        rows = as_many_as_fit(map(self._sample, samples), SAMPLE_ROOM)
-        return (
-            '<h2 id="alike">Looks alike</h2><p>Some pictures from all over, each with the nearest '
-            f"to it: what a shop would show as similar.</p>{''.join(rows)}"
-        )
-
-    def _sample(self, sample: Sample) -> str:
-        nearest = [self._found(match, SMALL) for match in sample.nearest]
-        return (
-            f'<article class="sample">{self._figure(sample.picture, LARGE)}'
-            f'<div class="nearest">{"".join(nearest)}</div></article>'
-        )
-
-    def _found(self, match: Match, side: int, mark: str = "") -> str:
-        return self._figure(match.picture, side, f"{match.similarity:.3f}", mark)
-
-    def _figure(self, picture: Picture, side: int, note: str = "", mark: str = "") -> str:
-        """A picture, or why there is none; its name comes first."""
-        view = self._views.get(picture.id, "")
-        name = html.escape(shorten(picture.name, 200))
-        short = html.escape(shorten(picture.name, 36))
-        client = picture.client
-        if self._settings.local:
-            client = client or self._settings.local.name
-        notes = [note, shorten(client)]
-        if isinstance(view, View):
-            shown = f'<img src="{view.thumbnail(side)}" alt="{name}">'
-            if side != SMALL:
-                notes.append(view.measures)
-        else:
-            shown = f'<span class="none">{html.escape(view)}</span>'
-        lines = [f"<small><bdi>{html.escape(line)}</bdi></small>" for line in notes if line]
-        if mark:
-            lines.append(f"<mark>{mark}</mark>")
-        return (
-            f'<figure>{self._link(picture, shown)}<figcaption title="{name}"><b><bdi>{short}'
-            f"</bdi></b>{''.join(lines)}</figcaption></figure>"
-        )
-
-    def _link(self, picture: Picture, shown: str) -> str:
-        """HTML that leads to the picture's original, where there is an address that can."""
-        address = picture.image
-        if self._settings.local:
-            path = self._settings.local / picture.image
-            try:
-                address = quote(Path(os.path.relpath(path, self._file.parent)).as_posix())
-            except ValueError:  # on another drive
-                address = path.as_uri()
-        elif address.startswith("//"):
-            address = f"https:{address}"
-        elif address.startswith(STORAGE):
-            address = f"{self._settings.url}{address}"
-        elif not re.match("(?i)https?://", address) or len(address) > LONGEST_ADDRESS:
-            return shown
-        return f'<a href="{html.escape(address)}" target="_blank" rel="noreferrer">{shown}</a>'
+    def _web(self, text: str) -> str:
+        """A URL that a browser may follow; empty where it is none."""
+        if text.startswith("//"):
+            return f"https:{text}"
+        if text.startswith(STORAGE):
+            return f"{self._settings.url}{text}"
+        return text if re.match("(?i)https?://", text) else ""
 
 
-def as_many_as_fit(parts: Iterable[str], room: int) -> list[str]:
-    """The first parts, `room` bytes in all at most."""
-    taken = []
-    for part in parts:
-        room -= len(part.encode("utf-8", "replace"))
-        if room < 0:
-            break
-        taken.append(part)
-    return taken
+def section(name: str, title: str, text: str, cards: list[str], cut: str = "") -> str:
+    """A part of the page."""
+    return (
+        f'<section id="{name}"><h2>{title}</h2><p>{text}</p>'
+        f'<div class="cards">{"".join(cards)}</div>{cut}</section>'
+    )
 
 
-def title_of(settings: Settings) -> str:
-    """The shop's name: its folder's, or its project's host; with the client, if it is of one."""
-    shop = urlsplit(settings.url).netloc
-    if settings.local:
-        shop = settings.local.name or "Pictures"
-    if settings.client:
-        return f"{settings.client} · {shop}"
-    return shop
+def card(title: str, figures: list[str], text: str = "", cut: str = "") -> str:
+    """A part of a section."""
+    return (
+        f'<article style="--n:{len(figures)}"><h3>{title}</h3>{text}'
+        f'<div class="grid">{"".join(figures)}</div>{cut}</article>'
+    )
 
 
-TABLE_COLUMNS = [
-    "what",
-    "group",
-    "name",
-    "client",
-    "similarity",
-    "copy",
-    "width",
-    "height",
-    "bytes",
-]
-TABLE_COLUMNS += ["id", "image", "reason", "advice"]
+def link(address: str, shown: str) -> str:
+    """HTML that leads to an address, where there is one, and no longer than a link may be."""
+    address = html.escape(address)
+    if not address or len(address.encode("utf-8", "replace")) > LONGEST_LINK:
+        return shown
+    return f'<a href="{address}" target="_blank" rel="noreferrer">{shown}</a>'
+
+
+def escaped(text: str, width: int) -> str:
+    """Text from outside as HTML, with its middle left out where it is too long."""
+    return html.escape(shorten(text, width))
+
+
+def similarity(cosine: float) -> str:
+    """Of pictures that are not the same: never 1.000."""
+    return f"<small>similarity {min(cosine, 0.999):.3f}</small>"
+
+
+def cell(text: str) -> str:
+    """Text that no spreadsheet takes for a formula, nor for too long. Some split a line at
+    semicolons, some at tabs."""
+    return FORMULA.sub(r"\g<0>'", shorten(text, LONGEST_ADDRESS))
 
 
 def table_beside(page: Path) -> Path:
     """Where the table of a page is."""
     return page.with_suffix(".csv")
-
-
-def write_table(
-    path: Path, groups: list[Group], failures: list[FailedPicture], views: Views
-) -> None:
-    """Writes every group and every failure, for a spreadsheet. (utf-8-sig: without its first bytes
-    Excel takes it for another encoding.)"""
-    with path.open("w", encoding="utf-8-sig", errors="replace", newline="") as file:
-        table = csv.DictWriter(file, TABLE_COLUMNS, restval="")
-        table.writeheader()
-        for number, group in enumerate(groups, 1):
-            copies = copies_in(group, views)
-            for match in group:
-                row = picture_columns(match.picture, views)
-                row |= {"what": "looks the same", "group": number}
-                row["similarity"] = f"{match.similarity:.6f}"
-                row["copy"] = copies.get(match.picture.id, "")
-                table.writerow(row)
-        for failure in failures:
-            row = picture_columns(failure.picture, views)
-            row |= {"what": "can't be used", "reason": cell(failure.reason)}
-            row["advice"] = advice(failure.reason)
-            table.writerow(row)
-
-
-def picture_columns(picture: Picture, views: Views) -> dict[str, Any]:
-    """A picture's part of a row."""
-    row: dict[str, Any] = {name: cell(getattr(picture, name)) for name in ("name", "client")}
-    row |= {"id": cell(str(picture.id)), "image": cell(picture.image)}
-    view = views.get(picture.id)
-    if isinstance(view, View):
-        row["bytes"] = view.size
-        if view.pixels:
-            row["width"], row["height"] = view.pixels
-    return row
-
-
-def cell(text: str) -> str:
-    """Text that no spreadsheet takes for a formula, nor for too long (32,767 characters)."""
-    text = shorten(text, LONGEST_ADDRESS)
-    if text.startswith(("=", "+", "-", "@", "\t", "\r")):
-        return f"'{text}"
-    return text
 
 
 def page_file(text: str) -> Path:
@@ -4511,7 +4428,7 @@ def page_file(text: str) -> Path:
             raise argparse.ArgumentTypeError(f"'{path}' can't be written")
     if table.exists():
         with table.open(encoding="utf-8-sig", errors="replace") as lines:
-            if lines.readline(500).strip() != ",".join(TABLE_COLUMNS):
+            if not lines.readline(500).startswith("what,group,name,"):
                 raise argparse.ArgumentTypeError(f"'{table}' is yours: take another name")
     return page
 
