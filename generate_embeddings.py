@@ -24,29 +24,30 @@
 # ///
 """Give every product image in a Supabase database (or a folder) a CLIP embedding.
 
-    find pending assets -> fetch -> decode -> embed -> store -> report
+    pending assets (the store finds them) -> fetch -> decode -> embed -> store -> report
 
-main reads flags and settings; embed_all asks the store for its status. --search then answers, with
---gallery on a page, too, and --dry-run lists, and that is all. Else, if anything is pending, the
-steps overlap in Run.loop; the first images are fetched while the model is loaded. The report comes
-in any case, also after an error; --gallery then, unless the run was stopped or could not go on.
+`main` reads flags and settings. `embed_all` asks the store for its status. With --search it then
+answers questions, with --dry-run it lists assets, and that is all. Else, if anything is pending,
+the steps overlap in `Run.loop`: the first images are fetched while the model is loaded. The report
+is printed in any case, also after an error. The page (--gallery) comes last, unless the run was
+stopped or could not go on.
 
 Words
-    asset     one product image to embed: an id and where its image is
-    pending   without an embedding of this model version; the store says which assets are, and
-              leaves out those that failed for good, or too often to be tried again yet
-              (--retry-failed takes them in)
+    asset     one product image to embed: an id, and where its image is
+    pending   without an embedding of this image and model version, and due: an asset that failed
+              is tried again in the next run, then ever more rarely (--retry-failed: at once)
     store     where assets and embeddings are: a Supabase database, or a folder
+    host      who serves images; strain is a host's sign that it does not cope
     levels    a uint8 array (224, 224, 3), what CLIP sees of an image
     pixels    the same as float32 (3, 224, 224), normalised: what its image tower takes
-    vector    a float32 array (512,) of unit length, what that gives
+    vector    a float32 array (512,) of unit length, what the tower gives
 
 Sections
     The story        main, embed_all, Report: a run from its start to its printed report
-    Words            what the sections hand to each other, errors, the Store protocol, Settings
-    The run          Run (one loop), Task, Hosts, Progress, Stop
+    Words            what the sections hand to each other, the reasons of failures, Store, Settings
+    The run          Run (one loop), Job, Pace, Host, Progress, Stop
     Stores           SupabaseStore, FolderStore
-    Fetching         Guard, Fetcher, and what a host's answer means
+    Fetching         Fetcher, Deadline, and Guard: where a connection may go
     Pictures         from a file's bytes to levels
     Decoders         the processes that do this, what they may take, what they can reach
     Model            the two towers, their weights and the download
@@ -54,32 +55,40 @@ Sections
     Command line     flags, settings, what is said on the terminal
 
 Who runs where
-    Main thread      the loop of Run, which alone touches the Run and the Report; Store.locate
+    Main thread      the loop of Run, which alone touches Run, Job, Host, Pace and Report;
+                     Store.locate
     Run.background   a pool of threads, a task each: load the model, find a page, store a batch (one
-                     at a time), fetch an image or wait for its decoder (as many as --workers, and
-                     up to MOST_SLOW more while some are slow)
-    Before the run   Store.status, in a thread of its own, as it may hang
+                     at a time), fetch an image or wait for its decoder. A download that hangs keeps
+                     its thread until the process ends.
     Run.embedders    a pool with one thread a core (one in all on a GPU), a batch each
     Decoders         processes, one a core: a file is not to be trusted, and may crash its decoder
+    Before the run   Store.status, in a thread of its own, as it may hang
     For moments      a timer for each file being decoded (answer_to), a thread a core while weights
-                     are laid out (read_layers)
-    --gallery, --search    after the run, or without one: the main thread, and a pool that fetches
+                     are laid out (read_layers), on a terminal tqdm's own thread
+    --gallery, --search    after the run, or without one: the main thread, with decoders of their
+                     own and, for the page, a pool that fetches
 
 Where the answers to other questions stand
     What must be called before what, and what a third store must offer: Store
     What happens to an image that changes meanwhile: Store
+    How many downloads run at once, and when a host is given up: Pace
     When a run ends early, with which exit code, and what bounds memory: Run
     What a host's answer means: STRAINED. How to add a setting: Settings
 
 What an upgrade of a package may break, as no documentation promises it
-    urllib3     connection._new_conn, response_class, pool_classes_by_scheme (guarded_adapter)
+    urllib3     connection._new_conn, response_class, pool_classes_by_scheme,
+                util.connection.create_connection (guarded_adapter, Guard)
     http.client _MAXHEADERS, response.fp (guarded_adapter)
-    requests    adapter.cert_verify, proxy_manager (guarded_adapter); brings certifi
-    torch       torch.ops.mkldnn._linear_pointwise, _reorder_linear_weight (Linear)
-    transformers    brings tokenizers, safetensors and filelock, which are used here (Model)
+    requests    adapter.cert_verify, proxy_manager, utils.select_proxy, utils.get_environ_proxies
+                (Fetcher); brings certifi, which is used here
+    huggingface_hub    the cache's layout, `*.incomplete`, tqdm_class, httpx2's errors, the texts of
+                its warnings (Model)
+    torch       torch.ops.mkldnn._linear_pointwise, _reorder_linear_weight (Linear), names in
+                torch.cpu.get_capabilities (has_bfloat16)
+    transformers    brings tokenizers and safetensors, which are used here (Model)
     supabase    brings httpx and postgrest, whose errors are known here (SupabaseStore)
-    tqdm        bar.initial, bar.start_t (Progress)
     pillow      TiffImagePlugin.READ_LIBTIFF, a GIF's dispose_extent (Pictures)
+    PostgreSQL, PostgREST    codes of errors (SupabaseStore)
 
 Exit codes: 0 all done, 1 some images failed or their host did not cope, 2 the run could not start
 or not go on, 130 interrupted (143 by SIGTERM, 129 by a closed terminal).
@@ -1390,16 +1399,14 @@ def clock(moment: float) -> str:
 class Progress:
     """How far the run is: a bar on a terminal, lines in a log elsewhere."""
 
-    EACH = 10  # a line of a log after so many of the first
-    EACH_UNTIL = 100  # images
-    LINE_SECONDS = 10.0  # and whenever the last line is this old
+    LINE_SECONDS = 10.0  # from one line of a log to the next
 
     def __init__(self, goal: int) -> None:
         self._goal = goal
         self._done = 0  # stored or not, of which
         self._failed = 0  # so many
         self._since = time.monotonic()
-        self._line_due = math.inf
+        self._line_due = self._since + self.LINE_SECONDS
         self._bar: Any = None
         if sys.stderr.isatty():
             width = shutil.get_terminal_size().columns - 1
@@ -1434,15 +1441,15 @@ class Progress:
 
     def _log_now_and_then(self) -> None:
         now = time.monotonic()
-        first_ones = self._done <= self.EACH_UNTIL and self._done % self.EACH == 0
-        if first_ones or now >= self._line_due:
-            rate = self._done / max(0.001, now - self._since)
-            left = timedelta(seconds=math.ceil((self._goal - self._done) / rate))
-            log.info(
-                f"{self._done:,}/{self._goal:,} done, {self._failed:,} failed, "
-                f"{rate:.1f} images/s, {left} left"
-            )
-            self._line_due = now + self.LINE_SECONDS
+        if now < self._line_due:
+            return
+        self._line_due = now + self.LINE_SECONDS
+        rate = self._done / (now - self._since)
+        left = timedelta(seconds=math.ceil((self._goal - self._done) / rate))
+        log.info(
+            f"{self._done:,}/{self._goal:,} done, {self._failed:,} failed, "
+            f"{rate:.1f} images/s, {left} left"
+        )
 
 
 class Stop:
