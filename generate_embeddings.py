@@ -1399,7 +1399,8 @@ def clock(moment: float) -> str:
 class Progress:
     """How far the run is: a bar on a terminal, lines in a log elsewhere."""
 
-    LINE_SECONDS = 10.0  # from one line of a log to the next
+    FIRST_LINE = 10  # images, after which a log has its first line
+    LINE_SECONDS = 10.0  # from one to the next
 
     def __init__(self, goal: int) -> None:
         self._goal = goal
@@ -1441,10 +1442,10 @@ class Progress:
 
     def _log_now_and_then(self) -> None:
         now = time.monotonic()
-        if now < self._line_due:
+        if now < self._line_due and self._done != self.FIRST_LINE:
             return
         self._line_due = now + self.LINE_SECONDS
-        rate = self._done / (now - self._since)
+        rate = self._done / max(0.001, now - self._since)
         left = timedelta(seconds=math.ceil((self._goal - self._done) / rate))
         log.info(
             f"{self._done:,}/{self._goal:,} done, {self._failed:,} failed, "

@@ -690,5 +690,5 @@ def test_a_log_has_a_line_every_10_seconds(caplog, monkeypatch):
             now.seconds += 0.125  # ten seconds are 80 images
             progress.step(failed=number < 7)
     counts = [int(n.replace(",", "")) for n in re.findall(r"(\S+)/3,000 done, 7 ", caplog.text)]
-    assert counts == list(range(80, 1001, 80))
-    assert caplog.messages[0] == "80/3,000 done, 7 failed, 8.0 images/s, 0:06:05 left"
+    assert counts == [10, *range(90, 1001, 80)]
+    assert caplog.messages[1] == "90/3,000 done, 7 failed, 8.0 images/s, 0:06:04 left"
