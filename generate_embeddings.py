@@ -79,10 +79,10 @@ What an upgrade of a package may break, as no documentation promises it
     transformers    brings tokenizers, safetensors and filelock, which are used here (Model)
     supabase    brings httpx and postgrest, whose errors are known here (SupabaseStore)
     tqdm        bar.initial, bar.start_t (Progress)
-    pillow      TiffImagePlugin.OPEN_INFO, READ_LIBTIFF; an image's tile, dispose_extent (Pictures)
+    pillow      TiffImagePlugin.READ_LIBTIFF, a GIF's dispose_extent (Pictures)
 
-Exit codes: 0 all done, 1 some assets failed, 2 could not run, or not go on, 130 interrupted (143 by
-SIGTERM, 129 by a closed terminal).
+Exit codes: 0 all done, 1 some images failed or their host did not cope, 2 the run could not start
+or not go on, 130 interrupted (143 by SIGTERM, 129 by a closed terminal).
 """
 
 from __future__ import annotations
@@ -140,7 +140,6 @@ import sqlite3
 import ssl
 import struct
 import subprocess
-import textwrap
 import threading
 import time
 import traceback
@@ -168,7 +167,6 @@ try:
         AvifImagePlugin,
         ExifTags,
         Image,
-        ImageChops,
         ImageCms,
         PngImagePlugin,
         TiffImagePlugin,
@@ -302,7 +300,7 @@ def say_what_would_be_done(store: Store, settings: Settings, report: Report) -> 
     goal = report.pending
     if settings.limit:
         goal = min(goal, settings.limit)
-    print(f"Would embed {counted(goal, 'asset')} as {settings.model_version}")
+    print(f"Would embed {counted(goal, report.noun)} as {settings.model_version}")
     first_page = next((page for page in store.pages() if page), [])
     for asset in first_page[: min(5, goal)]:
         print(printable(f"  {asset}"))
@@ -319,6 +317,7 @@ class Report:
 
     def __init__(self, status: Status, settings: Settings) -> None:
         self.status = status  # as the run found it
+        self.noun = "image" if settings.local else "asset"  # an asset is a row of a database
         self.waiting = 0  # failed before, and not tried by this run
         if not settings.retry_failed:
             self.waiting = status.waiting
@@ -384,7 +383,7 @@ class Report:
         again = status.failed - self.waiting
         if again:
             parts.append(f"of which {again:,} failed before")
-        return f"{counted(status.assets, 'asset')}: {', '.join(parts)}"
+        return f"{counted(status.assets, self.noun)}: {', '.join(parts)}"
 
     def print(self) -> None:
         """Prints the report to stdout."""
@@ -551,6 +550,7 @@ TOO_SLOW = reason("takes too long to decode", _SMALLER)
 DECODER_LOST = reason(
     "its decoder was killed, or hung", "Ask your developer to see whether memory is short."
 )
+DEFECT = reason("an unexpected error", "Ask your developer: it is a defect of the program.")
 NOT_FINITE = reason("the model gave numbers that are not finite", "Ask your developer.")
 
 
@@ -564,11 +564,13 @@ class Asset(NamedTuple):
     image: str
     image_hash: int = 0  # the store's: of the URL, or of a file's state
     size: int = 0  # bytes of the text `image`, which comes cut where it is too long
+    title: str = ""  # as its owner knows it
 
     def __str__(self) -> str:
         if self.id == self.image:
             return self.image
-        return f"{self.id}  {shorten(self.image)}"
+        parts = (str(self.id), shorten(self.title), shorten(self.image))
+        return "  ".join(part for part in parts if part)
 
 
 class Source(NamedTuple):
@@ -807,6 +809,17 @@ def shorten(text: str, width: int = 60) -> str:
         return text
     half = width // 2 - 2
     return f"{text[:half]}...{text[-half:]}"
+
+
+def near_name(name: str, names: Iterable[str]) -> str:
+    """Which of the names was probably meant: one that holds this name, or is spelt like it.
+    Empty where none is near."""
+    wanted = name.strip().casefold()
+    plain = {other.casefold(): other for other in names}
+    near = [other for other in plain if len(wanted) > 2 and wanted in other]
+    near.sort(key=len)
+    near += difflib.get_close_matches(wanted, plain, n=1, cutoff=0.75)
+    return plain[near[0]] if near else ""
 
 
 def plural(count: int, noun: str) -> str:
@@ -1534,8 +1547,8 @@ class SupabaseStore:
         if answer["clients"] is not None:
             client = str(self._settings.client)
             others = [str(name) for name in answer["clients"]]
-            near = difflib.get_close_matches(client, others, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "check the spelling"
+            near = near_name(client, others)
+            hint = f"did you mean {near!r}?" if near else "check the spelling"
             raise RunError(f"no asset is of client {client!r}: {hint}")
         self._run_began = answer["time"]  # by the database's clock
         return Status(
@@ -1807,6 +1820,10 @@ def vector_text(vector: np.ndarray) -> str:
     return "[" + ",".join(map(str, vector.astype(np.float32))) + "]"
 
 
+MOST_COMPARED = 100_000  # vectors of a folder: 200 MB
+MOST_PAIRS = 1_000_000  # a thousand pictures that look the same make half of that
+BLOCK = 1024  # vectors that are compared with as many others at a time
+JOURNAL_MAGIC = bytes.fromhex("d9d505f920a163d7")  # at a journal's end: it names another one
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".webp", ".avif"}
 IMAGE_SUFFIXES |= {".tif", ".tiff", ".bmp", ".heic", ".heif"}
 # Copies, thumbnails and deleted files, as NAS systems, archives and desktops keep them
@@ -1828,6 +1845,13 @@ on conflict do update set modified = :image_hash, model_version = :version,
     embedding = :embedding, stage = :stage, reason = :reason, updated_at = :now
 where :embedding is not null or embedding is null or modified <> :image_hash
     or model_version <> :version
+"""
+
+
+# SQLite goes by a row's sql, whatever its other columns say
+FOLDER_ODDITIES = """
+select name from sqlite_master where sql not like 'create table%'
+    and sql not like 'create index%' and sql not like 'create unique index%'
 """
 
 
@@ -1856,6 +1880,7 @@ class FolderStore:
         self._below = ""
         if settings.client is not None:
             self._below = composed(settings.client.strip("/")) + "/"
+        self._mine: set[str] = set()  # paths that `status` found: other rows are not believed
         self._new: list[Asset] = []
         self._failed: list[Asset] = []
 
@@ -1866,7 +1891,10 @@ class FolderStore:
         if self._settings.dry_run and not Path(place).exists():
             place = ":memory:"
         try:
+            self._refuse_traps()
             with contextlib.closing(sqlite3.connect(place, 60)) as database, database:
+                if database.execute(FOLDER_ODDITIES).fetchone():
+                    raise RunError(f"{self.place} has triggers or views: it is not ours, move it")
                 database.execute(FOLDER_TABLE)
                 yield database
         except (sqlite3.Error, OSError) as error:
@@ -1875,11 +1903,25 @@ class FolderStore:
                 "a folder that can be written to, with room on the disk"
             ) from None
 
+    def _refuse_traps(self) -> None:
+        """Raises RunError where somebody prepared the file, or one beside it, so that SQLite would
+        write to files elsewhere, or delete them."""
+        for ending in ("", "-journal", "-wal", "-shm"):
+            path = Path(self.place + ending)
+            if is_link(path) or (path.exists() and not path.is_file()):
+                raise RunError(f"{path} is a link, or no file: move it")
+            if ending == "-journal" and path.exists():
+                with path.open("rb") as journal:
+                    journal.seek(max(0, path.stat().st_size - len(JOURNAL_MAGIC)))
+                    if journal.read() == JOURNAL_MAGIC:
+                        raise RunError(f"{path} is of several databases, and not ours: move it")
+
     def status(self) -> Status:
         """As Store says. Compares the folder's images with what the file knows of them: deletes
         the rows of files that are gone, and keeps for `pages` what is pending."""
         files = dict(self._files())
-        mine = [path for path in sorted(files) if self._is_mine(path)]
+        mine = [path for path in sorted(files) if composed(path).startswith(self._below)]
+        self._mine = set(mine)
         if not mine:
             self._explain_nothing(files)
         with self._database() as database:
@@ -1904,21 +1946,19 @@ class FolderStore:
                 done += 1
         return Status(len(mine), done, len(self._failed))
 
-    def _is_mine(self, path: str) -> bool:
-        return composed(path).startswith(self._below)
-
     def _explain_nothing(self, files: Mapping[str, Any]) -> None:
         if not self._below:
             raise RunError(f"no image below {self._folder}: by the endings of the files there")
         folders = {composed(path).rpartition("/")[0] for path in files}
-        near = difflib.get_close_matches(self._below.strip("/"), folders, n=1)
-        hint = f"did you mean {near[0]}?" if near else "--client is a subfolder"
+        near = near_name(self._below.strip("/"), folders)
+        hint = f"did you mean {near}?" if near else "--client is a subfolder"
         raise RunError(f"no image below {self._folder / self._below}: {hint}")
 
     def _files(self) -> Iterator[tuple[str, os.stat_result | None]]:
         """Path and state (None: it can't be looked at) of each image file. Logs what is left out,
         but for hidden files and folders."""
         left_out: Counter[str] = Counter()
+        endings: Counter[str] = Counter()  # of files that are no images
         for folder, subfolders, names in os.walk(self._folder, onerror=unreadable):
             here = Path(folder)
             for name in list(subfolders):
@@ -1934,7 +1974,7 @@ class FolderStore:
                     continue
                 ending = image_ending(name)
                 if ending not in IMAGE_SUFFIXES:
-                    left_out[ending or "without an ending"] += 1
+                    endings[ending or "without an ending"] += 1
                     continue
                 try:
                     path = (here / name).relative_to(self._folder).as_posix()
@@ -1944,9 +1984,13 @@ class FolderStore:
                     log.warning("left out: %s: %s", ascii(str(here / name)), error)
                 except OSError:  # of a folder that keeps its files from us, say
                     yield path, None
+        if endings:
+            kind = "files that are no images" if endings.total() > 1 else "file that is no image"
+            few = ", ".join(ending for ending, _ in endings.most_common(8))
+            left_out[f"{kind} ({few})"] = endings.total()
         if left_out:
             kinds = (f"{count:,} {kind}" for kind, count in left_out.most_common(8))
-            log.info("left out, as no images of yours: %s", ", ".join(kinds))
+            log.info("left out: %s", ", ".join(kinds))
 
     def pages(self) -> Iterator[list[Asset]]:
         """As Store says, in the order of the paths."""
@@ -1997,37 +2041,37 @@ class FolderStore:
                 blocks.append(block)
         vectors = np.concatenate(blocks)
         blocks.clear()  # 200 MB
-        rows, looked_at = rows_alike(vectors)
+        alike, compared = rows_alike(vectors)
         pairs = [
             Pair(
-                pictures[one],
-                pictures[other],
-                cosine,
-                same=bool((vectors[one] == vectors[other]).all()),
+                pictures[one], pictures[other], cosine, bool((vectors[one] == vectors[other]).all())
             )
-            for one, other, cosine in rows
+            for one, other, cosine in alike
         ]
-        spread = np.linspace(0, len(pictures) - 1, min(SAMPLES, len(pictures))).astype(int)
+        copies = {other for _, other, _ in alike}
+        apart = np.array([row for row in range(len(pictures)) if row not in copies], int)
+        spread = apart[np.linspace(0, len(apart) - 1, min(SAMPLES, len(apart))).astype(int)]
         samples = []
         for own, cosines in zip(spread, vectors[spread] @ vectors.T, strict=True):
-            nearest = [row for row in np.argsort(-cosines)[: NEAREST + 1] if row != own][:NEAREST]
-            matches = [Match(pictures[row], float(cosines[row])) for row in nearest]
+            nearest = apart[np.argsort(-cosines[apart])][: NEAREST + 1]
+            matches = [Match(pictures[row], float(cosines[row])) for row in nearest if row != own]
             samples.append(Sample(pictures[own], matches))
         typical = None
         if len(spread) > 1:
             cosines = vectors[spread] @ vectors[spread].T
             typical = float(np.median(cosines[np.triu_indices(len(spread), 1)]))
         among = len(vectors)
-        return Catalog(pairs, embedded, among, looked_at, samples, typical, self._failures())
+        return Catalog(pairs, embedded, among, compared, samples, typical, self._failures())
 
     def _vectors(self) -> Iterator[tuple[list[Picture], np.ndarray]]:
-        """All pictures with their vectors (n, 512), in blocks of several thousand."""
-        query = "select asset_id, embedding from images where model_version = ? and {} order by 1"
-        query = query.format("embedding is not null")
+        """The pictures that `status` found with their vectors (n, 512), in blocks of thousands."""
+        query = """select asset_id, embedding from images
+            where model_version = ? and typeof(embedding) = 'blob' and length(embedding) = ?
+            order by asset_id"""
         with self._database() as database:
-            found = database.execute(query, [self._settings.model_version])
+            found = database.execute(query, [self._settings.model_version, 4 * DIMENSIONS])
             while block := found.fetchmany(5000):
-                mine = [(path, blob) for path, blob in block if self._is_mine(path)]
+                mine = [(path, blob) for path, blob in block if path in self._mine]
                 vectors = np.frombuffer(b"".join(blob for _, blob in mine), "<f4")
                 yield [picture_of(path) for path, _ in mine], vectors.reshape(-1, DIMENSIONS)
 
@@ -2036,10 +2080,38 @@ class FolderStore:
             where model_version = ? and reason is not null order by asset_id"""
         with self._database() as database:
             return [
-                FailedPicture(picture_of(path), reason)
+                FailedPicture(picture_of(path), str(reason))
                 for path, reason in database.execute(query, [self._settings.model_version])
-                if self._is_mine(path)
+                if path in self._mine
             ]
+
+
+def rows_alike(vectors: np.ndarray) -> tuple[list[tuple[int, int, float]], int]:
+    """The pairs of rows of unit vectors (n, 512) whose cosine is SAME or more, the earlier row
+    first; and how many rows were compared with all others before LOOK_SECONDS were over.
+
+    Equal rows come first, each paired with the first of its kind, which then stands for all.
+    """
+    deadline = time.monotonic() + LOOK_SECONDS
+    pairs = []
+    first: dict[bytes, int] = {}
+    for row, vector in enumerate(vectors):
+        known = first.setdefault(hashlib.sha256(vector).digest(), row)
+        if known != row:
+            pairs.append((known, row, 1.0))
+    copies = len(pairs)
+    rows = list(first.values())
+    for start in range(0, len(rows), BLOCK):
+        if start and (time.monotonic() > deadline or len(pairs) > MOST_PAIRS):
+            return pairs, copies + start
+        ours = rows[start : start + BLOCK]
+        for other in range(start, len(rows), BLOCK):
+            theirs = rows[other : other + BLOCK]
+            cosines = vectors[ours] @ vectors[theirs].T
+            for i, j in np.argwhere(cosines >= SAME):
+                if ours[i] < theirs[j]:
+                    pairs.append((ours[i], theirs[j], min(float(cosines[i, j]), 1.0)))
+    return pairs, len(vectors)
 
 
 def picture_of(path: str) -> Picture:
@@ -2586,57 +2658,56 @@ def check_proxies(*needed: str) -> None:
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, by channel
 STD = (0.26862954, 0.26130258, 0.27577711)
 DECODE_SECONDS = 5  # of a core for one image; the largest honest ones take 2
-DECODE_MB = 400  # of memory for one image, on each core: twice 45 megapixels in 4 channels
+DECODE_MB = 1000  # of memory for one image, on each core; a WebP of 50 megapixels takes 800
 MIN_SIDE = 16  # pixels; below it: tracking pixels and spacers
-MAX_ASPECT = 100  # above it: rules and borders, of which CLIP would see a sliver
 KEEP_SCALE = 2  # large images are first reduced, by a whole number, to so many times SIDE
 # Other Pillow plugins stay shut: some start programs (EPS), none is a product photo.
 FORMATS = ["JPEG", "PNG", "GIF", "WEBP", "AVIF", "TIFF", "BMP"]
-MOST_ZEROS = 4096  # bytes that may end a JPEG's pixels: in white areas they are zeros
+# Memory that a decoder takes. Where these three lack it, their libraries call the file broken.
+PIXEL_BYTES = {"WEBP": 20, "AVIF": 20, "HEIF": 20}
+PIXEL_BYTES |= {"JPEG": 0, "MPO": 0}  # they shrink while they are decoded
 # What Pillow raises for broken files, as hundreds of thousands of damaged ones showed. Its other
 # errors (AttributeError, TypeError) mean that we call it wrongly.
 BROKEN_FILE = (OSError, EOFError, SyntaxError, ValueError, RuntimeError, struct.error, zlib.error)
 PngImagePlugin.MAX_TEXT_CHUNK = 2**24  # bytes of an ICC profile; some have over 1 MB
 # Pillow itself reads planes of 16 bits as if they were of 8; libtiff does not.
 TiffImagePlugin.READ_LIBTIFF = True
-# Gray of 16 bits, zero is white, big-endian: the one such kind that Pillow has not in its table.
-TiffImagePlugin.OPEN_INFO[b"MM", 0, (1,), 1, (16,), ()] = ("I;16B", "I;16B")
 
 
 def levels_of(data: bytes) -> bytes:
     """What CLIP sees of an image file, as a browser shows it: levels (224, 224, 3), a byte each.
 
-    Raises ImageError; ImageError for a format that needs another package; MemoryError. Any other
-    exception is a defect, of ours or of Pillow's, and not the file's.
+    Raises ImageError and MemoryError. Any other exception is a defect, ours or Pillow's.
     """
-    return in_srgb(square(decode(data))).tobytes()
+    return in_srgb(square(decoded(data))).tobytes()
 
 
-def decode(data: bytes) -> Image.Image:
-    """The picture of an image file: upright, on white, of mode L, RGB or CMYK in the file's own
-    colours, and reduced where CLIP needs far less. Raises what levels_of raises."""
-    with errors_of_broken_files():
-        data = mended(data)
-        image = opened(data)
-        refuse_odd_sizes(image)
-        # Where EXIF is silent Pillow would turn an image by XMP. Browsers don't.
-        image.info.pop("xmp", None)
-        # JPEG's decoder can shrink by 2, 4 or 8 as it goes; the others take no draft.
-        shrink = max(1.0, min(image.size) / (KEEP_SCALE * SIDE))
-        image.draft(None, (int(image.width / shrink), int(image.height / shrink)))
-        image.load()
-    picture = in_eight_bits(image, data)
+def decoded(data: bytes) -> Image.Image:
+    """The picture in an image file, upright and on white.
+
+    Its mode is L, RGB or CMYK, its colours are still those of the file's ICC profile. A large
+    picture comes reduced. Raises what levels_of raises.
+    """
+    image = loaded(data)
+    picture = in_eight_bits(image)
     factor = min(picture.size) // (KEEP_SCALE * SIDE)
     if factor > 1:
         picture = picture.reduce(factor)
     return upright(on_white(picture), image)
 
 
-@contextlib.contextmanager
-def errors_of_broken_files() -> Iterator[None]:
-    """Around what reads a file: makes ImageError of the errors that broken files cause."""
+def loaded(data: bytes) -> Image.Image:
+    """An image file with its pixels, as Pillow reads them. Raises ImageError, MemoryError."""
     try:
-        yield
+        image = opened(mended(data))
+        refuse_sizes(image)
+        # Where EXIF is silent Pillow would turn an image by XMP. Browsers don't.
+        image.info.pop("xmp", None)
+        # JPEG's decoder can shrink by 2, 4 or 8 as it goes. The other decoders ignore this.
+        shrink = max(1.0, min(image.size) / (KEEP_SCALE * SIDE))
+        image.draft(None, (int(image.width / shrink), int(image.height / shrink)))
+        image.load()
+        return image
     except Image.DecompressionBombError:
         raise ImageError(TOO_MUCH) from None
     except BROKEN_FILE as error:
@@ -2644,23 +2715,22 @@ def errors_of_broken_files() -> Iterator[None]:
 
 
 def mended(data: bytes) -> bytes:
-    """The file without what browsers pass over and Pillow stumbles on. Raises ImageError."""
+    """The file without what browsers ignore and Pillow refuses. Raises ImageError."""
     if data.startswith(b"\x89PNG"):
         return png_of_pixels(data)
     if data.startswith(b"\xff\xd8\xff"):
         return jpeg_with_end(data)
-    if data[4:8] == b"ftyp":
-        return with_main_brand(data)
     return data
 
 
 def png_of_pixels(data: bytes) -> bytes:
-    """A PNG with only the chunks that make its picture.
+    """A PNG with only the chunks that make its picture. Raises ImageError.
 
-    For a wrong checksum in a comment, or a comment over 1 MB, Pillow refuses the whole file;
-    browsers pass over it. Of the other chunks they heed three, if they come before the pixels and
-    their checksum is right. Of an animation the still picture is left.
+    Pillow refuses a whole file for a wrong checksum in a comment, or a comment over 1 MB.
+    Browsers ignore both. They use three chunks beside the pixels, if these come before the pixels
+    and have the right checksum. Of an animation the still picture is left.
     """
+    depth, colour_type = data[24:26].ljust(2)
     kept = [data[:8]]
     pixels_seen = False
     at = 8
@@ -2673,6 +2743,9 @@ def png_of_pixels(data: bytes) -> bytes:
             wanted = zlib.crc32(data[at + 4 : end - 4]) == checksum
         if wanted:
             kept.append(data[at:end])
+        if wanted and kind == b"tRNS" and depth != 8 and colour_type in (0, 2):
+            # Pillow compares this colour with pixels that it has scaled to 8 bits already.
+            raise ImageError(f"{RARE_FORMAT} ({depth}-bit PNG with a transparent colour)")
         pixels_seen = pixels_seen or kind == b"IDAT"
         at = end
     return b"".join(kept)
@@ -2681,116 +2754,78 @@ def png_of_pixels(data: bytes) -> bytes:
 def jpeg_with_end(data: bytes) -> bytes:
     """A JPEG with an end marker. Raises ImageError where pixels are missing, too.
 
-    Uploads often lack their last bytes, the marker FFD9, and nothing else. Where more is missing
-    (or is zeros, as in a copy that stopped halfway) decoders fill up with gray and say nothing.
-    What they do with more bytes tells: behind the last pixel these change none.
+    Uploads often lack their last bytes, the marker FFD9, and nothing else. Where more is missing,
+    decoders fill up with gray and report no error. So the file is decoded twice, the second time
+    with noise at its end. Behind the last pixel noise changes nothing.
     """
     start_of_scan, end_marker = b"\xff\xda", b"\xff\xd9"
     if data.find(end_marker, data.rfind(start_of_scan)) >= 0:
         return data
-    without_zeros = data.rstrip(b"\0")
-    if len(data) - len(without_zeros) > MOST_ZEROS:
-        data = without_zeros + b"\0"
-    if data.rstrip(b"\r\n").endswith(b"\xff"):
-        # Half a marker, or the last byte of the pixels, which a zero has to follow. Behind
-        # the last pixel such a byte does no harm.
-        data = data.rstrip(b"\r\n") + b"\0"
-    more = b"".join(bytes([0xFF, 0xD0 + n]) + b"\xaa\x55" * 32 for n in range(8))
-    more = b"\xaa\x55" * 32 + more
-    files = (data + end_marker, data + more + end_marker)
+    data = data.removesuffix(b"\xff")  # half a marker
+    # A copy that stopped halfway ends in zeros, which a decoder takes for pixels.
+    if data.endswith(b"\0\0"):
+        raise ImageError(BROKEN)
+    noise = b"\xaa\x55" * 32
+    restarts = (bytes([0xFF, 0xD0 + n]) for n in range(8))
+    noise += b"".join(restart + noise for restart in restarts)
+    files = (data + end_marker, data + noise + end_marker)
     pictures = [Image.open(io.BytesIO(file), formats=["JPEG"]).tobytes() for file in files]
     if pictures[0] != pictures[1]:
         raise ImageError(BROKEN)
     return data + end_marker
 
 
-def with_main_brand(data: bytes) -> bytes:
-    """An AVIF or HEIC file that says so in its first brand, the one that Pillow looks at: it may
-    be a general one, such as mif1."""
-    brands = data[8 : int.from_bytes(data[:4])]
-    for brand in (b"avis", b"avif", b"heic"):
-        if brand in brands:
-            return data[:8] + brand + data[12:]
-    return data
-
-
-# How files begin that Pillow can't open, in small letters. The first that fits counts.
-NO_IMAGES = (
-    (rb"$", "an empty file"),
-    (rb"<((?!<(!doctype html|html|head|body)\b).)*?<?svg\b", "an SVG drawing, which has no pixels"),
-    (rb"<.*?(html|head|body)\b", "an HTML page, not an image"),
-    (rb"[\[{]", "JSON, not an image"),
-    (rb"%pdf", "a PDF, not an image"),
-    (rb"\xff\xd8\xff|\x89png|gif8|ii[*+]\0|mm\0[*+]|riff|bm|....ftyp(avi|hei)", BROKEN),
+# How files begin that Pillow can't open, and what they are. The first that fits counts.
+_BLANKS = rb"[\s\0\xef\xbb\xbf\xfe\xff]*"  # with a byte order mark, or half of UTF-16
+UNREADABLE_FILES = (
+    (rb"\s*\Z", EMPTY),
+    (rb"\xff\xd8\xff|\x89png|gif8|riff|bm|....ftyp(avi|he[iv]|m[is]f)", BROKEN),
+    (rb"ii[*+]\0|mm\0[*+]", f"{RARE_FORMAT} (TIFF, if it is not broken)"),
+    (rb"\xff\x0a|\0\0\0\x0cjxl ", f"{RARE_FORMAT} (JPEG XL)"),
+    (_BLANKS + rb"(?=<)(?:(?!<\w).)*+<(\w+:)?svg\b", SVG),
+    (_BLANKS + rb"<", WEB_PAGE),
+    (_BLANKS + rb"[\[{]", JSON),
+    (_BLANKS + rb"%pdf", PDF),
 )
 
 
 def opened(data: bytes) -> Image.Image:
-    """An image file of which the header was read; raises ImageError for what is none."""
+    """An image file of which the header was read. Raises ImageError for any other file."""
     formats = FORMATS
-    if re.match(rb"....ftyp(hei|hev|mif|msf)", data, re.DOTALL):
+    if re.match(rb"....ftyp(hei|hev|m[is]f1(?!.{,40}avif))", data, re.DOTALL):
         try:
             import pillow_heif
         except (ImportError, OSError):  # OSError: it was installed meanwhile (see shut_in)
-            raise ImageError("HEIC: pip install pillow-heif, then run again") from None
+            raise ImageError(HEIC) from None
         pillow_heif.register_heif_opener()
         formats = ["HEIF"]
     with contextlib.suppress(UnidentifiedImageError):
         return Image.open(io.BytesIO(data), formats=formats)
-    if data.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
-        raise ImageError("JPEG XL, a format that is not supported yet")
-    if has_tiff_directory(data):
-        raise ImageError("a TIFF of a kind that is not supported")
-    head = data[: 2**16].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    for beginning, name in NO_IMAGES:
-        if re.match(beginning, head, re.DOTALL):
-            raise ImageError(name)
-    raise ImageError("not an image in a known format")
+    for beginning, reason in UNREADABLE_FILES:
+        if re.match(beginning, data[: 2**16], re.DOTALL | re.IGNORECASE):
+            raise ImageError(reason)
+    raise ImageError(OTHER_FORMAT)
 
 
-def has_tiff_directory(data: bytes) -> bool:
-    """Whether a TIFF file's list of tags can be read, so that the file is not broken there."""
-    header = 8
-    if data[2:4] in (b"+\0", b"\0+"):  # BigTIFF
-        header = 16
-    try:
-        tags = TiffImagePlugin.ImageFileDirectory_v2(data[:header])
-        file = io.BytesIO(data)
-        file.seek(tags.next)
-        tags.load(file)
-    except BROKEN_FILE:
-        return False
-    return TiffImagePlugin.IMAGEWIDTH in tags
-
-
-def refuse_odd_sizes(image: Image.Image) -> None:
-    """Raises ImageError for an image that is too large, too small or too thin."""
+def refuse_sizes(image: Image.Image) -> None:
+    """Raises ImageError for an image that is too large or too small."""
     width, height = image.size
-    if width * height * 4 > DECODE_MB * 2**20 and image.format not in ("JPEG", "MPO"):
-        raise ImageError(TOO_MUCH)  # JPEG shrinks while it decodes
+    if width * height * PIXEL_BYTES.get(image.format or "", 4) > DECODE_MB * 2**20:
+        raise ImageError(TOO_MUCH)
     if min(width, height) < MIN_SIDE:
-        raise ImageError(f"smaller than {MIN_SIDE} pixels a side")
-    if max(width, height) > MAX_ASPECT * min(width, height):
-        raise ImageError(f"a strip, more than {MAX_ASPECT} times as long as wide")
+        raise ImageError(f"{TOO_SMALL} ({width} x {height})")
 
 
-def in_eight_bits(image: Image.Image, data: bytes) -> Image.Image:
-    """A loaded image in mode L, LA, RGB, RGBA or CMYK: those that cost no more than they must."""
-    if image.mode in ("I", "F", "LAB"):
-        raise ImageError(f"pixels of a kind that is not supported (mode {image.mode})")
-    if image.mode.startswith("I;16"):
-        return gray_of_16_bits(image)
+def in_eight_bits(image: Image.Image) -> Image.Image:
+    """A loaded image in mode L, LA, RGB, RGBA or CMYK. Raises ImageError."""
+    if image.mode == "I;16" and image.format == "PNG":
+        # Pillow itself would cut off at 255.
+        return image.convert("I").point([value >> 8 for value in range(2**16)], "L")
+    if image.mode.startswith(("I", "F", "LAB")):
+        # Among them is gray TIFF of 12 and 16 bits, where zero may be white.
+        raise ImageError(f"{RARE_FORMAT} ({image.format} with pixels of mode {image.mode})")
     if image.format == "GIF":
         return gif_on_its_canvas(image)
-    if image.format == "PNG" and "transparency" in image.info:
-        depth = data[24]
-        colour = image.info["transparency"]
-        if image.mode == "L":
-            # Pillow spreads the pixels over 0 to 255, but not this value.
-            colour %= 2**depth
-            image.info["transparency"] = colour * 255 // (2**depth - 1)
-        if image.mode == "RGB" and depth == 16:
-            return rgb_of_16_bits(image, data)
     if image.has_transparency_data and image.mode not in ("LA", "RGBA"):
         return image.convert("RGBA")
     if image.mode not in ("L", "LA", "RGB", "RGBA", "CMYK"):
@@ -2805,40 +2840,6 @@ def gif_on_its_canvas(image: Any) -> Image.Image:
     canvas = Image.new("RGBA", image.size)
     canvas.paste(image.convert("RGBA").crop(box), box)
     return canvas
-
-
-def gray_of_16_bits(image: Image.Image) -> Image.Image:
-    """A gray image of 16 bits (in TIFF also 12) in 8. Pillow would cut off at 255."""
-    bits = 16
-    zero_is_white = False
-    if image.format == "TIFF":
-        tags: Any = image
-        bits = tags.tag_v2[TiffImagePlugin.BITSPERSAMPLE][0]
-        zero_is_white = tags.tag_v2[TiffImagePlugin.PHOTOMETRIC_INTERPRETATION] == 0
-    grays = [(value >> (bits - 8)) & 255 for value in range(2**16)]
-    if zero_is_white:
-        grays = [255 - gray for gray in grays]
-    image = image.convert("I")
-    gray = image.point(grays, "L")
-    if "transparency" in image.info:
-        alphas = [255] * 2**16
-        alphas[image.info["transparency"]] = 0
-        gray.putalpha(image.point(alphas, "L"))
-    return gray
-
-
-def rgb_of_16_bits(image: Image.Image, data: bytes) -> Image.Image:
-    """A PNG of 16 bits a channel, of which Pillow has loaded the upper 8, with a transparent
-    colour: pixels are transparent if their lower 8 fit as well."""
-    colour = image.info["transparency"]
-    lower: Any = opened(data)
-    lower.tile = [lower.tile[0]._replace(args="RGB;16L")]
-    alphas = []
-    for half, shift in ((image, 8), (lower, 0)):
-        half.info["transparency"] = tuple((value >> shift) & 255 for value in colour)
-        alphas.append(half.convert("RGBA").getchannel("A"))
-    image.putalpha(ImageChops.lighter(*alphas))
-    return image
 
 
 def on_white(image: Image.Image) -> Image.Image:
@@ -2891,8 +2892,10 @@ PROFILED = {b"GRAY": "L", b"RGB ": "RGB", b"CMYK": "CMYK"}  # a profile's colour
 
 
 def in_srgb(image: Image.Image) -> Image.Image:
-    """An image of mode L, RGB or CMYK in sRGB, by its ICC profile if it has one that fits. The
-    smaller the better: of 224 x 224 pixels this takes 2 ms, of a photograph 25."""
+    """An image of mode L, RGB or CMYK in sRGB, by its ICC profile if it has one that fits.
+
+    The smaller the better: 224 x 224 pixels take 2 ms, a photograph 25.
+    """
     profile = image.info.get("icc_profile") or b""
     mode = PROFILED.get(profile[16:20])
     if mode == "RGB" and image.mode == "L":
@@ -2934,12 +2937,11 @@ MOST_REASON = 200  # characters of a reason that are kept
 MOST_CALLS = 20  # of a traceback that are sent
 
 # The first byte of an answer that is no levels; a text follows.
-REJECTED = b"R"
-UNEXPECTED = b"U"  # with a traceback: the defect is ours, or a library's
+REFUSED_IMAGE = b"R"  # with the reason
+UNEXPECTED = b"U"  # with a traceback
 
 OUT_OF_MEMORY = 77  # a decoder's exit code
-LOST = f"its decoder was killed (is memory short?), or hung for {DECODE_PATIENCE:g} s"
-# What an exit code says of the image; all other deaths are the machine's trouble.
+# What an exit code says of the image. All other deaths are the machine's trouble.
 DEATHS = {
     -24: TOO_SLOW,  # SIGXCPU, for which Windows has no name
     -signal.SIGSEGV: BROKEN,
@@ -2963,7 +2965,7 @@ sys.exit(decoder.serve_as_decoder())
 # What Python may need to start. The rest of the environment may hold secrets.
 DECODER_NEEDS = re.compile("PYTHON|LD_|DYLD_|(PATH|HOME|APPDATA|SYSTEMROOT)$")
 DECODER_SETTINGS = {
-    # glibc would else give memory back after each image and fetch it anew: 2 ms.
+    # Else glibc gives memory back after each image and asks for it again, which takes 2 ms.
     "MALLOC_TRIM_THRESHOLD_": str(64 * 2**20),
     "MALLOC_MMAP_THRESHOLD_": str(64 * 2**20),
 }
@@ -2976,7 +2978,7 @@ PR_SET_NO_NEW_PRIVS = 38
 
 
 class Loader:
-    """The way from a place to pixels, for any number of threads.
+    """The way from a source to pixels, for any number of threads.
 
     Raises ImageError, and RunError where no decoder can be started.
     """
@@ -2995,6 +2997,7 @@ class Loader:
         return Loaded(asset, normalise(levels))
 
     def decode(self, data: bytes) -> np.ndarray:
+        """The levels (224, 224, 3) of an image file, by the first decoder that is free."""
         decoder = self._decoders.get()
         try:
             return decoder.decode(data)
@@ -3007,33 +3010,31 @@ class Decoder:
     what it holds, and codecs have holes. It is this script again (RUN_DECODER).
 
     Bytes go in and bytes come out: levels, or a reason. A process that sends anything else
-    is killed. So is one that hangs; where one died, its exit code says whose fault it was.
+    is killed. So is one that hangs. Where one died, its exit code says whose fault it was.
     """
 
     def __init__(self) -> None:
         self._process: Any = None
 
     def decode(self, data: bytes) -> np.ndarray:
-        """The levels (224, 224, 3) of an image file. Raises ImageError, and
-        RunError where no process can be started."""
+        """The levels (224, 224, 3) of an image file. Raises ImageError, and RunError where no
+        process can be started."""
         process = self._process or started_decoder()
-        self._process = None
+        self._process = None  # an answer that was not read whole would be the next image's
         try:
-            result = decoded_answer(answer_to(data, process))
+            levels = levels_in(answer_to(data, process))
+        except ImageError:
+            self._process = process
+            raise
         except (OSError, EOFError, ValueError):
             process.kill()
-            reason = DEATHS.get(process.wait())
-            if reason:
-                raise ImageError(reason) from None
-            raise ImageError(LOST) from None
+            raise ImageError(DEATHS.get(process.wait(), DECODER_LOST)) from None
         self._process = process
-        if isinstance(result, Exception):
-            raise result
-        return result
+        return levels
 
 
 def started_decoder() -> Any:
-    """A decoder's process that has had its first file, an empty one; raises RunError."""
+    """A decoder's process that has answered once, to an empty file. Raises RunError."""
     needs = {name: text for name, text in os.environ.items() if DECODER_NEEDS.match(name)}
     try:
         process: Any = subprocess.Popen(  # noqa: S603 - runs this very script
@@ -3048,18 +3049,22 @@ def started_decoder() -> Any:
     except OSError as error:
         raise RunError(f"{CANT_START} ({error.strerror})") from None
     try:
-        decoded_answer(answer_to(b"", process))
+        with contextlib.suppress(ImageError):  # the reason EMPTY
+            levels_in(answer_to(b"", process))
     except (OSError, EOFError, ValueError):
         process.kill()
-        said = process.stderr.read().decode(errors="replace").splitlines()
+        errors = process.stderr.read().decode(errors="replace").splitlines()
         code = process.wait()
-        why = said[-1] if said else f"exit code {code}"
+        why = errors[-1] if errors else f"exit code {code}"
         raise RunError(f"{CANT_START} ({shorten(why, MOST_REASON)})") from None
     return process
 
 
 def answer_to(data: bytes, process: Any) -> bytes:
-    """What a decoder sends back. One that takes longer than DECODE_PATIENCE is killed."""
+    """What a decoder sends back. A decoder that takes longer than DECODE_PATIENCE is killed.
+
+    Raises OSError, EOFError or ValueError for a decoder that is lost, and RunError.
+    """
     patience = threading.Timer(DECODE_PATIENCE, process.kill)
     try:
         patience.start()
@@ -3072,19 +3077,20 @@ def answer_to(data: bytes, process: Any) -> bytes:
         patience.cancel()
 
 
-def decoded_answer(answer: bytes) -> np.ndarray | ImageError:
-    """An answer as levels, or as what is to be raised. Raises ValueError for any other."""
+def levels_in(answer: bytes) -> np.ndarray:
+    """The levels (224, 224, 3) of a decoder's answer. Raises the ImageError that it tells, and
+    ValueError for what is no answer."""
     if len(answer) == LEVELS_BYTES:
         return np.frombuffer(answer, np.uint8).reshape(SIDE, SIDE, 3)
     kind = answer[:1]
     lines = answer[1:].decode().splitlines() or [""]
     reason = shorten(printable(lines[-1]), MOST_REASON)
-    if kind == REJECTED:
-        return ImageError(reason)
+    if kind == REFUSED_IMAGE:
+        raise ImageError(reason)
     if kind == UNEXPECTED:
         for line in lines:
             log.debug("decoder: %s", line)
-        return ImageError(f"unexpected {reason}")
+        raise ImageError(f"{DEFECT} ({reason})")
     raise ValueError(f"{kind!r} is no kind of answer")
 
 
@@ -3119,12 +3125,12 @@ def serve_as_decoder() -> int:
     answers = os.fdopen(os.dup(1), "wb")
     for stream in (1, 2):  # where libraries print
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-    memory = own_memory()
+    limit_memory()
     shut_in()
     with contextlib.suppress(EOFError, OSError):  # the run is over
         while True:
             data = receive(sys.stdin.buffer, most=sys.maxsize)
-            limit_one_image(memory)
+            limit_seconds()
             send(answers, answer_for(data))
     return 0
 
@@ -3134,7 +3140,7 @@ def answer_for(data: bytes) -> bytes:
     try:
         return levels_of(data)
     except ImageError as reason:
-        return REJECTED + str(reason).encode()
+        return REFUSED_IMAGE + str(reason).encode()
     except MemoryError:
         # There may be too little left to say more, or to go on with.
         os._exit(OUT_OF_MEMORY)
@@ -3147,18 +3153,20 @@ def load_codecs() -> None:
     Image.preinit()  # BMP, GIF, JPEG, PNG; AVIF and TIFF are imported above
     for name in ("Mpo", "WebP"):
         import_module(f"PIL.{name}ImagePlugin")
-    # Each core has a decoder; of 64 threads the stacks alone would take over DECODE_MB.
+    # Each core has a decoder, and the stacks of 64 threads alone would take over DECODE_MB.
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1
     with contextlib.suppress(ImportError):
         import_module("pillow_heif")
 
 
-def own_memory() -> int:
-    """An open file that says how much memory this process has; -1 where Linux is not."""
-    try:
-        return os.open("/proc/self/statm", os.O_RDONLY)
-    except OSError:
-        return -1
+def limit_memory() -> None:
+    """Limits the memory that this process may take from now on. Only Linux can."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        pages = int(Path("/proc/self/statm").read_text().split()[5])
+        most = pages * resource.getpagesize() + DECODE_MB * 2**20
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
 
 
 def shut_in() -> None:
@@ -3185,18 +3193,13 @@ def lock_files() -> None:
     linux.syscall(LANDLOCK_RESTRICT_SELF, ruleset, 0)
 
 
-def limit_one_image(memory: int) -> None:
-    """Limits what this process may take from now on, where the system can: Linux holds it
-    to both limits, macOS to the seconds, Windows to none."""
+def limit_seconds() -> None:
+    """Limits the seconds of a core that this process may take from now on. Windows can't."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
-        def limit(kind: int, most: int) -> None:
-            resource.setrlimit(kind, (most, resource.getrlimit(kind)[1]))
-
-        limit(resource.RLIMIT_CPU, math.ceil(time.process_time()) + DECODE_SECONDS)
-        pages = int(os.pread(memory, 100, 0).split()[5])
-        limit(resource.RLIMIT_DATA, pages * resource.getpagesize() + DECODE_MB * 2**20)
+        most = math.ceil(time.process_time()) + DECODE_SECONDS
+        resource.setrlimit(resource.RLIMIT_CPU, (most, resource.getrlimit(resource.RLIMIT_CPU)[1]))
 
 
 # ================================================================================ Model
@@ -3820,76 +3823,28 @@ def hub_trouble(error: BaseException) -> str:
 # detection takes a distance of 0.01. What unrelated pictures have depends on the catalog, and is
 # said on the page.
 SAME = 0.99
-LOOK_SECONDS = 4.0  # in search of those; the whole page may take 15, of a folder 10
-MOST_COMPARED = 100_000  # vectors of a folder: 200 MB
-MOST_PAIRS = 1_000_000  # a thousand pictures that look the same make half of that
-BLOCK = 1024  # vectors that are compared with as many others at a time
-AXES = 64
-REACH = math.sqrt(2 - 2 * SAME)  # the distance of vectors whose cosine is SAME
-ROUNDING = 1e-5  # of float32 sums
-
-MATCHES = 12  # pictures for a question; --limit says another number,
-SHOWN_MATCHES = 24  # of which the page shows these
-SAMPLES = 16  # pictures that are shown with their nearest
-NEAREST = 6
+LOOK_SECONDS = 4.0  # in search of those; as long at a folder's files. The page may take 10 there
+MATCHES = 12  # pictures for a question; --limit says another number
+# With these numbers a page has at most 3 MB, which mail programs and phones take.
+SHOWN_QUESTIONS = 4
+SHOWN_MATCHES = 24
 SHOWN_GROUPS = 60
-SHOWN_MEMBERS = 6  # of a group
-OPEN_GROUPS = 12  # the others are folded, for whoever scrolls on a phone
-OPEN_REASONS = 12  # likewise
-SHOWN_NAMES = 20  # of those that failed for one reason, or that have no room in their group
-OPEN_NAMES = 4  # of the former; they are folded if there are more
-GROUP_ROOM = 1_200_000  # bytes: mail programs and phones take a page of 3 MB
-TEXT_ROOM = 150_000  # for groups without pictures
-SAMPLE_ROOM = 900_000
-ANSWER_ROOM = 400_000
-FAILURE_ROOM = 300_000
-LONGEST_ADDRESS = 2000  # characters of a link; browsers take few more
-LARGE = 224  # pixels
-MEDIUM = 160
-SMALL = 112
+SHOWN_MEMBERS = 6
+SAMPLES = 16
+NEAREST = 6  # to a sample
+SHOWN_REASONS = 15
+SHOWN_NAMES = 8  # of pictures that failed for one reason
+THUMBNAIL = 160  # pixels a side
+THUMBNAIL_BYTES = 2700
+LONGEST_LINK = 800  # bytes of HTML
+LONGEST_ADDRESS = 2000  # characters, and of any cell; spreadsheets take 32,767
+HEAD_BYTES = 2**20  # of a file: its width and height stand there
+# Where a cell, or what a spreadsheet that splits at semicolons takes for one, begins a formula.
+FORMULA = re.compile(r"""(?:^|[;\t\r\n])[\s"]*(?=[=+\-@\uff1d\uff0b\uff0d\uff20])""")
 
 NEAR_TO_WORDS = "0.2 to 0.35 is near; pictures are nearer to each other"
 
-SAME_FILE = "same file"
-SAME_PICTURE = "same picture"  # to the last bit of what the model sees
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A question with the pictures nearest to it."""
-
-    question: str
-    matches: list[Match]
-
-
-@dataclass(frozen=True)
-class View:
-    """What the fetch of a picture told: what the model sees of it, and what its file is like."""
-
-    levels: np.ndarray
-    sight: bytes  # checksum of the levels
-    file: bytes  # checksum of the file
-    size: int  # bytes of the file
-    pixels: tuple[int, int] | None  # width and height, where they are known
-
-    @property
-    def measures(self) -> str:
-        """As in: 1500 x 1000, 240 KB."""
-        size = f"{math.ceil(self.size / 1000):,} KB"
-        if not self.pixels:
-            return size
-        width, height = self.pixels
-        return f"{width} x {height}, {size}"
-
-    def thumbnail(self, side: int) -> str:
-        """The address of an image that is in the page itself."""
-        data = io.BytesIO()
-        Image.fromarray(self.levels).resize((side, side)).save(data, "WEBP", quality=75)
-        return "data:image/webp;base64," + base64.b64encode(data.getvalue()).decode()
-
-
-Views = Mapping[Id, View | str]  # of pictures that were to be fetched; text: why there is none
-Group = list[Match]  # pictures that look the same, each with its cosine to the nearest of them
+Answer = tuple[str, list[Match]]  # a question, and what is nearest to it
 
 
 def answer_questions(store: Store, settings: Settings, status: Status) -> int:
@@ -3900,13 +3855,12 @@ def answer_questions(store: Store, settings: Settings, status: Status) -> int:
             f"nothing is embedded yet as {settings.model_version}: run without --search first"
         )
     vectors = question_vectors(settings)
-    answers = []
-    for question, vector in zip(settings.search, vectors, strict=True):
-        answers.append(Answer(question, store.search(vector, settings.limit or MATCHES)))
+    wanted = settings.limit or MATCHES
+    answers = [(asked, store.search(vectors[asked], wanted)) for asked in settings.search]
     with contextlib.suppress(OSError):  # as in: ... | head -1
-        for answer in answers:
-            for match in answer.matches:
-                print(answer_line(answer.question, match, settings))
+        for question, matches in answers:
+            for match in matches:
+                print(answer_line(question, match, settings))
         sys.stdout.flush()
     if settings.gallery:
         write_gallery(store, settings, status, answers)
@@ -3924,26 +3878,28 @@ def answer_line(question: str, match: Match, settings: Settings) -> str:
     return "\t".join(map(printable, columns))
 
 
-def question_vectors(settings: Settings) -> list[np.ndarray]:
+def question_vectors(settings: Settings) -> dict[str, np.ndarray]:
     """The vector (512,) of each question; loads only the towers that these need."""
-    places = {question: picture_place(question) for question in settings.search}
-    pixels = {
-        question: question_pixels(question, place, settings)
-        for question, place in places.items()
-        if place
-    }
-    words = [question for question in places if question not in pixels]
+    pixels = {}
+    words = []
+    for question in settings.search:
+        source = question_source(question)
+        if source:
+            pixels[question] = question_pixels(question, source, settings)
+        else:
+            words.append(question)
     vectors: dict[str, np.ndarray] = {}
     if pixels:
-        made = ClipEncoder(settings).encode(np.stack(list(pixels.values())))
-        vectors.update(zip(pixels, made, strict=True))
+        vectors |= zip(
+            pixels, ClipEncoder(settings).encode(np.stack([*pixels.values()])), strict=True
+        )
     if words:
         log.info("for words %s", NEAR_TO_WORDS)
-        vectors.update(zip(words, TextEncoder(settings).encode(words), strict=True))
-    return [vectors[question] for question in settings.search]
+        vectors |= zip(words, TextEncoder(settings).encode(words), strict=True)
+    return vectors
 
 
-def picture_place(question: str) -> Source | None:
+def question_source(question: str) -> Source | None:
     """Where the picture is that a question names: a URL, or a file that is there. None: it is
     words. Raises RunError for what looks like a file and is none."""
     if re.match("(?i)https?://", question):
@@ -3955,183 +3911,126 @@ def picture_place(question: str) -> Source | None:
     return None
 
 
-def question_pixels(question: str, place: Source, settings: Settings) -> np.ndarray:
+def question_pixels(question: str, source: Source, settings: Settings) -> np.ndarray:
     """The pixels (3, 224, 224) of a question's picture; raises RunError."""
+    loader = Loader(settings)
     try:
-        download = Fetcher(settings).fetch(place, Deadline(settings.fetch_seconds))
-        return normalise(Decoder().decode(download.data))
+        data = loader.fetch(source, Deadline(settings.fetch_seconds)).data
+        return normalise(loader.decode(data))
     except ImageError as error:
         raise RunError(f"--search {shorten(question, 200)}: {error}") from None
 
 
-def write_gallery(
-    store: Store, settings: Settings, status: Status, answers: Sequence[Answer] = ()
-) -> None:
-    """Writes the page, and the table beside it. Raises RunError where that can't be done."""
-    log.info("making the page")
-    catalog = store.catalog()
-    groups = groups_of(catalog.pairs)
-    shown = {match.picture for group in groups[:SHOWN_GROUPS] for match in group[:SHOWN_MEMBERS]}
-    for answer in answers:
-        shown.update(match.picture for match in answer.matches[:SHOWN_MATCHES])
-    for sample in catalog.samples:
-        shown.add(sample.picture)
-        shown.update(match.picture for match in sample.nearest)
-    views = views_of(shown, store, settings)
-    groups.sort(key=lambda group: not are_copies(group[:SHOWN_MEMBERS], views))  # these first
-    page = Page(settings, views)
-    written = settings.gallery or Path()
-    try:
-        written.write_text(page.whole(status, catalog, groups, answers), "utf-8", "replace")
-        write_table(table_beside(written), groups, catalog.failures, views)
-    except OSError as error:
-        raise RunError(f"{error.filename} can't be written: {error.strerror}") from None
-    log.info("for a spreadsheet: %s", table_beside(written))
-    log.info("look at %s", written.as_uri())
+# What --gallery finds
 
 
-def rows_alike(vectors: np.ndarray) -> tuple[list[tuple[int, int, float]], int]:
-    """The pairs of rows of unit vectors (n, 512) whose cosine is SAME or more; and how many rows
-    were compared with all others before LOOK_SECONDS were over.
-
-    Equal rows come first, each paired with the first of its kind, which then stands for all. The
-    rest is geometry: a rotation keeps distances (whose square is 2 - 2 cosine), and on a few of
-    its axes no two points are farther apart than on all. So most pairs are ruled out on the AXES
-    that tell most, and by their order along the first of these.
-    """
-    if not len(vectors):
-        return [], 0
-    deadline = time.monotonic() + LOOK_SECONDS
-    pairs = []
-    first: dict[bytes, int] = {}
-    for row, vector in enumerate(vectors):
-        known = first.setdefault(vector.tobytes(), row)
-        if known != row:
-            pairs.append((known, row, 1.0))
-    copies = len(pairs)
-    rows = np.array(list(first.values()), int)
-    mean = vectors.mean(axis=0)
-    spread = vectors.T @ vectors - len(vectors) * np.outer(mean, mean)
-    points = vectors[rows] @ np.linalg.eigh(spread)[1][:, -AXES:]
-    order = np.argsort(points[:, -1])
-    rows = rows[order]
-    points = points[order]
-    vectors = vectors[rows]
-    halves = (points * points).sum(axis=1, keepdims=True) / 2
-    ones = np.ones_like(halves)
-    left = np.hstack([points, -halves, ones])  # left @ right.T is -distance^2 / 2 on these axes
-    right = np.hstack([points, ones, -halves])
-    for start in range(0, len(rows), BLOCK):
-        late = time.monotonic() > deadline or len(pairs) > MOST_PAIRS
-        if start and late:
-            return pairs, copies + start
-        ours = slice(start, start + BLOCK)
-        for other in range(start, len(rows), BLOCK):
-            theirs = slice(other, other + BLOCK)
-            if points[other, -1] - points[ours][-1, -1] > REACH:
-                break
-            if (left[ours] @ right[theirs].T).max() < SAME - 1 - ROUNDING:
-                continue
-            cosines = vectors[ours] @ vectors[theirs].T
-            for i, j in np.argwhere(cosines >= SAME):
-                if start + i < other + j:
-                    pairs.append((int(rows[start + i]), int(rows[other + j]), float(cosines[i, j])))
-    return pairs, len(rows) + copies
-
-
-def groups_of(pairs: list[Pair]) -> list[Group]:
-    """The pairs joined: a picture in four copies is one group. The most alike come first."""
-    group_of: dict[Id, dict[Picture, float]] = {}
+def joined(pairs: Iterable[Pair]) -> list[list[Picture]]:
+    """The pictures of pairs that share one, together: a picture in four copies is one list."""
+    list_of: dict[Id, list[Picture]] = {}
     for pair in pairs:
-        group = group_of.setdefault(pair.one.id, {pair.one: 0.0})
-        joined = group_of.setdefault(pair.other.id, {pair.other: 0.0})
-        if joined is not group:
-            if len(joined) > len(group):
-                group, joined = joined, group
-            group.update(joined)
-            for picture in joined:
-                group_of[picture.id] = group
-        for picture in (pair.one, pair.other):
-            group[picture] = max(group[picture], pair.similarity)
-    distinct = {id(group): group for group in group_of.values()}
-    groups = []
-    for group in distinct.values():
-        matches = [Match(picture, similarity) for picture, similarity in group.items()]
-        matches.sort(key=lambda match: -match.similarity)
-        groups.append(matches)
-    groups.sort(key=lambda matches: -matches[-1].similarity)
-    return groups
+        ours = list_of.setdefault(pair.one.id, [pair.one])
+        theirs = list_of.setdefault(pair.other.id, [pair.other])
+        if ours is theirs:
+            continue
+        if len(ours) < len(theirs):
+            ours, theirs = theirs, ours
+        ours += theirs
+        for picture in theirs:
+            list_of[picture.id] = ours
+    return list({id(pictures): pictures for pictures in list_of.values()}.values())
 
 
-def views_of(pictures: set[Picture], store: Store, settings: Settings) -> Views:
-    """What the fetch of each picture gave, or why it gave nothing. All together they get the time
-    of one image: no host keeps the page waiting."""
+class File(NamedTuple):
+    """What a look at a picture's file told."""
+
+    size: int  # bytes
+    pixels: tuple[int, ...] = ()  # width and height, where they are known
+    digest: bytes = b""
+
+    @property
+    def measures(self) -> str:
+        """As in: 1500 x 1000, 240 KB."""
+        size = f"{math.ceil(self.size / 1000):,} KB"
+        return ", ".join(filter(None, [" x ".join(map(str, self.pixels)), size]))
+
+
+def files_in(folder: Path, pictures: list[Picture]) -> dict[Id, File]:
+    """What the pictures' files are like: of those that can be read, in LOOK_SECONDS."""
+    deadline = time.monotonic() + LOOK_SECONDS
+    files = {}
+    for picture in pictures:
+        path = folder / picture.image
+        if time.monotonic() < deadline and path.is_file():  # a named pipe would never end
+            with contextlib.suppress(OSError), path.open("rb") as file:
+                pixels = pixels_of(file.read(HEAD_BYTES))
+                file.seek(0)
+                digest = hashlib.file_digest(file, "sha256").digest()
+                files[picture.id] = File(file.tell(), pixels, digest)
+    return files
+
+
+# Where a WebP's kinds have their width and height, which are side by side as numbers of as many
+# bits: their first byte, the bits from one to the other, their bits, and what to add.
+WEBP = {b"VP8 ": (26, 16, 14, 0), b"VP8L": (21, 14, 14, 1), b"VP8X": (24, 24, 24, 1)}
+
+
+def pixels_of(head: bytes) -> tuple[int, ...]:
+    """Width and height, as far as the first bytes of a file tell. What Pillow opens with code in
+    C, which may crash on a file, is read here."""
+    if head[8:12] == b"WEBP" and head[12:16] in WEBP:
+        first, apart, bits, more = WEBP[head[12:16]]
+        both = int.from_bytes(head[first : first + 6], "little")
+        return both % 2**bits + more, (both >> apart) % 2**bits + more
+    # AVIF and HEIC have one of these for the image, and one for the tiles that it is made of.
+    sizes = re.findall(rb"ispe\0{4}(.{4})(.{4})", head, re.DOTALL)
+    if sizes:
+        return tuple(map(int.from_bytes, max(sizes)))
+    with contextlib.suppress(Exception):  # Pillow raises nearly every type there is
+        formats = ["JPEG", "PNG", "GIF", "BMP", "TIFF"]
+        return Image.open(io.BytesIO(head), formats=formats).size
+    return ()
+
+
+def views_of(
+    pictures: set[Picture], store: Store, settings: Settings
+) -> dict[Id, tuple[str, File | None]]:
+    """How the page shows each picture, and what its file is like. All together they get the time
+    of one image: no host keeps the page waiting. Those that are late are left out."""
     loader = Loader(settings)
     pool = ThreadPoolExecutor(settings.workers)
     view = partial(view_of, store, loader, settings.fetch_seconds)
     futures = {picture.id: pool.submit(view, picture) for picture in pictures}
-    wait(futures.values(), settings.fetch_seconds + 1)
-    views: dict[Id, View | str] = {}
-    for asset, future in futures.items():
-        if not future.done():
-            future.cancel()
-            views[asset] = "not in time"
-        elif future.exception():
-            views[asset] = str(future.exception())
-        else:
-            views[asset] = future.result()
-    return views
+    done, _ = wait(futures.values(), settings.fetch_seconds + 1)
+    pool.shutdown(wait=False, cancel_futures=True)
+    return {asset: future.result() for asset, future in futures.items() if future in done}
 
 
-def view_of(store: Store, loader: Loader, seconds: float, picture: Picture) -> View:
-    """Fetches a picture and looks at it; raises ImageError."""
-    source = store.locate(Asset(picture.id, picture.image))
-    data = loader.fetch(source, Deadline(seconds)).data
-    levels = loader.decode(data)
-    sight = hashlib.sha256(levels.tobytes()).digest()
-    return View(levels, sight, hashlib.sha256(data).digest(), len(data), pixels_of(data))
-
-
-def pixels_of(data: bytes) -> tuple[int, int] | None:
-    """Width and height, of formats whose headers Python reads by itself: what may crash is for the
-    decoders' processes."""
+def view_of(
+    store: Store, loader: Loader, seconds: float, picture: Picture
+) -> tuple[str, File | None]:
+    """A picture as HTML, or why there is none."""
     try:
-        return Image.open(io.BytesIO(data), formats=["JPEG", "PNG", "GIF"]).size
-    except Exception:  # Pillow raises nearly every type there is
-        return None
+        source = store.locate(Asset(picture.id, picture.image))
+        data = loader.fetch(source, Deadline(seconds)).data
+        levels = loader.decode(data)
+    except ImageError as error:
+        return NO_PICTURE.format(escaped(str(error), 100)), None
+    file = File(len(data), pixels_of(data[:HEAD_BYTES]), hashlib.sha256(data).digest())
+    return f'<img src="{thumbnail(levels)}" alt="{escaped(picture.name, 60)}">', file
 
 
-def copies_in(group: Group, views: Views) -> dict[Id, str]:
-    """Which pictures of a group are copies of others in it, as far as they were fetched; with a
-    number where they are copies of different pictures."""
-    known = {}
-    for match in group:
-        view = views.get(match.picture.id)
-        if isinstance(view, View):
-            known[match.picture.id] = view
-    files = Counter(view.file for view in known.values())
-    sights = Counter(view.sight for view in known.values())
-    copied = [sight for sight, count in sights.items() if count > 1]
-    copies = {}
-    for asset, view in known.items():
-        if view.sight not in copied:
-            continue
-        copies[asset] = SAME_FILE if files[view.file] > 1 else SAME_PICTURE
-        if len(copied) > 1:
-            copies[asset] += f" {copied.index(view.sight) + 1}"
-    return copies
+def thumbnail(levels: np.ndarray) -> str:
+    """A picture as an address that holds it."""
+    small = Image.fromarray(levels).resize((THUMBNAIL, THUMBNAIL))
+    for quality in (60, 30, 10, 1):
+        file = io.BytesIO()
+        small.save(file, "WEBP", quality=quality)
+        if file.tell() <= THUMBNAIL_BYTES:
+            break
+    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def are_copies(group: Group, views: Views) -> bool:
-    """Whether all pictures of a group are known to be copies of one."""
-    sights = set()
-    for match in group:
-        view = views.get(match.picture.id)
-        if not isinstance(view, View):
-            return False
-        sights.add(view.sight)
-    return len(sights) == 1
-
+# What --gallery writes
 
 STYLE = """
 :root { color-scheme: light dark; --page: #f6f6f4; --card: #fff; --line: #e3e3df; --dim: #66665f;
@@ -4146,51 +4045,30 @@ h2 { margin: 2.5rem 0 .25rem; font-size: 1.3rem }
 h3 { margin: 0 0 .6rem; font-size: .95rem }
 a { color: inherit }
 p { margin: .25rem 0 1rem; max-width: 62em; color: var(--dim) }
-nav { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fit, minmax(7rem, 1fr)) }
-nav a { padding: .7rem 1rem; border: 1px solid var(--line); border-radius: .7rem;
-  background: var(--card); color: var(--dim); text-decoration: none }
+nav, .cards { display: flex; flex-wrap: wrap; gap: .9rem }
+nav a, article { padding: .9rem; border: 1px solid var(--line); border-radius: .8rem;
+  background: var(--card) }
+nav a { flex: 1 1 11rem; color: var(--dim); text-decoration: none }
 nav a:hover { border-color: currentcolor }
 nav b { display: block; color: CanvasText; font-size: 1.5rem; line-height: 1.2 }
-.cards { columns: 20rem; column-gap: .9rem }
-.cards article { break-inside: avoid }
-.cards > h3 { break-after: avoid }
-.cards > ul { margin-bottom: 1.2rem }
-article { margin-bottom: .9rem; padding: .9rem; border: 1px solid var(--line);
-  border-radius: .8rem; background: var(--card) }
-article p { margin: 0 }
-.twos, .threes, .nearest { display: grid; gap: .75rem;
-  grid-template-columns: repeat(2, minmax(0, 1fr)) }
-.threes { grid-template-columns: repeat(3, minmax(0, 1fr)) }
-.nearest { grid-template-columns: repeat(6, minmax(0, 1fr)) }
-figure { margin: 0; min-width: 0 }
-figure a { display: block; border-radius: .5rem }
+article { flex: var(--n) 1 calc(var(--n) * 8.75rem + 1.3rem); max-width: calc(var(--n) * 13rem) }
+#failed article { flex: 1 1 20rem; max-width: 40rem }
+#failed .grid { display: block }
+article p { margin: .6rem 0 0; font-size: .85rem }
+.grid { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)) }
+#failed figure { margin-top: .6rem }
+figure { margin: 0; min-width: 0; font-size: .8rem; line-height: 1.35 }
 img, .none { display: block; width: 100%; aspect-ratio: 1; border-radius: .5rem;
   box-shadow: 0 0 0 1px var(--line) }
-.none { display: grid; place-content: center; padding: .5rem; color: var(--dim);
-  font-size: .75rem; text-align: center; overflow: hidden }
-figcaption { margin-top: .35rem; font-size: .8rem; line-height: 1.35 }
-li:last-child { margin: 0 }
+.none { display: grid; place-content: center; padding: .5rem; color: var(--dim); text-align: center;
+  overflow: hidden }
+figcaption { margin-top: .35rem }
 figcaption b { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 4;
   overflow: hidden }
-figcaption small { display: block; color: var(--dim); font-size: .72rem }
-mark { padding: .1rem .45rem; border-radius: 1rem; background: var(--mark); color: var(--ink);
-  font-size: .72rem; white-space: nowrap }
-.sample { display: grid; gap: 1.1rem; grid-template-columns: minmax(9rem, 1fr) 4.5fr }
-details { margin-bottom: .75rem }
-summary { padding: .3rem 0; color: var(--dim); cursor: pointer }
-ul { margin: .5rem 0 0; padding: 0; list-style: none; font-size: .85rem }
-li { margin-bottom: .45rem; break-inside: avoid }
-li small { display: block; color: var(--dim) }
-@media (max-width: 999px) {
-  .sample { grid-template-columns: 1fr 2fr }
-  .sample .nearest { grid-template-columns: repeat(3, minmax(0, 1fr)) }
-}
-@media (max-width: 699px) {
-  nav a { padding: .5rem .6rem; font-size: .8rem; line-height: 1.25 }
-  .sample { grid-template-columns: 1fr }
-  .sample > figure { display: grid; gap: .75rem; grid-template-columns: 7rem 1fr }
-  .nearest { grid-template-columns: repeat(3, minmax(0, 1fr)) }
-}
+small { display: block; color: var(--dim); font-size: .75rem }
+.id { -webkit-user-select: all; user-select: all }
+mark { display: inline-block; padding: 0 .45rem; border-radius: 1rem; background: var(--mark);
+  color: var(--ink); font-size: .75rem }
 """
 PAGE = """<!doctype html>
 <html lang="en">
@@ -4201,354 +4079,342 @@ PAGE = """<!doctype html>
 <title>{title}</title>
 <style>{style}</style>
 <header><h1>{title}</h1><p>{about}</p></header>
-<nav aria-label="Sections">{links}</nav>
+<nav aria-label="Sections"><a href="#same">{same}</a><a href="#failed">{failed}</a>
+<a href="#alike">{alike}</a></nav>
 <main>{sections}</main>
 </html>
 """
+NO_PICTURE = '<span class="none">{}</span>'
+TABLE_COLUMNS = ["what", "group", "name", "client", "similarity", "copy", "keep"]
+TABLE_COLUMNS += ["width", "height", "bytes", "id", "image", "link", "reason", "advice"]
+
+
+def write_gallery(
+    store: Store, settings: Settings, status: Status, answers: Sequence[Answer] = ()
+) -> None:
+    """Writes the page, and the table beside it. Raises RunError where that can't be done."""
+    log.info("making the page")
+    warnings.simplefilter("ignore")  # Pillow's, of what a file claims
+    page = Page(store, settings, answers)
+    written = settings.gallery or Path()
+    table = table_beside(written)
+    try:
+        written.write_text(page.html(status), "utf-8", "replace")
+        # Excel takes a file without this encoding's first bytes for another one.
+        with table.open("w", encoding="utf-8-sig", errors="replace", newline="") as file:
+            writer = csv.DictWriter(file, TABLE_COLUMNS)
+            writer.writeheader()
+            writer.writerows(page.rows())
+    except OSError as error:
+        raise RunError(f"{error.filename} can't be written: {error.strerror}") from None
+    log.info("for a spreadsheet: %s", table)
+    log.info("look at %s", written.as_uri())
 
 
 class Page:
-    """The page that --gallery writes, part by part. It loads nothing and runs nothing, so it can
-    be sent around. Text from outside goes through html.escape."""
+    """What --gallery writes. The page loads nothing and runs nothing, so it can be sent around.
+    Text from outside goes through `escaped`, an address through `link`."""
 
-    def __init__(self, settings: Settings, views: Views) -> None:
+    def __init__(self, store: Store, settings: Settings, answers: Sequence[Answer]) -> None:
         self._settings = settings
-        self._views = views
-        self._file = settings.gallery or Path()
-        self._clients = "folders" if settings.local else "clients"
-        table = table_beside(self._file).name
-        self._table = (
-            f'<a href="{quote(table)}" target="_blank" rel="noreferrer">{html.escape(table)}</a>'
-        )
+        self._catalog = store.catalog()
+        self._answers = [(asked, found[:SHOWN_MATCHES]) for asked, found in answers]
+        del self._answers[SHOWN_QUESTIONS:]
+        self._find_groups()
+        self._samples = [self._without_copies(sample) for sample in self._catalog.samples]
+        self._files: dict[Id, File] = {}
+        if settings.local:
+            self._files = files_in(settings.local, self._listed())
+        self._compare()
+        self._views = views_of(self._shown(), store, settings)
+        self._files |= {asset: file for asset, (_, file) in self._views.items() if file}
+        self._compare()
+        page = settings.gallery or Path()
+        self._folder = page.parent
+        table = table_beside(page).name
+        self._table = link(quote(table), html.escape(table))
 
-    def whole(
-        self, status: Status, catalog: Catalog, groups: list[Group], answers: Sequence[Answer]
-    ) -> str:
-        """The page's HTML."""
-        links = [
-            ("same", len(groups), "group", "looking the same"),
-            ("failed", len(catalog.failures), "picture", "that can't be used"),
-            ("alike", len(catalog.samples), "sample", "of look-alikes"),
-        ]
-        sections = [
-            self._same(catalog, groups),
-            self._failed(catalog.failures),
-            self._alike(catalog.samples),
-        ]
-        if answers:
-            sections.insert(0, self._asked(answers))
+    def _find_groups(self) -> None:
+        """Those that are more alike come first."""
+        self._similarity: dict[Id, float] = {}  # of a picture to the nearest of its group
+        for pair in self._catalog.pairs:
+            for asset in (pair.one.id, pair.other.id):
+                known = self._similarity.get(asset, 0.0)
+                self._similarity[asset] = max(known, pair.similarity)
+        self._groups = joined(self._catalog.pairs)
+        self._groups.sort(key=lambda group: -min(self._similarity[one.id] for one in group))
+
+    def _without_copies(self, sample: Sample) -> Sample:
+        """A sample and its nearest, one of each group: a copy is no look-alike."""
+        group_of = {one.id: group[0].id for group in self._groups for one in group}
+        seen: dict[Id, Match] = {}
+        for match in [Match(sample.picture, 1.0), *sample.nearest]:
+            seen.setdefault(group_of.get(match.picture.id, match.picture.id), match)
+        return Sample(sample.picture, list(seen.values())[1 : NEAREST + 1])
+
+    def _listed(self) -> list[Picture]:
+        """The pictures of the table, in its order."""
+        failed = [failure.picture for failure in self._catalog.failures]
+        return [*itertools.chain(*self._groups), *failed]
+
+    def _shown(self) -> set[Picture]:
+        """The pictures of the page."""
+        groups = [group[:SHOWN_MEMBERS] for group in self._groups[:SHOWN_GROUPS]]
+        samples = [sample.picture for sample in self._samples]
+        found = [found for _, found in self._answers] + [one.nearest for one in self._samples]
+        return {match.picture for match in itertools.chain(*found)}.union(samples, *groups)
+
+    def _compare(self) -> None:
+        """Sorts each group, as far as files are known: the largest first, and of equal ones the
+        shortest name, which is rarely a copy's. Finds what is the same: in a folder by its file,
+        else by its vector."""
+        for group in self._groups:
+            group.sort(key=lambda one: (*self._smallness(one), len(one.name), str(one.id)))
+        self._same = "same picture"
+        equal = enumerate(joined(pair for pair in self._catalog.pairs if pair.same))
+        kinds: dict[Id, Any] = {one.id: kind for kind, found in equal for one in found}
+        if self._settings.local:
+            self._same = "same file"
+            kinds = {asset: file.digest for asset, file in self._files.items()}
+        ids_of: dict[Any, list[Id]] = {}
+        for picture in self._listed():
+            if picture.id in kinds:
+                ids_of.setdefault(kinds[picture.id], []).append(picture.id)
+        self._kept: dict[Id, Id] = {}  # by ids of what is the same, the one that can stay
+        for ids in ids_of.values():
+            if len(ids) > 1:
+                self._kept |= dict.fromkeys(ids, ids[0])
+
+    def _smallness(self, picture: Picture) -> tuple[int, int]:
+        """What sorts the largest first, and last what is not known."""
+        file = self._files.get(picture.id, File(0, (0, 0)))
+        return -math.prod(file.pixels), -file.size
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The table."""
+        for number, group in enumerate(self._groups, 1):
+            for one in group:
+                cosine = f"{self._similarity[one.id]:.6f}"
+                yield self._row(one, what="looks the same", group=number, similarity=cosine)
+        for failure in self._catalog.failures:
+            words = {"reason": cell(failure.reason), "advice": advice(failure.reason)}
+            yield self._row(failure.picture, what="can't be used", **words)
+
+    def _row(self, picture: Picture, **row: Any) -> dict[str, Any]:
+        for name in ("name", "client", "id", "image", "link"):
+            row[name] = cell(str(getattr(picture, name)))
+        file = self._files.get(picture.id)
+        if file:
+            row |= zip(("bytes", "width", "height"), (file.size, *file.pixels), strict=False)
+            row["copy"] = "no" if self._settings.local else ""
+        if picture.id in self._kept:
+            row |= {"copy": self._same, "keep": cell(str(self._kept[picture.id]))}
+        return row
+
+    def html(self, status: Status) -> str:
+        """The page."""
+        settings = self._settings
+        place = settings.local.name if settings.local else urlsplit(settings.url).netloc
+        title = settings.client or (place if settings.local else "Products")
         now = datetime.now()
         about = (
-            f"{status.done:,} of {status.assets:,} pictures embedded · "
-            f"{now.day} {now:%B %Y, %H:%M} · {self._settings.model_version}"
+            f"{status.done:,} of {status.assets:,} pictures can be found by similar-product search"
+            f" · {now.day} {now:%B %Y, %H:%M}"
         )
-        anchors = [
-            f'<a href="#{to}"><b>{count:,}</b>{plural(count, noun)} {rest}</a>'
-            for to, count, noun, rest in links
-        ]
+        if place != title:
+            about += f" · {place}"
+        sections = [self._asked(), self._looks_same(), self._failed(), self._alike()]
         return PAGE.format(
-            title=html.escape(title_of(self._settings)),
+            title=escaped(title, 200),
             style=STYLE,
-            about=html.escape(about),
-            links="".join(anchors),
+            about=escaped(about, 400),
+            same=f"<b>{len(self._groups):,}</b>groups look the same{self._superfluous()}",
+            failed=f"<b>{len(self._catalog.failures):,}</b>pictures can't be used",
+            alike=f"<b>{len(self._samples)}</b>samples of what looks alike",
             sections="".join(sections),
         )
 
-    def _asked(self, answers: Sequence[Answer]) -> str:
-        articles = as_many_as_fit(map(self._answer, answers), ANSWER_ROOM)
-        return f"<h2>Asked</h2><p>Nearest first. For words {NEAR_TO_WORDS}.</p>{''.join(articles)}"
-
-    def _answer(self, answer: Answer) -> str:
-        question = html.escape(shorten(answer.question, 100))
-        figures = [self._found(match, MEDIUM) for match in answer.matches[:SHOWN_MATCHES]]
-        return (
-            f'<article><h3>{question}</h3><div class="nearest">{"".join(figures)}</div></article>'
-        )
-
-    def _same(self, catalog: Catalog, groups: list[Group]) -> str:
-        numbered = list(enumerate(groups, 1))
-        cards = as_many_as_fit(itertools.starmap(self._card, numbered[:SHOWN_GROUPS]), GROUP_ROOM)
-        parts = [
-            '<h2 id="same">Looks the same</h2><p>Copies, resized pictures, or variants of one '
-            "product: look before you delete. A picture leads to its original. All groups are in "
-            f"{self._table}, for a spreadsheet.</p><details><summary>What counts as the same?"
-            f"</summary><p>{self._what_counts(catalog)}</p></details>",
-            self._cards(cards, OPEN_GROUPS, "group"),
-            self._without_pictures(numbered[len(cards) :]),
+    def _superfluous(self) -> str:
+        """As in: 21 identical files in 9 groups. One of each kind is not superfluous."""
+        counts = [
+            sum(self._kept.get(one.id, one.id) != one.id for one in group) for group in self._groups
         ]
-        if not groups:
-            parts.append("<p>No two pictures do.</p>")
-        if catalog.compared < catalog.embedded:
-            parts.append(
-                f"<p>Time was short: of {catalog.embedded:,} pictures {catalog.compared:,} were "
-                f"compared with all others, {catalog.sought_among:,} looked through for copies.</p>"
-            )
-        return "".join(parts)
+        noun = "identical file" if self._settings.local else "repeated picture"
+        groups = counted(sum(map(bool, counts)), "group")
+        return f"; superfluous: {counted(sum(counts), noun)} in {groups}"
 
-    def _cards(self, cards: list[str], shown: int, noun: str) -> str:
-        """Cards side by side, all but the first folded."""
-        text = f'<div class="cards">{"".join(cards[:shown])}</div>'
-        folded = cards[shown:]
-        if not folded:
-            return text
-        return (
-            f"{text}<details><summary>{counted(len(folded), f'more {noun}')}</summary>"
-            f'<div class="cards">{"".join(folded)}</div></details>'
-        )
-
-    def _without_pictures(self, numbered: list[tuple[int, Group]]) -> str:
-        """Groups as text: those whose pictures have no room."""
-        if not numbered:
+    def _asked(self) -> str:
+        """Empty where nothing was asked."""
+        if not self._answers:
             return ""
-        lines = as_many_as_fit(itertools.starmap(self._group_in_words, numbered), TEXT_ROOM)
-        more = ""
-        if len(lines) < len(numbered):
-            more = f"<p>And {len(numbered) - len(lines):,} more: see {self._table}.</p>"
-        summary = f"And {counted(len(numbered), 'more group')}, without pictures"
-        return (
-            f"<details><summary>{summary}</summary>"
-            f'<div class="cards">{"".join(lines)}</div>{more}</details>'
-        )
+        cards = [card(escaped(asked, 100), self._found(found)) for asked, found in self._answers]
+        text = f"Nearest first; the search printed them all. For words {NEAR_TO_WORDS}."
+        return section("asked", "Asked", text, cards)
 
-    def _group_in_words(self, number: int, group: Group) -> str:
-        return f"<h3>{self._title(number, group)}</h3>{self._names(group)}"
-
-    def _what_counts(self, catalog: Catalog) -> str:
+    def _looks_same(self) -> str:
+        catalog = self._catalog
         text = (
-            f"A similarity of {SAME} or more: photo libraries such as immich draw the line there, "
-            "too. 1.000 may also be a picture that was saved again or resized. What counts is the "
-            f"square in its middle, as shown here: “{SAME_PICTURE}” marks those that are equal in "
-            f"it, “{SAME_FILE}” files that are equal as a whole."
+            "Copies, resized pictures, or variants of one product: look before you delete. The "
+            "largest of a group comes first. A picture opens its original. Its name leads to the "
+            "product, or else a click on the line below the name selects that, to be copied. "
+            f"{self._table} has all of them, with the one to keep of those that are the same. An "
+            f"empty cell there means: not known.</p><p>A similarity of {SAME} counts as the same. "
+            "Compared is the square in a picture's middle."
         )
-        if catalog.typical is None:
-            return text
-        return f"{text} Pictures that have little in common have {catalog.typical:.2f} here."
-
-    def _card(self, number: int, group: Group) -> str:
-        """A group with its pictures; copies are marked."""
-        copies = copies_in(group, self._views)
-        figures = [
-            self._found(match, MEDIUM, copies.get(match.picture.id, ""))
-            for match in group[:SHOWN_MEMBERS]
-        ]
-        more = ""
-        if len(group) > SHOWN_MEMBERS:
-            more = (
-                f"<details><summary>and {len(group) - SHOWN_MEMBERS:,} more</summary>"
-                f"{self._names(group[SHOWN_MEMBERS:])}</details>"
+        if catalog.typical is not None:
+            text += f" Pictures that have little in common have {catalog.typical:.2f} here."
+        if catalog.compared < catalog.embedded:
+            text += (
+                f"</p><p>Time was short: of {catalog.embedded:,} pictures {catalog.compared:,} "
+                f"were compared with all others, {catalog.sought_among:,} searched for copies."
             )
-        columns = "twos" if len(group) in (2, 4) else "threes"
+        not_seen = sum(one.id not in self._files for one in self._listed())
+        if self._settings.local and not_seen:
+            text += f" {counted(not_seen, 'file')} could not be looked at, or not in time."
+        cards = [self._group(*both) for both in enumerate(self._groups[:SHOWN_GROUPS], 1)]
+        cut = self._cut(len(self._groups) - SHOWN_GROUPS)
+        return section("same", "Looks the same", text, cards, cut)
+
+    def _group(self, number: int, group: list[Picture]) -> str:
+        kept = {self._kept.get(picture.id) for picture in group}
+        what = "look the same"
+        if len(kept) == 1 and None not in kept:
+            what = f"times the {self._same}"
+        figures = []
+        for one in group[:SHOWN_MEMBERS]:
+            note = similarity(self._similarity[one.id])
+            if one.id in self._kept:
+                note = f"<mark>{self._same}</mark>"
+            if one is group[0] and self._smallness(one) < self._smallness(group[-1]) < (0, 0):
+                note = f"<mark>largest</mark> {note}"
+            figures.append(self._figure(one, note))
+        cut = self._cut(len(group) - SHOWN_MEMBERS)
+        return card(f"Group {number:,}: {len(group):,} {what}", figures, cut=cut)
+
+    def _cut(self, count: int) -> str:
+        """What is said of so many that have no room."""
+        return f"<p>And {count:,} more: see {self._table}.</p>" if count > 0 else ""
+
+    def _failed(self) -> str:
+        by_reason: dict[str, list[Picture]] = {}
+        for failure in self._catalog.failures:
+            reason = failure.reason.partition(" (")[0]
+            by_reason.setdefault(reason, []).append(failure.picture)
+        cards = []
+        for reason in sorted(by_reason, key=lambda reason: -len(by_reason[reason])):
+            failed = by_reason[reason]
+            lines = [self._line(one) for one in failed[:SHOWN_NAMES]]
+            title = f"{escaped(reason[:1].upper() + reason[1:], 200)} <mark>{len(failed):,}</mark>"
+            text = f"<p>{advice(reason) or 'Ask your developer.'}</p>"
+            cards.append(card(title, lines, text, self._cut(len(failed) - SHOWN_NAMES)))
+        text = (
+            "Similar-product search can't find these until they are mended. Later runs try them "
+            f"again by themselves. {self._table} has all."
+        )
+        cut = self._cut(len(cards) - SHOWN_REASONS)
+        return section("failed", "Can't be used", text, cards[:SHOWN_REASONS], cut)
+
+    def _line(self, picture: Picture) -> str:
+        """A picture that can't be shown."""
+        where = "Open it" if self._settings.local else escaped(picture.image, 100)
+        return f"<figure>{self._name(picture)}{link(self._original(picture), where)}</figure>"
+
+    def _alike(self) -> str:
+        cards = []
+        for sample in self._samples:
+            figures = [self._figure(sample.picture), *self._found(sample.nearest)]
+            cards.append(card(escaped(sample.picture.name, 60), figures))
+        text = (
+            "Some pictures from all over, each with the nearest to it, as a shop would show them."
+        )
+        return section("alike", "Looks alike", text, cards)
+
+    def _found(self, matches: list[Match]) -> list[str]:
+        return [self._figure(match.picture, similarity(match.similarity)) for match in matches]
+
+    def _figure(self, picture: Picture, note: str = "") -> str:
+        """A picture, or why there is none, and what is said of it."""
+        shown, file = self._views.get(picture.id, (NO_PICTURE.format("not in time"), None))
+        if file:
+            note += f"<small>{file.measures}</small>"
         return (
-            f"<article><h3>{self._title(number, group)}</h3>"
-            f'<div class="{columns}">{"".join(figures)}</div>{more}</article>'
+            f"<figure>{link(self._original(picture), shown)}"
+            f"<figcaption>{self._name(picture)}{note}</figcaption></figure>"
         )
 
-    def _title(self, number: int, group: Group) -> str:
-        """As in: Group 7: 3 copies, in 2 clients. The number is also the table's."""
-        are = "copies" if are_copies(group, self._views) else "look the same"
-        title = f"Group {number:,}: {len(group):,} {are}"
-        clients = {match.picture.client for match in group}
-        if len(clients) > 1:
-            title = f"{title}, in {len(clients):,} {self._clients}"
-        return title
+    def _name(self, picture: Picture) -> str:
+        """What leads to the product: its name, or else its id, to be copied."""
+        name = f"<bdi>{escaped(picture.name, 60)}</bdi>"
+        page = self._web(picture.link)
+        lines = [f"<b>{link(page, name)}</b>"]
+        if not page:
+            lines.append(f'<small><bdi class="id">{escaped(str(picture.id), 200)}</bdi></small>')
+        if picture.client and not self._settings.local:
+            lines.append(f"<small><bdi>{escaped(picture.client, 60)}</bdi></small>")
+        return "".join(lines)
 
-    def _names(self, group: Group) -> str:
-        """Pictures of a group as text, with their ids."""
-        lines = []
-        for match in group[:SHOWN_NAMES]:
-            name = self._link(match.picture, html.escape(shorten(match.picture.name)))
-            rest = [f"{match.similarity:.3f}", shorten(str(match.picture.id), 160)]
-            if not self._settings.local:  # there the id has the folder in it
-                rest.insert(1, shorten(match.picture.client))
-            small = html.escape(" · ".join(filter(None, rest)))
-            lines.append(f"<li><b>{name}</b><small>{small}</small></li>")
-        if len(group) > SHOWN_NAMES:
-            lines.append(f"<li>and {len(group) - SHOWN_NAMES:,} more: see {self._table}</li>")
-        return f"<ul>{''.join(lines)}</ul>"
+    def _original(self, picture: Picture) -> str:
+        """The address of a picture's file; empty where there is none."""
+        if not self._settings.local:
+            return self._web(picture.image)
+        path = self._settings.local / picture.image
+        try:
+            return quote(Path(os.path.relpath(path, self._folder)).as_posix())
+        except ValueError:  # on another drive
+            return path.as_uri()
 
-    def _failed(self, failures: list[FailedPicture]) -> str:
-        parts = [
-            '<h2 id="failed">Can\'t be used</h2><p>These have no vector: no search finds them. All '
-            f"are in {self._table}.</p>"
-        ]
-        by_reason: dict[str, list[FailedPicture]] = {}
-        for failure in failures:
-            by_reason.setdefault(failure.reason, []).append(failure)
-        largest_first = sorted(by_reason, key=lambda reason: -len(by_reason[reason]))
-        cards = [self._reason(reason, by_reason[reason]) for reason in largest_first]
-        cards = as_many_as_fit(cards, FAILURE_ROOM)
-        parts.append(self._cards(cards, OPEN_REASONS, "reason"))
-        if len(cards) < len(by_reason):
-            more = counted(len(by_reason) - len(cards), "more reason")
-            parts.append(f"<p>And {more}: see {self._table}.</p>")
-        if not failures:
-            parts.append("<p>None: what was tried could be used.</p>")
-        return "".join(parts)
-
-    def _reason(self, reason: str, failures: list[FailedPicture]) -> str:
-        """What failed for one reason, with what to do about it."""
-        again = "Tried again when the address changes, or with --retry-failed."
-        if self._settings.local:
-            again = "Tried again when the file changes."
-        lines = [self._failure(failure.picture) for failure in failures[:SHOWN_NAMES]]
-        if len(failures) > SHOWN_NAMES:
-            lines.append(f"<li>and {len(failures) - SHOWN_NAMES:,} more: see {self._table}</li>")
-        names = f"<ul>{''.join(lines)}</ul>"
-        if len(failures) > OPEN_NAMES:
-            names = f"<details><summary>Which they are</summary>{names}</details>"
-        title = html.escape(shorten(reason[:1].upper() + reason[1:], 200))
-        return (
-            f"<article><h3>{title} <mark>{len(failures):,}</mark></h3>"
-            f"<p>{advice(reason)} {again}</p>{names}</article>"
-        )
-
-    def _failure(self, picture: Picture) -> str:
-        name = html.escape(shorten(picture.name))
-        value = html.escape(shorten(picture.image or str(picture.id), 160))
-        client = ""
-        if picture.client and not self._settings.local:  # there the value has the folder in it
-            client = f" · {html.escape(shorten(picture.client))}"
-        return f"<li><b>{self._link(picture, name)}</b>{client}<small>{value}</small></li>"
-
-    def _alike(self, samples: list[Sample]) -> str:
-        rows = as_many_as_fit(map(self._sample, samples), SAMPLE_ROOM)
-        return (
-            '<h2 id="alike">Looks alike</h2><p>Some pictures from all over, each with the nearest '
-            f"to it: what a shop would show as similar.</p>{''.join(rows)}"
-        )
-
-    def _sample(self, sample: Sample) -> str:
-        nearest = [self._found(match, SMALL) for match in sample.nearest]
-        return (
-            f'<article class="sample">{self._figure(sample.picture, LARGE)}'
-            f'<div class="nearest">{"".join(nearest)}</div></article>'
-        )
-
-    def _found(self, match: Match, side: int, mark: str = "") -> str:
-        return self._figure(match.picture, side, f"{match.similarity:.3f}", mark)
-
-    def _figure(self, picture: Picture, side: int, note: str = "", mark: str = "") -> str:
-        """A picture, or why there is none; its name comes first."""
-        view = self._views.get(picture.id, "")
-        name = html.escape(shorten(picture.name, 200))
-        short = html.escape(shorten(picture.name, 36))
-        client = picture.client
-        if self._settings.local:
-            client = client or self._settings.local.name
-        notes = [note, shorten(client)]
-        if isinstance(view, View):
-            shown = f'<img src="{view.thumbnail(side)}" alt="{name}">'
-            if side != SMALL:
-                notes.append(view.measures)
-        else:
-            shown = f'<span class="none">{html.escape(view)}</span>'
-        lines = [f"<small><bdi>{html.escape(line)}</bdi></small>" for line in notes if line]
-        if mark:
-            lines.append(f"<mark>{mark}</mark>")
-        return (
-            f'<figure>{self._link(picture, shown)}<figcaption title="{name}"><b><bdi>{short}'
-            f"</bdi></b>{''.join(lines)}</figcaption></figure>"
-        )
-
-    def _link(self, picture: Picture, shown: str) -> str:
-        """HTML that leads to the picture's original, where there is an address that can."""
-        address = picture.image
-        if self._settings.local:
-            path = self._settings.local / picture.image
-            try:
-                address = quote(Path(os.path.relpath(path, self._file.parent)).as_posix())
-            except ValueError:  # on another drive
-                address = path.as_uri()
-        elif address.startswith("//"):
-            address = f"https:{address}"
-        elif address.startswith(STORAGE):
-            address = f"{self._settings.url}{address}"
-        elif not re.match("(?i)https?://", address) or len(address) > LONGEST_ADDRESS:
-            return shown
-        return f'<a href="{html.escape(address)}" target="_blank" rel="noreferrer">{shown}</a>'
+    def _web(self, text: str) -> str:
+        """A URL that a browser may follow; empty where it is none."""
+        if text.startswith("//"):
+            return f"https:{text}"
+        if text.startswith(STORAGE):
+            return f"{self._settings.url}{text}"
+        return text if re.match("(?i)https?://", text) else ""
 
 
-def as_many_as_fit(parts: Iterable[str], room: int) -> list[str]:
-    """The first parts, `room` bytes in all at most."""
-    taken = []
-    for part in parts:
-        room -= len(part.encode("utf-8", "replace"))
-        if room < 0:
-            break
-        taken.append(part)
-    return taken
+def section(name: str, title: str, text: str, cards: list[str], cut: str = "") -> str:
+    """A part of the page."""
+    return (
+        f'<section id="{name}"><h2>{title}</h2><p>{text}</p>'
+        f'<div class="cards">{"".join(cards)}</div>{cut}</section>'
+    )
 
 
-def title_of(settings: Settings) -> str:
-    """The shop's name: its folder's, or its project's host; with the client, if it is of one."""
-    shop = urlsplit(settings.url).netloc
-    if settings.local:
-        shop = settings.local.name or "Pictures"
-    if settings.client:
-        return f"{settings.client} · {shop}"
-    return shop
+def card(title: str, figures: list[str], text: str = "", cut: str = "") -> str:
+    """A part of a section."""
+    return (
+        f'<article style="--n:{len(figures)}"><h3>{title}</h3>{text}'
+        f'<div class="grid">{"".join(figures)}</div>{cut}</article>'
+    )
 
 
-TABLE_COLUMNS = [
-    "what",
-    "group",
-    "name",
-    "client",
-    "similarity",
-    "copy",
-    "width",
-    "height",
-    "bytes",
-]
-TABLE_COLUMNS += ["id", "image", "reason", "advice"]
+def link(address: str, shown: str) -> str:
+    """HTML that leads to an address, where there is one, and no longer than a link may be."""
+    address = html.escape(address)
+    if not address or len(address.encode("utf-8", "replace")) > LONGEST_LINK:
+        return shown
+    return f'<a href="{address}" target="_blank" rel="noreferrer">{shown}</a>'
+
+
+def escaped(text: str, width: int) -> str:
+    """Text from outside as HTML, with its middle left out where it is too long."""
+    return html.escape(shorten(text, width))
+
+
+def similarity(cosine: float) -> str:
+    """Of pictures that are not the same: never 1.000."""
+    return f"<small>similarity {min(cosine, 0.999):.3f}</small>"
+
+
+def cell(text: str) -> str:
+    """Text that no spreadsheet takes for a formula, nor for too long. Some split a line at
+    semicolons, some at tabs."""
+    return FORMULA.sub(r"\g<0>'", shorten(text, LONGEST_ADDRESS))
 
 
 def table_beside(page: Path) -> Path:
     """Where the table of a page is."""
     return page.with_suffix(".csv")
-
-
-def write_table(
-    path: Path, groups: list[Group], failures: list[FailedPicture], views: Views
-) -> None:
-    """Writes every group and every failure, for a spreadsheet. (utf-8-sig: without its first bytes
-    Excel takes it for another encoding.)"""
-    with path.open("w", encoding="utf-8-sig", errors="replace", newline="") as file:
-        table = csv.DictWriter(file, TABLE_COLUMNS, restval="")
-        table.writeheader()
-        for number, group in enumerate(groups, 1):
-            copies = copies_in(group, views)
-            for match in group:
-                row = picture_columns(match.picture, views)
-                row |= {"what": "looks the same", "group": number}
-                row["similarity"] = f"{match.similarity:.6f}"
-                row["copy"] = copies.get(match.picture.id, "")
-                table.writerow(row)
-        for failure in failures:
-            row = picture_columns(failure.picture, views)
-            row |= {"what": "can't be used", "reason": cell(failure.reason)}
-            row["advice"] = advice(failure.reason)
-            table.writerow(row)
-
-
-def picture_columns(picture: Picture, views: Views) -> dict[str, Any]:
-    """A picture's part of a row."""
-    row: dict[str, Any] = {name: cell(getattr(picture, name)) for name in ("name", "client")}
-    row |= {"id": cell(str(picture.id)), "image": cell(picture.image)}
-    view = views.get(picture.id)
-    if isinstance(view, View):
-        row["bytes"] = view.size
-        if view.pixels:
-            row["width"], row["height"] = view.pixels
-    return row
-
-
-def cell(text: str) -> str:
-    """Text that no spreadsheet takes for a formula, nor for too long (32,767 characters)."""
-    text = shorten(text, LONGEST_ADDRESS)
-    if text.startswith(("=", "+", "-", "@", "\t", "\r")):
-        return f"'{text}"
-    return text
 
 
 def page_file(text: str) -> Path:
@@ -4565,7 +4431,7 @@ def page_file(text: str) -> Path:
             raise argparse.ArgumentTypeError(f"'{path}' can't be written")
     if table.exists():
         with table.open(encoding="utf-8-sig", errors="replace") as lines:
-            if lines.readline(500).strip() != ",".join(TABLE_COLUMNS):
+            if not lines.readline(500).startswith("what,group,name,"):
                 raise argparse.ArgumentTypeError(f"'{table}' is yours: take another name")
     return page
 
@@ -4590,27 +4456,17 @@ settings, from the environment or .env (README.md explains them):
   FETCH_SECONDS, DB_RETRY_SECONDS, ALLOW_PRIVATE_IMAGE_HOSTS
 
 exit codes:
-  0 all done, 1 some images failed, 2 could not run, or not go on,
-  130 interrupted (143 by SIGTERM, 129 by a closed terminal)
+  0    all done, or nothing to do
+  1    some images failed, or their host did not cope
+  2    the run could not start or not go on
+  130  interrupted (143 by SIGTERM, 129 by a closed terminal)
 """
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse's, which also says which flag is near a mistyped one."""
-
-    def error(self, message: str) -> Any:
-        mistyped = re.search(r"unrecognized arguments: (--[\w-]+)", message)
-        if mistyped:
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            near = difflib.get_close_matches(mistyped[1], flags, n=1)
-            if near:
-                message = f"{message}: did you mean {near[0]}?"
-        super().error(message)
-
-
 def parser() -> argparse.ArgumentParser:
-    """The command line's flags; those not given, but --workers, have the defaults of Settings."""
-    usage = Parser(
+    """The command line's flags. A flag that is not given has the default of Settings; --workers
+    alone has its own."""
+    usage = argparse.ArgumentParser(
         usage="%(prog)s [--limit N] [--client NAME] [--local DIR] [...]   -h: all flags",
         description="Give every product image in a Supabase database, or in a folder, "
         "a CLIP embedding. Run again to resume.",
@@ -4620,16 +4476,16 @@ def parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
     )
     most = min(MOST_WORKERS, WORKERS_PER_CORE * cores())
-    workers = f"downloads at once ({WORKERS_PER_CORE} a core; not over {MOST_WORKERS})"
-
+    workers = f"most downloads from a host ({WORKERS_PER_CORE} a core, {MOST_WORKERS} at most)"
     search = f"embed nothing, print the {MATCHES} nearest to this (or --limit N); may be repeated"
+    gallery = "at the end, write a page to look at (.html), and a table beside it (.csv)"
 
     what = usage.add_argument_group("what to embed").add_argument
-    what("--limit", type=positive_number, metavar="N", help="attempt at most N assets")
+    what("--limit", type=positive_number, metavar="N", help="try at most N images")
     what("--client", metavar="NAME", help="only this client's (with --local: subfolder's) images")
     what("--local", type=full_path, metavar="DIR", help="embed a folder's images; needs no account")
     what("--shard", type=shard, metavar="I/N", help="only part I of N parts of a database")
-    what("--retry-failed", action="store_true", help="try all that failed before, also for good")
+    what("--retry-failed", action="store_true", help="also try failures that wait")
 
     speed = usage.add_argument_group("how fast").add_argument
     speed("--workers", type=positive_number, default=most, metavar="N", help=workers)
@@ -4639,12 +4495,7 @@ def parser() -> argparse.ArgumentParser:
 
     show = usage.add_argument_group("what to show").add_argument
     show("--search", action="append", type=question, metavar="TEXT|FILE|URL", help=search)
-    show(
-        "--gallery",
-        type=page_file,
-        metavar="FILE",
-        help="at the end, write a page to look at (.html), and a table beside it (.csv)",
-    )
+    show("--gallery", type=page_file, metavar="FILE", help=gallery)
     show("--dry-run", action="store_true", help="say what would be done; load and write nothing")
     show("-v", "--verbose", action="store_true", help="say each failure as it happens, and more")
     show("--version", action="store_true", help="say what a bug report needs, and exit")
@@ -4654,9 +4505,11 @@ def parser() -> argparse.ArgumentParser:
 def read_flags(argv: list[str] | None) -> dict[str, Any]:
     """The flags that were given; exits with 2 where they are of no use."""
     usage = parser()
-    flags = vars(usage.parse_args(argv))
-    if "search" in flags and "dry_run" in flags:
-        usage.error("--search changes nothing, so there is no --dry-run of it")
+    found, unknown = usage.parse_known_args(argv)
+    flags = vars(found)
+    if unknown:
+        hints = [f": did you mean --local {text}?" for text in unknown if Path(text).is_dir()]
+        usage.error(f"unrecognized arguments: {' '.join(unknown)}{''.join(hints[:1])}")
     if "shard" in flags and "local" in flags:
         usage.error("--shard is for a database; for a part of a folder there is --client SUBFOLDER")
     return flags
@@ -4825,22 +4678,9 @@ def say_version() -> None:
 
 
 def say_error(trouble: str) -> None:
-    """Says on stderr why the run ended, on a terminal in lines of its width."""
-    line = printable(f"error: {trouble}")
-    if sys.stderr.isatty():
-        width = shutil.get_terminal_size().columns - 1
-        line = textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
-    with contextlib.suppress(OSError):  # there may be nobody to read it
-        print(line, file=sys.stderr)
-
-
-class Log(logging.StreamHandler[Any]):
-    """Logs to stderr while somebody reads it."""
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
-        # What is left in a broken pipe's buffer would fail each start of a process.
-        if isinstance(sys.exception(), OSError):
-            sys.stderr = self.stream = Path(os.devnull).open("w")  # noqa: SIM115
+    """Says on stderr why the run ended."""
+    with contextlib.suppress(OSError):  # nobody may be there to read it
+        print(printable(f"error: {trouble}"), file=sys.stderr)
 
 
 class Lines(logging.Formatter):
@@ -4855,7 +4695,7 @@ class Lines(logging.Formatter):
 
 def set_up_output(verbose: bool) -> None:
     """Logs to stderr, with the time where nobody watches."""
-    handler = Log()
+    handler = logging.StreamHandler()
     look = "%(message)s" if sys.stderr.isatty() else "%(asctime)s %(message)s"
     handler.setFormatter(Lines(look))
     logging.basicConfig(handlers=[handler])

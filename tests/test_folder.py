@@ -103,7 +103,7 @@ def test_broken_images_are_counted_and_the_exit_code_is_1(every_kind):
 def test_a_rerun_remembers_what_is_done_and_what_is_broken(every_kind):
     assert every_kind.second.code == 0
     assert every_kind.second.counts == every_kind.second.counts | {"attempted": 0, "skipped": 2}
-    assert "7 assets: 5 done, 2 failed for good, 0 to do" in every_kind.second.err
+    assert "7 images: 5 done, 2 failed for good, 0 to do" in every_kind.second.err
     assert re.search(r"(?m)^Skipped +2  known failures; --retry-failed", every_kind.second.out)
     after = {path: row.updated_at for path, row in folder_vectors(every_kind.folder).items()}
     assert after == {path: row.updated_at for path, row in every_kind.rows.items()}
@@ -132,7 +132,7 @@ def test_what_is_no_image_by_its_ending_is_counted_in_one_line(small, caplog):
     with caplog.at_level("INFO"):
         open_folder(small, dry_run=True).status()
     (line,) = (line for line in caplog.messages if "svg" in line)
-    assert line == "left out, as no images of yours: 2 .svg, 1 without an ending"
+    assert line == "left out: 3 files that are no images (.svg, without an ending)"
 
 
 def test_what_systems_keep_beside_images_is_left_out_and_said_to_be(small, caplog):
