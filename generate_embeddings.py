@@ -2173,6 +2173,7 @@ HEADER_BYTES = 2**17  # of an answer, all its headers together
 MOST_HEADERS = 400  # of an answer; some shops send 120, and Python takes 100
 PAGE_BYTES = 2**16  # that are read of an answer without an image
 MAX_REDIRECTS = 5
+LONGEST_URL = 2**16  # characters; longer ones no host takes, and to quote them takes memory
 LIVELY_BYTES = 50_000  # arrived bytes that give a download one more second
 DEAD_SECONDS = 2.0  # for an address that does not answer, where its host has others
 HOSTS_KEPT = 64  # hosts whose connections stay open
@@ -2332,7 +2333,7 @@ def body_of(answer: requests.Response, deadline: Deadline) -> bytes:
         if not chunk:
             break
         if unpacker:
-            chunk = unpacker.decompress(chunk, MAX_BYTES + 1 - len(data))
+            chunk = unpacker.decompress(chunk)
         data += chunk
         if len(data) > MAX_BYTES:
             raise ImageError(TOO_LARGE)
@@ -2427,6 +2428,8 @@ def failure_of(error: Exception, deadline: Deadline) -> ImageError:
 def read_url(text: str) -> str:
     """The URL that a text of the catalog is. Raises ImageError with what the text is instead."""
     text = text.strip()
+    if len(text) > LONGEST_URL:
+        raise ImageError(f"{NOT_A_URL} (longer than {LONGEST_URL:,} characters)")
     if re.match(r"[\[{]|.*[\s,;|]https?://", text, re.IGNORECASE | re.DOTALL):
         raise ImageError(MANY_URLS)
     if not re.match(r"[\w!+.-]{2,}:(?!\d+/)", text):  # host:80 and C:\ are no schemes

@@ -448,6 +448,7 @@ HOSTILE = {
     "cookies along redirects": (cookies_without_end, NO_END),
     "percent signs": ("data:,", NO_BASE64),
     "percent signs as base64": ("data:;base64,", NO_BASE64),
+    "a URL of percent signs": ("http://h/", "not a valid URL (longer than 65,536 characters)"),
 }
 
 
