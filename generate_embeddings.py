@@ -3212,11 +3212,11 @@ def limit_seconds() -> None:
 
 # ================================================================================ Model
 
-# CLIP has two towers: one makes vectors of pixels, the other of words. What belongs together
-# gets vectors that lie near each other.
+# CLIP has two towers. One makes vectors of pixels, the other of words. A picture and words that
+# describe it get vectors that lie near each other.
 #
-# torch takes over a second to import: it is imported where it is used, and so first while the
-# first images are on their way.
+# The import of torch takes over a second. So it stands where torch is used: then a run imports
+# torch while its first images are on their way.
 
 MODEL_CACHE = HERE / ".cache" / "transformers"
 CONFIG = "config.json"
@@ -3228,17 +3228,16 @@ TO_ASK = (CONFIG, WEIGHTS, TOKENIZER)
 
 VIT_B_32: dict[str, Any] = {
     "num_hidden_layers": 12,
-    "hidden_size": 768,
-    "patch_size": 32,
     "num_attention_heads": 12,
+    "hidden_size": 768,
     "intermediate_size": 3072,
+    "patch_size": 32,
     "hidden_act": "quick_gelu",
 }
 VIT_B_32_TEXT: dict[str, Any] = {
     "num_hidden_layers": 12,
     "num_attention_heads": 8,
     "max_position_embeddings": 77,  # tokens
-    "hidden_act": "quick_gelu",
 }
 LAYERS_AT_ONCE = 4  # read at once: some 120 MB of the file in memory beside the model
 GELU_SLOPE = 1.702  # quick_gelu(x) = x * sigmoid(1.702 x)
@@ -3247,7 +3246,7 @@ Tensor = Any  # torch's
 
 
 class ClipEncoder:
-    """CLIP's image encoder. Raises RunError where the model can't be had or used here."""
+    """CLIP's image encoder. Raises RunError where the model can't be had, or can't be used here."""
 
     def __init__(self, settings: Settings) -> None:
         import torch
@@ -3258,21 +3257,21 @@ class ClipEncoder:
         folder = model_folder(settings, TO_EMBED)
         with model_trouble(folder, settings):
             config = read_config(folder, "vision_config", VIT_B_32)
+            if config["hidden_act"] != VIT_B_32["hidden_act"]:
+                raise ValueError(f"its activation is {config['hidden_act']}")
             self.tower = ImageTower(Weights(folder, settings), config)
-            self.try_out(config)
+            self.try_out()
         if config != VIT_B_32 and settings.model_version == MODEL_VERSION:
             raise RunError(
-                f"the model in {folder} is no ViT-B/32: set MODEL_VERSION to a name for its rows "
-                f"other than {MODEL_VERSION}"
+                f"the model in {folder} is not of the shape ViT-B/32: set MODEL_VERSION to a name "
+                f"for its rows other than {MODEL_VERSION}"
             )
 
-    def try_out(self, config: dict[str, Any]) -> None:
-        """Embeds a black image. Raises ValueError if what comes is no vector of CLIP's."""
+    def try_out(self) -> None:
+        """Embeds a black image. Raises ValueError if CLIP gives no such vector."""
         (vector,) = self.encode(np.zeros((1, 3, SIDE, SIDE), np.float32))
         if vector.size != DIMENSIONS:
             raise ValueError(f"it gives {vector.size} numbers, not {DIMENSIONS}")
-        if config["hidden_act"] != VIT_B_32["hidden_act"]:
-            raise ValueError(f"its activation is {config['hidden_act']}")
         if not np.isfinite(vector).all():
             raise ValueError(NOT_FINITE)
 
@@ -3284,10 +3283,10 @@ class ClipEncoder:
             return of_unit_length(self.tower(torch.from_numpy(pixels)))
 
     def embed(self, batch: list[Loaded]) -> list[Result]:
-        """The batch with vectors in the place of pixels."""
+        """The results of a batch, in its order. Raises RunError where the batch is too large."""
         try:
             vectors = self.encode(np.stack([loaded.pixels for loaded in batch]))
-        except RuntimeError as error:  # memory of the device that is not there, say
+        except RuntimeError as error:  # the device has not enough memory, say
             raise RunError(
                 f"the model failed on {len(batch)} images at once ({shorten(str(error), 100)}): "
                 "try a smaller --batch-size, or another --device"
@@ -3304,7 +3303,7 @@ class ClipEncoder:
 class TextEncoder:
     """CLIP's text encoder, for questions in words. Raises RunError as ClipEncoder does.
 
-    transformers has the same, but takes longer to import than a question may take.
+    transformers has the same encoder, but its import takes longer than a question may take.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -3321,22 +3320,22 @@ class TextEncoder:
             self.tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
             self.start = self.tokenizer.token_to_id("<|startoftext|>")
             self.end = self.tokenizer.token_to_id("<|endoftext|>")
-            self.longest = config["max_position_embeddings"]
+            self.most_tokens = config["max_position_embeddings"]
             self.tower = TextTower(Weights(folder, settings), config)
             self.encode([""])
 
     def encode(self, texts: list[str]) -> np.ndarray:
-        """Texts -> vectors (n, 512) of unit length. What is over 75 tokens is cut off."""
+        """Texts -> vectors (n, 512) of unit length. Texts are cut off after 75 tokens."""
         import torch
 
         with torch.inference_mode():
-            rows = [self.tower(self.tokens(text)) for text in texts]  # each (1, 512)
-            return of_unit_length(torch.cat(rows))
+            embeddings = [self.tower(self.tokens(text)) for text in texts]  # each (1, 512)
+            return of_unit_length(torch.cat(embeddings))
 
     def tokens(self, text: str) -> list[Any]:
-        """The tokens of a text between those for its start and its end."""
+        """The tokens of a text, between the token of a start and that of an end."""
         inner = self.tokenizer.encode(text, add_special_tokens=False).ids
-        tokens = [self.start, *inner[: self.longest - 2], self.end]
+        tokens = [self.start, *inner[: self.most_tokens - 2], self.end]
         return tokens[: tokens.index(self.end) + 1]  # a text may hold the word for the end
 
 
@@ -3355,19 +3354,19 @@ def model_trouble(folder: Path, settings: Settings) -> Iterator[None]:
     except ImportError:
         raise
     except Exception as error:  # each file format, library and device has errors of its own
-        said = [f"the model in {folder} can't be used ({shorten(str(error), 100)})"]
+        trouble = f"the model in {folder} can't be used ({shorten(str(error), 100)})"
         if settings.clip_model:
-            said.append(f"CLIP_MODEL must be a folder with a copy of {MODEL_ID}")
+            trouble += f"; CLIP_MODEL must be a folder with a copy of {MODEL_ID}"
         if settings.device != "cpu":
-            said.append(f"torch must find the --device {settings.device}")
-        raise RunError("; ".join(said)) from None
+            trouble += f"; torch must find the --device {settings.device}"
+        raise RunError(trouble) from None
 
 
-def read_config(folder: Path, tower: str, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """A tower's settings of these names; those that the file leaves out are ViT-B/32's."""
+def read_config(folder: Path, tower: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """A tower's settings of these names. The file may leave out those with the default value."""
     config = json.loads((folder / CONFIG).read_text("utf-8"))
     config = config.get(tower, config)
-    return {name: config.get(name, value) for name, value in wanted.items()}
+    return {name: config.get(name, value) for name, value in defaults.items()}
 
 
 def cores() -> int:
@@ -3384,14 +3383,14 @@ def has_bfloat16() -> bool:
     """Whether the processor has arithmetic for bfloat16."""
     import torch
 
-    able = torch.cpu.get_capabilities().items()
-    return any(yes is True for name, yes in able if "bf16" in name)
+    capabilities = torch.cpu.get_capabilities()
+    return any(value is True for name, value in capabilities.items() if "bf16" in name)
 
 
-# The towers give what transformers' CLIPVisionModelWithProjection and CLIPTextModelWithProjection
-# give for the same weights. What makes them fast on CPUs: weights laid out once for oneDNN, one
-# product for q, k and v, activation and sum done within the products, and of the image tower's
-# last layer only the one token that leaves it.
+# For the same weights the towers give what CLIPVisionModelWithProjection and
+# CLIPTextModelWithProjection of transformers give. They are faster on CPUs, for four reasons: the
+# weights are laid out for oneDNN once; q, k and v are one product; activations and sums are done
+# within the products; the image tower's last layer computes only the token that is used.
 
 
 class ImageTower:
@@ -3403,12 +3402,14 @@ class ImageTower:
         embeddings = "vision_model.embeddings."
         position = weights.read(embeddings + "position_embedding.weight")  # (50, 768)
         first = weights.read(embeddings + "class_embedding") + position[0]
-        self.first = weights.placed(first)  # (768,)
-        self.position = weights.placed(position[1:])  # (49, 768)
+        self.first = weights.place(first)  # (768,)
+        self.position = weights.place(position[1:])  # (49, 768)
         patches = weights.read(embeddings + "patch_embedding.weight")  # (768, 3, 32, 32)
         self.patches = Linear(weights, patches.flatten(1))
-        self.norm_before = Norm(weights, "vision_model.pre_layrnorm")  # the file's own spelling
-        self.norm_after = Norm(weights, "vision_model.post_layernorm")
+        self.norm_before = read_norm(
+            weights, "vision_model.pre_layrnorm"
+        )  # the file's own spelling
+        self.norm_after = read_norm(weights, "vision_model.post_layernorm")
         self.projection = Linear(weights, weights.read("visual_projection.weight"))
         self.layers = read_layers(weights, "vision_model.encoder.layers.", config)
 
@@ -3416,11 +3417,11 @@ class ImageTower:
         import torch
 
         side = self.side
-        x = self.weights.placed(pixels).unfold(2, side, side).unfold(3, side, side)
+        x = self.weights.place(pixels).unfold(2, side, side).unfold(3, side, side)
         x = x.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)  # (n, 49, 3 * 32 * 32)
         x = self.patches(x) + self.position  # (n, 49, 768)
-        x = torch.cat([self.first.expand(len(x), 1, -1), x], 1)  # (n, 50, 768)
-        x = self.norm_before(x)
+        first = self.first.expand(len(x), 1, -1)
+        x = self.norm_before(torch.cat([first, x], 1))  # (n, 50, 768)
         for layer in self.layers[:-1]:
             x = layer(x)
         x = self.layers[-1](x, first_alone=True)  # (n, 1, 768)
@@ -3428,39 +3429,39 @@ class ImageTower:
 
 
 class TextTower:
-    """Tokens -> embedding (1, 512), not yet of unit length: what the last token gives, which has
-    seen all that stand before it."""
+    """Tokens -> embedding (1, 512) of the last token, not yet of unit length. The last token has
+    seen all tokens before it."""
 
     def __init__(self, weights: Weights, config: Mapping[str, Any]) -> None:
         self.weights = weights
         embeddings = "text_model.embeddings."
         # (49408, 512), of which only a few rows are ever read
-        self.words = weights.mapped[embeddings + "token_embedding.weight"]
+        self.words = weights.file[embeddings + "token_embedding.weight"]
         self.position = weights.read(embeddings + "position_embedding.weight")  # (77, 512)
-        self.norm_after = Norm(weights, "text_model.final_layer_norm")
+        self.norm_after = read_norm(weights, "text_model.final_layer_norm")
         self.projection = Linear(weights, weights.read("text_projection.weight"))
         self.layers = read_layers(weights, "text_model.encoder.layers.", config)
 
     def __call__(self, tokens: list[int]) -> Tensor:
         x = self.words[tokens] + self.position[: len(tokens)]
-        x = self.weights.placed(x[None])  # (1, tokens, 512)
+        x = self.weights.place(x[None])  # (1, tokens, 512)
         for layer in self.layers:
             x = layer(x, causal=True)
         return self.projection(self.norm_after(x[:, -1]))
 
 
 class Layer:
-    """One layer of a transformer: attention, then two products with an activation between them;
-    what each gives is added to what came in."""
+    """One layer of a transformer: attention, then two products with an activation between them.
+    The output of each is added to its input."""
 
     def __init__(self, weights: Weights, name: str, heads: int) -> None:
         self.heads = heads
         attention = name + "self_attn."
         qkv = [attention + "q_proj", attention + "k_proj", attention + "v_proj"]
-        self.norm1 = Norm(weights, name + "layer_norm1")
+        self.norm1 = read_norm(weights, name + "layer_norm1")
         self.qkv = Linear(weights, *weights.read_pair(*qkv))
         self.out = Linear(weights, *weights.read_pair(attention + "out_proj"))
-        self.norm2 = Norm(weights, name + "layer_norm2")
+        self.norm2 = read_norm(weights, name + "layer_norm2")
         # quick_gelu(x) is silu(1.702 x) / 1.702, and silu comes with oneDNN's product
         up, up_bias = weights.read_pair(name + "mlp.fc1")
         down, down_bias = weights.read_pair(name + "mlp.fc2")
@@ -3472,47 +3473,43 @@ class Layer:
         Causal: a token sees only those before it, as in texts."""
         from torch.nn.functional import scaled_dot_product_attention
 
-        n, tokens = x.shape[:2]
+        n, tokens, _width = x.shape
         qkv = self.qkv(self.norm1(x)).view(n, tokens, 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (n, heads, tokens, width / heads)
         if first_alone:
             x = x[:, :1].contiguous()
             q = q[:, :, :1]
-        seen = scaled_dot_product_attention(q, k, v, is_causal=causal)
-        x = self.out(seen.transpose(1, 2).reshape(x.shape), add=x)
+        attended = scaled_dot_product_attention(q, k, v, is_causal=causal)
+        x = self.out(attended.transpose(1, 2).reshape(x.shape), add=x)
         return self.down(self.up(self.norm2(x)), add=x)
 
 
-class Norm:
+def read_norm(weights: Weights, name: str) -> Callable[[Tensor], Tensor]:
     """A layer norm."""
+    from torch.nn.functional import layer_norm
 
-    def __init__(self, weights: Weights, name: str) -> None:
-        weight, bias = weights.read_pair(name)
-        self.weight = weights.placed(weight)
-        self.bias = weights.placed(bias)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        from torch.nn.functional import layer_norm
-
-        return layer_norm(x, self.weight.shape, self.weight, self.bias)
+    weight, bias = weights.read_pair(name)
+    return partial(
+        layer_norm,
+        normalized_shape=weight.shape,
+        weight=weights.place(weight),
+        bias=weights.place(bias),
+    )
 
 
 class Linear:
-    """A linear layer, y = x @ weight.T + bias, then silu(y), or y plus what is to be added.
-
-    Where torch has oneDNN's operators (they are private to torch: `can_pack`), the weight is
-    laid out for them once.
-    """
+    """A linear layer: x @ weight.T + bias. The silu of that, or its sum with `add`, costs nothing
+    where torch has oneDNN's operators (`can_pack`)."""
 
     def __init__(
         self, weights: Weights, weight: Tensor, bias: Tensor = None, silu: bool = False
     ) -> None:
         import torch
 
-        self.weight = weights.placed(weight)  # (out, in)
+        self.weight = weights.place(weight)  # (out, in)
         self.bias = None
         if bias is not None:
-            self.bias = weights.placed(bias)  # (out,)
+            self.bias = weights.place(bias)  # (out,)
         self.silu = silu
         self.packed = weights.can_pack
         if self.packed:
@@ -3558,7 +3555,7 @@ def read_layers(weights: Weights, name: str, config: Mapping[str, Any]) -> list[
         for start in numbers[::LAYERS_AT_ONCE]:
             some = numbers[start : start + LAYERS_AT_ONCE]
             layers += pool.map(lambda number: Layer(weights, f"{name}{number}.", heads), some)
-            weights.map_anew()
+            weights.map_file()
     return layers
 
 
@@ -3572,34 +3569,35 @@ class Weights:
         self.device = settings.device
         self.dtype = getattr(torch, settings.dtype)
         self.can_pack = can_pack(self.device, self.dtype)
-        self.map_anew()
+        self.map_file()
 
-    def map_anew(self) -> None:
-        """Maps the file, whose parts are read once they are asked for: not the tower that is not
-        used. Mapped anew, it gives back the memory of what was read."""
+    def map_file(self) -> None:
+        """Maps the file into memory. Only the parts that are used are read: one tower of the two.
+        To map it again gives back the memory of the parts that were read."""
         import torch
 
         if (self.folder / SAFETENSORS).is_file():
             from safetensors.torch import load_file
 
-            self.mapped = load_file(self.folder / SAFETENSORS)
+            self.file = load_file(self.folder / SAFETENSORS)
         else:
-            self.mapped = torch.load(self.folder / WEIGHTS, mmap=True, weights_only=True)
+            self.file = torch.load(self.folder / WEIGHTS, mmap=True, weights_only=True)
 
     def read(self, *names: str) -> Tensor:
         """The weights of these names, one below the other, as float32."""
         import torch
 
-        # A copy also of a single one: a view would keep the whole file mapped
-        return torch.cat([self.mapped[name] for name in names]).float()
+        # A copy even of a single one: a view would keep the whole file mapped
+        return torch.cat([self.file[name] for name in names]).float()
 
     def read_pair(self, *names: str) -> tuple[Tensor, Tensor]:
-        """Weight and bias of these layers, as if they were one."""
+        """Weight and bias of these layers, as if they were one layer."""
         weight = self.read(*(f"{name}.weight" for name in names))
         bias = self.read(*(f"{name}.bias" for name in names))
         return weight, bias
 
-    def placed(self, tensor: Tensor) -> Tensor:
+    def place(self, tensor: Tensor) -> Tensor:
+        """The tensor on the device, in the number format."""
         return tensor.to(self.device, self.dtype)
 
 
