@@ -1485,27 +1485,56 @@ ANSWER_SECONDS = 58.0  # of the database, for a question: Supabase's API ends it
 CONNECT_SECONDS = 10.0  # to the database
 CHECK_SECONDS = 5.0  # patience with the database before the run, when the URL may be wrong
 STOP_SECONDS = 10.0  # patience with it after Ctrl-C
+SAMPLES = 16  # products on the page, each with the nearest to it
+COMPARED_AT_ONCE = 200  # products; they have five neighbours each, and the API cuts at 1,000 rows
+FAILURES_AT_ONCE = 1000  # rows
 
 SILENCE = "no answer from the database"
 CHECK_URL = "check SUPABASE_URL and the project's status, then run again"
 RUN_SQL = "run this version's schema.sql in Supabase's SQL editor, then this script again"
+UPGRADE = (
+    f'first run the lines at its end, "How to remove it", but not the last one; then {RUN_SQL}'
+)
 NEW_KEY = "copy a secret key (sb_secret_...) from the dashboard, Settings > API Keys"
 
-# Codes of PostgREST, of PostgreSQL, and a gateway's HTTP status, by what they mean
+# Codes of PostgREST and PostgreSQL, and a gateway's HTTP status. What these mean may pass:
 PASSING = re.compile(r"5\d\d|408|425|429|PGRST00\d|(08|40|53|57)...|55P03|XX000")
-LACKING = ("PGRST202", "42883", "42P01", "42703")  # a function, table or column is not there
-BAD_KEY = ("401", "403", "PGRST301", "PGRST302", "PGRST303")
-NO_GRANT = "42501"
-NOT_EXPOSED = "PGRST106"
-TOO_LONG = "57014"  # over the statement_timeout; passing, but for
-SEARCHES = ("embedding_search", "embedding_gallery", "embedding_pairs")  # these: they need an index
+TOO_LONG = "57014"  # passes, too; but a search that took too long would do so again
+SEARCHES = ("match_products", "similar_products", "duplicate_products", "embedding_copies")
+VANISHED = "23503"  # a product was deleted in the very moment; passes, but not for ever
+# What the others mean. {said} are the database's own words.
+TROUBLES = {
+    **dict.fromkeys(
+        ("PGRST202", "PGRST204", "PGRST205", "42883", "42P01", "42703"),
+        f"the database lacks what this script calls ({{said}}): {RUN_SQL}",
+    ),
+    **dict.fromkeys(
+        ("401", "403", "PGRST301", "PGRST302", "PGRST303"),
+        f"the key in {{key}} was refused ({{said}}): {NEW_KEY}",
+    ),
+    "42501": f"the key in {{key}} may not do this ({{said}}): {NEW_KEY}. If it is one, "
+    'grant select on that table, as "Your tables" in schema.sql says',
+    "PGRST106": "the schema public is not exposed ({said}): add it in the dashboard's settings "
+    "of the Data API, Exposed schemas",
+    TOO_LONG: "a search in the database took too long ({said}): has product_embeddings its HNSW "
+    "index? schema.sql says how to make it",
+    VANISHED: "products are missing in the table that a foreign key refers to ({said}): see "
+    '"Another table" in schema.sql',
+    "25006": "the database can only be read ({said}): SUPABASE_URL is a read replica's, or the "
+    "project's disk is full",
+}
+OTHER_TROUBLE = "the database says {said!r} ({code})"
+NO_API = "{url} answers with HTTP {code}, {said}: check SUPABASE_URL"
+
+OBJECTS = "/storage/v1/object/"
+STORAGE = (OBJECTS, "/storage/v1/render/image/")  # an image that begins so is the project's own
 
 
 class SupabaseStore:
-    """Assets and embeddings in Supabase, by the functions of schema.sql alone.
+    """Assets and embeddings in Supabase, by what schema.sql makes.
 
     Safe to use from several threads. Raises RunError for what stops a run: the key, the schema,
-    a database that is away for longer than DB_RETRY_SECONDS.
+    rows that the database refuses, a database that is away for longer than DB_RETRY_SECONDS.
     """
 
     def __init__(self, settings: Settings, stop: Stop) -> None:
@@ -1518,27 +1547,20 @@ class SupabaseStore:
         self.place = f"product_embeddings at {settings.url}"
         answer_seconds = min(ANSWER_SECONDS, max(CHECK_SECONDS, settings.db_retry_seconds))
         self.patience = settings.db_retry_seconds + answer_seconds  # all attempts at a call
-        # The HTTP status of this thread's last answer, and where that leads: an APIError of a
-        # gateway's JSON lacks them.
-        self._http = threading.local()
         http = httpx.Client(
             timeout=httpx.Timeout(answer_seconds, connect=CONNECT_SECONDS),
             verify=tls_context(),
             follow_redirects=False,  # one would carry the key to another origin
-            event_hooks={"response": [self._keep_what_errors_lack]},
+            event_hooks={"response": [refuse_errors]},
         )
         options = supabase.ClientOptions(httpx_client=http)
-        self._rpc = supabase.create_client(settings.url, settings.key, options).rpc
+        self._database = supabase.create_client(settings.url, settings.key, options)
         buckets = {name.strip() for name in settings.storage_buckets.split(",")}
         self._readable_buckets = buckets - {""}
         self._catalog = {"model_version": settings.model_version, "client": settings.client}
         self._part: dict[str, Any] = {}
         if settings.shard:
             self._part = {"shard": settings.shard.part, "shards": settings.shard.parts}
-
-    def _keep_what_errors_lack(self, response: Any) -> None:
-        self._http.status = response.status_code
-        self._http.leads_to = response.headers.get("location", "")
 
     def status(self) -> Status:
         """As Store says. Checks that schema.sql is of this version, and that the client is
@@ -1551,7 +1573,7 @@ class SupabaseStore:
 
     def _read_status(self, answer: Any) -> Status:
         if answer["contract"] != CONTRACT:
-            raise RunError(f"the database's functions are of another version: {RUN_SQL}")
+            raise RunError(f"the database has another version of schema.sql: {UPGRADE}")
         if answer["clients"] is not None:
             client = str(self._settings.client)
             others = [str(name) for name in answer["clients"]]
@@ -1596,37 +1618,39 @@ class SupabaseStore:
         buckets of STORAGE_BUCKETS: whoever may type an image's URL must not read all others."""
         image = asset.image.strip()
         if len(asset.image) < asset.size // 4:  # a character has at most 4 bytes: it was cut
-            megabytes = asset.size // 2**20
-            raise ImageError(f"a data: URL of {megabytes} MB, which belongs into a file")
+            raise ImageError(f"{LONG_DATA_URL} ({asset.size // 2**20} MB)")
         if not image:
-            raise ImageError("no image URL")
+            raise ImageError(NO_IMAGE)
         if image.startswith("//"):
             image = f"https:{image}"
+        if image.startswith(OBJECTS) and not image.startswith(f"{OBJECTS}sign/"):
+            image = image.replace("?", "%3F")  # a path: this is a part of the object's name
         if image.startswith(STORAGE):
             image = self._settings.url + image
-        own_storage = self._settings.url + STORAGE
-        if not image.startswith(own_storage):
-            return Source(image, {})
-        return self._locate_in_storage(image, image.removeprefix(own_storage))
+        for place in STORAGE:
+            own = self._settings.url + place
+            if image.startswith(own):
+                return self._locate_in_storage(own, image.removeprefix(own))
+        return Source(image, {})
 
-    def _locate_in_storage(self, image: str, path: str) -> Source:
+    def _locate_in_storage(self, own: str, path: str) -> Source:
         access, _, object_path = path.partition("/")
         if access == "sign":  # it carries a token of its own
-            return Source(image, {})
+            return Source(own + path, {})
         if access not in ("public", "authenticated"):
             access = ""
             object_path = path
-        # What becomes a slash, or vanishes, on its way to the host (parse_url) must not hide one.
+        # What becomes a slash, or vanishes, on its way to the host must not hide one
         if ".." in unquote(object_path).split("/") or re.search(r"[\\\t\r\n]", path):
-            raise ImageError("a storage path with '..' or '\\' in it")
+            raise ImageError(BAD_STORAGE_PATH)
         bucket = unquote(object_path.partition("/")[0])
         if bucket in self._readable_buckets:
             key = self._settings.key
             headers = {"apikey": key, "Authorization": f"Bearer {key}"}
-            return Source(f"{self._settings.url}{STORAGE}authenticated/{object_path}", headers)
+            return Source(f"{own}authenticated/{object_path}", headers)
         if access == "public":
-            return Source(image, {})
-        raise ImageError(f"in a private bucket: STORAGE_BUCKETS={bucket} lets this script read it")
+            return Source(own + path, {})
+        raise ImageError(f"{PRIVATE_BUCKET} ({bucket})")
 
     def save(self, results: list[Result]) -> set[Id]:
         """As Store says."""
@@ -1649,50 +1673,120 @@ class SupabaseStore:
         )
         return taken
 
-    def catalog(self) -> Catalog:
-        """As Store says; asked in pieces, each of which fits into the time of one call."""
-        samples, typical = self._call("embedding_gallery", read_samples, **self._catalog)
-        same = {"min_similarity": SAME, "seconds": LOOK_SECONDS}
-        pairs, embedded, among, looked_at = self._call(
-            "embedding_pairs", read_pairs, **same, **self._catalog
-        )
-        failures: list[FailedPicture] = []
-        last: Id | None = None
-        while True:
-            page, last = self._call("failed_assets", read_failures, after=last, **self._catalog)
-            failures += page
-            if last is None:
-                return Catalog(pairs, embedded, among, looked_at, samples, typical, failures)
-
     def search(self, vector: np.ndarray, wanted: int) -> list[Match]:
         """As Store says; the database gives 1,000 at most."""
-        question = {"query_embedding": vector_text(vector), "wanted": wanted}
+        question = {"query_embedding": vector_text(vector), "match_count": wanted}
         matches: list[Match] = self._call(
-            "embedding_search", read_matches, **question, **self._catalog
+            "match_products", read_matches, **question, **self._catalog
         )
         return matches
 
+    def catalog(self) -> Catalog:
+        """As Store says; asked in pieces, each of which fits into the time of one call."""
+        embedded = self.status().done
+        pairs, sought_among = self._call(
+            "embedding_copies", read_copies, min_similarity=SAME, **self._catalog
+        )
+        copies = {(pair.one.id, pair.other.id) for pair in pairs}
+        near, compared = self._near_pairs(embedded)
+        pairs += [pair for pair in near if (pair.one.id, pair.other.id) not in copies]
+        samples = self._samples()
+        typical = self._typical([sample.picture.id for sample in samples])
+        failures = list(self._failures())
+        return Catalog(pairs, embedded, sought_among, compared, samples, typical, failures)
+
+    def _near_pairs(self, embedded: int) -> tuple[list[Pair], int]:
+        """Pairs that look the same, of the products that LOOK_SECONDS were enough for; and how
+        many those are."""
+        deadline = time.monotonic() + LOOK_SECONDS
+        question = {"min_similarity": SAME, "client": self._settings.client}
+        parts = math.ceil(embedded / COMPARED_AT_ONCE)
+        pairs: list[Pair] = []
+        for part in range(1, parts + 1):
+            of_part = {"shard": part, "shards": parts}
+            pairs += self._call("duplicate_products", read_pairs, **question, **of_part)
+            if time.monotonic() > deadline:
+                return pairs, embedded * part // parts
+        return pairs, embedded
+
+    def _samples(self) -> list[Sample]:
+        """Some products, of as many clients as possible, each with those nearest to it. Chance
+        asks for them: these are the nearest to random vectors."""
+        chance = np.random.default_rng(0)  # the same for each page
+        chosen: dict[Id, Picture] = {}
+        clients: Counter[str] = Counter()
+        for _ in range(SAMPLES):
+            found = [match.picture for match in self.search(chance.standard_normal(512), SAMPLES)]
+            fresh = [picture for picture in found if picture.id not in chosen]
+            if fresh:
+                picture = min(fresh, key=lambda picture: clients[picture.client])
+                chosen[picture.id] = picture
+                clients[picture.client] += 1
+        return [Sample(picture, self._nearest(picture)) for picture in chosen.values()]
+
+    def _nearest(self, picture: Picture) -> list[Match]:
+        """The pictures most like one, without copies of it."""
+        question = {"asset_id": picture.id, "match_count": 6, "max_similarity": SAME}
+        nearest: list[Match] = self._call(
+            "similar_products", read_matches, client=self._settings.client, **question
+        )
+        return nearest
+
+    def _typical(self, ids: list[Id]) -> float | None:
+        """The median cosine of some products, which have little in common."""
+        table = self._database.table("product_embeddings")
+        rows = self._ask("product_embeddings", table.select("embedding").in_("asset_id", ids), list)
+        vectors = np.array([json.loads(row["embedding"]) for row in rows])
+        if len(vectors) < 2:
+            return None
+        return float(np.median((vectors @ vectors.T)[np.triu_indices(len(vectors), 1)]))
+
+    def _failures(self) -> Iterator[FailedPicture]:
+        """What failed and has no vector, in the order of the ids."""
+
+        def read(rows: Any) -> list[FailedPicture]:
+            return [FailedPicture(picture_in(row), str(row["reason"])) for row in rows]
+
+        last: Id | None = None
+        while True:
+            query = self._database.table("embedding_failures").select("*")
+            query = query.eq("model_version", self._settings.model_version)
+            if self._settings.client is not None:
+                query = query.eq("client", self._settings.client)
+            if last is not None:
+                query = query.gt("asset_id", last)
+            query = query.order("asset_id").limit(FAILURES_AT_ONCE)
+            page: list[FailedPicture] = self._ask("embedding_failures", query, read)
+            if not page:  # a shorter one may be cut by the API
+                return
+            yield from page
+            last = page[-1].picture.id
+
     def _call(self, function: str, read: Callable[[Any], Any], **arguments: Any) -> Any:
-        """The answer of a function of schema.sql as `read` takes it; asked again, with backoff,
-        while trouble may pass. What `read` can't make sense of is no answer. Raises RunError."""
+        """What a function of schema.sql answers, see _ask."""
+        return self._ask(function, self._database.rpc(function, arguments), read)
+
+    def _ask(self, name: str, query: Any, read: Callable[[Any], Any]) -> Any:
+        """The answer to a query as `read` takes it; asked again, with backoff, while trouble may
+        pass. What `read` can't make sense of is no answer. Raises RunError."""
         import httpx
         from postgrest import APIError
 
         started = time.monotonic()
         for attempt in itertools.count():
             try:
-                return read(self._rpc(function, arguments).execute().data)
-            except APIError as error:
-                code = str(error.code or self._http.status)
-                message = self._without_key(said_in(error))
-                in_vain = code == TOO_LONG and function in SEARCHES
-                if in_vain or not PASSING.fullmatch(code):
-                    raise RunError(self._explain(code, message)) from None
-                trouble = f"{code}, {message}"
+                return read(query.execute().data)
+            except httpx.HTTPStatusError as error:
+                code, said = code_and_words(error.response)
+                said = shorten(said.replace(self._settings.key, "(the key)"), 300)
+                passing = PASSING.fullmatch(code) and not (code == TOO_LONG and name in SEARCHES)
+                if not passing and not (code == VANISHED and attempt < 2):
+                    raise RunError(self._explain(code, said)) from None
+                trouble = f"{code}, {said}"
             except httpx.RequestError as error:
                 trouble = f"{type(error).__name__}: {error}"
-            except (AttributeError, LookupError, TypeError, ValueError, RecursionError):
-                trouble = f"an answer that {function} never gives"
+            except (APIError, AttributeError, LookupError, TypeError, ValueError, RecursionError):
+                trouble = f"an answer that {name} never gives"
             patience = self._seconds
             if self._stop.code:
                 patience = min(patience, STOP_SECONDS)
@@ -1704,123 +1798,64 @@ class SupabaseStore:
             time.sleep(min(pause, left))
         raise AssertionError  # count() has no end
 
-    def _without_key(self, message: str) -> str:
-        """A database's message, short, and without the key if it echoes that."""
-        return shorten(message.replace(self._settings.key, "(the key)"), 300)
-
-    def _explain(self, code: str, message: str) -> str:
+    def _explain(self, code: str, said: str) -> str:
         """An error of the database in its own words, with what to do where that is known."""
-        if code in LACKING:
-            return f"the database lacks what this script calls ({message}): {RUN_SQL}"
-        if code in BAD_KEY:
-            return f"the key in {self._settings.key_source} was refused ({message}): {NEW_KEY}"
-        if code == NO_GRANT and key_role(self._settings.key) != "service_role":
-            return f"the key in {self._settings.key_source} may not do this ({message}): {NEW_KEY}"
-        if code == NO_GRANT:
-            return f"the database lacks a grant ({message}): {RUN_SQL}"
-        if code == NOT_EXPOSED:
-            where = "the dashboard's settings of the Data API, Exposed schemas"
-            return f"the schema public is not exposed ({message}): add it in {where}"
-        if code == TOO_LONG:
-            return (
-                f"a search in the database took too long ({message}): has product_embeddings its "
-                "HNSW index? schema.sql says how to make it"
-            )
-        if re.fullmatch(r"3\d\d", code) and self._http.leads_to:
-            where = self._without_key(self._http.leads_to.partition("/rest/v1")[0])
-            url = self._settings.url
-            return f"{url} answers with HTTP {code} and leads to {where}: check SUPABASE_URL"
-        if re.fullmatch(r"\d\d\d", code):
-            return f"{self._settings.url} answers with HTTP {code}, {message}"
-        return f"the database says {message!r} ({code})"
+        other = NO_API if len(code) == 3 else OTHER_TROUBLE
+        sentence = TROUBLES.get(code, other)
+        url = self._settings.url
+        return sentence.format(said=said, code=code, url=url, key=self._settings.key_source)
 
 
-STORAGE = "/storage/v1/object/"  # an image that begins so is the project's own
+def refuse_errors(response: Any) -> None:
+    """Raises an error that holds the whole answer, where that is a redirect or an error."""
+    if not response.is_success:
+        response.read()
+        response.raise_for_status()
 
 
-def said_in(error: Any) -> str:
-    """The words of an APIError, and of the page that a gateway sent in the place of JSON."""
-    message = str(error.message)
-    if not re.fullmatch(r"\d\d\d", str(error.code)):
-        return message
-    page = re.sub(
-        r"<(style|script).*?</\1>|<[^>]*>", " ", str(error.details or ""), flags=re.DOTALL
-    )
-    return " ".join([message, *page.split()])
-
-
-def key_role(key: str) -> str:
-    """The role of a key: a legacy key is a JWT that says it, a secret key has this one."""
-    if key.startswith("sb_secret_"):
-        return "service_role"
+def code_and_words(response: Any) -> tuple[str, str]:
+    """The code of an error: PostgreSQL's or PostgREST's, or else the HTTP status. And its words."""
+    status = str(response.status_code)
+    if response.has_redirect_location:
+        return status, f"which leads to {response.headers['location'].partition('/rest/v1')[0]}"
     try:
-        claims = key.split(".")[1]
-        padding = "=" * (-len(claims) % 4)
-        role = json.loads(base64.urlsafe_b64decode(claims + padding))["role"]
-    except (LookupError, TypeError, ValueError):
-        return ""
-    return str(role)
+        error = response.json()
+        return str(error.get("code") or status), str(error["message"])
+    except (AttributeError, LookupError, ValueError):  # a gateway's page
+        return status, response.reason_phrase
 
 
-# What functions of schema.sql answer; LookupError, TypeError and ValueError for what they never do.
+def picture_in(row: dict[str, Any]) -> Picture:
+    """The product that a row of the database is about."""
+    return Picture(row["asset_id"], *texts_in(row))
 
 
-def read_pictures(answer: Any) -> dict[Id, Picture]:
-    """The pictures that an answer speaks of, by their ids."""
-    pictures = {}
-    for row in answer["pictures"]:
-        texts = [row["image"], row["client"], row["title"]]
-        if not all(isinstance(text, str) for text in texts):
-            raise TypeError
-        pictures[row["id"]] = Picture(row["id"], *texts)
-    return pictures
+def texts_in(row: dict[str, Any], prefix: str = "") -> list[str]:
+    """What people know a product by."""
+    return [str(row[prefix + name] or "") for name in ("image", "client", "title", "link")]
 
 
-def read_matches(answer: Any) -> list[Match]:
+def read_matches(rows: Any) -> list[Match]:
     """What a search found, nearest first."""
-    return matches_in(answer["matches"], read_pictures(answer))
+    return [Match(picture_in(row), float(row["similarity"])) for row in rows]
 
 
-def matches_in(rows: Any, pictures: dict[Id, Picture]) -> list[Match]:
-    """Rows of an id and a similarity."""
-    return [Match(pictures[row["id"]], float(row["similarity"])) for row in rows]
+def read_copies(answer: Any) -> tuple[list[Pair], int]:
+    """Copies, and among how many pictures they were sought."""
+    return read_pairs(answer["pairs"]), int(answer["sought_among"])
 
 
-def read_samples(answer: Any) -> tuple[list[Sample], float | None]:
-    """Samples; and the similarity of unlike pictures, None where too few are embedded."""
-    pictures = read_pictures(answer)
-    samples = [
-        Sample(pictures[row["id"]], matches_in(row["nearest"], pictures))
-        for row in answer["samples"]
-    ]
-    typical = answer["typical"]
-    if typical is not None:
-        typical = float(typical)
-    return samples, typical
-
-
-def read_pairs(answer: Any) -> tuple[list[Pair], int, int, int]:
-    """Pairs; and how many are embedded, were looked through for copies, compared with all."""
-    pictures = read_pictures(answer)
-    pairs = [
+def read_pairs(rows: Any) -> list[Pair]:
+    """Pairs that look the same."""
+    return [
         Pair(
-            pictures[row["one"]],
-            pictures[row["other"]],
+            picture_in(row),
+            Picture(row["duplicate_id"], *texts_in(row, "duplicate_")),
             float(row["similarity"]),
             bool(row["same"]),
         )
-        for row in answer["pairs"]
+        for row in rows
     ]
-    return pairs, int(answer["embedded"]), int(answer["sought_among"]), int(answer["looked_at"])
-
-
-def read_failures(answer: Any) -> tuple[list[FailedPicture], Id | None]:
-    """Some failures, and the id after which to go on."""
-    pictures = read_pictures(answer)
-    failures = [
-        FailedPicture(pictures[row["id"]], str(row["reason"])) for row in answer["failures"]
-    ]
-    return failures, answer["last"]
 
 
 def vector_text(vector: np.ndarray) -> str:

@@ -534,13 +534,15 @@ def test_copies_are_paired_with_the_first_of_their_kind(stack, api):
     api.store([a | {"embedding": text(v)} for a, v in zip(assets, vectors, strict=True)])
     made = api.call("embedding_copies", model_version=VERSION)
     assert made["sought_among"] == 6
-    found = [(p["one"]["id"], p["other"]["id"], p["same"]) for p in made["pairs"]]
+    found = [(p["asset_id"], p["duplicate_id"], p["same"]) for p in made["pairs"]]
     assert sorted(found) == [
         (ids[0], ids[2], True),
         (ids[0], ids[5], False),
         (ids[1], ids[4], True),
     ]
-    assert {p["one"]["client"] for p in made["pairs"]} == {"x"}
+    rows_of_duplicates = api.call("duplicate_products", min_similarity=0.99)
+    assert {(r["asset_id"], r["duplicate_id"], r["same"]) for r in rows_of_duplicates} > set(found)
+    assert made["pairs"][0].keys() == rows_of_duplicates[0].keys()
     assert api.call("embedding_copies", model_version=VERSION, client="y")["pairs"] == []
 
 
