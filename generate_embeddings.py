@@ -1608,7 +1608,13 @@ class SupabaseStore:
 
     def _read_page(self, answer: Any) -> tuple[list[Asset], Id | None]:
         page = [
-            Asset(row["id"], row["image"] or "", image_hash=row["image_hash"], size=row["bytes"])
+            Asset(
+                row["id"],
+                row["image"] or "",
+                image_hash=row["image_hash"],
+                size=row["bytes"],
+                title=row["title"] or "",
+            )
             for row in answer["assets"]
         ]
         return page, answer["last"]
@@ -1664,9 +1670,15 @@ class SupabaseStore:
             else:
                 row = {"asset_id": asset.id, "image_hash": asset.image_hash}
                 failures.append(row | {"stage": result.stage, "reason": result.reason})
+
+        def read(answer: Any) -> set[Id]:
+            if answer["given"] != len(results):
+                raise ValueError
+            return set(answer["taken"])
+
         taken: set[Id] = self._call(
             "store_embeddings",
-            set,
+            read,
             model_version=self._settings.model_version,
             vectors=vectors,
             failures=failures,

@@ -179,7 +179,7 @@ declare most constant int := 8000000;
 begin
   return (
     with found as materialized (
-      select s.id, s.image
+      select s.id, s.image, s.title
       from embedding_sources() s
       left join product_embedding_failures f
         on f.asset_id = s.id and f.model_version = pending_assets.model_version
@@ -203,14 +203,14 @@ begin
     select jsonb_build_object(
       'assets', coalesce(jsonb_agg(jsonb_build_object(
         'id', id, 'image', case when bytes > most then left(image, 100) else image end,
-        'image_hash', embedding_image_hash(image), 'bytes', bytes
+        'image_hash', embedding_image_hash(image), 'bytes', bytes, 'title', left(title, 200)
       ) order by id), '[]'),
       'last', case when count(*) = wanted or count(*) < (select count(*) from found)
         then (array_agg(id order by id desc))[1] end)
     from sized where total <= most);
 end $$;
 
--- Stores vectors, notes failures, and answers with the ids that were taken. Left are products whose
+-- Stores vectors, notes failures, and answers with the ids of "taken". Left are products whose
 -- image changed or that are gone, and failures of an image that has a vector. A failure is tried
 -- again by the next run, then after 1, 2, 4, ... hours, at most after 30 days. A vector stays until
 -- a better one takes its place, even if the image changes: then the next run makes a new one.
@@ -258,7 +258,8 @@ begin
   )
   select coalesce(jsonb_agg(asset_id), '[]') into taken
   from (select asset_id from stored union all select asset_id from noted) ids;
-  return taken;
+  return jsonb_build_object(
+    'taken', taken, 'given', json_array_length(vectors) + json_array_length(failures));
 end $$;
 
 -- Search ---------------------------------------------------------------------------------------
