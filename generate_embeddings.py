@@ -3700,7 +3700,7 @@ def pinned_model(needed: tuple[str, ...] = TO_ASK) -> Path:
         caches.append(Path(os.environ["HF_HOME"], "hub"))
     folder_in_cache = f"models--{MODEL_ID.replace('/', '--')}/snapshots/{MODEL_REVISION}"
     for cache in caches:
-        folder = cache / folder_in_cache
+        folder = cache.expanduser() / folder_in_cache
         if all(is_whole(folder / name) for name in needed):
             return folder
     folder = MODEL_CACHE / folder_in_cache
@@ -3746,23 +3746,16 @@ def is_whole(path: Path) -> bool:
 
 def download_model(folder: Path) -> None:
     """Downloads the model's files that are not yet in this folder of our cache."""
-    import huggingface_hub
-    from huggingface_hub import constants
+    from huggingface_hub import is_offline_mode
 
-    if huggingface_hub.is_offline_mode():
+    if is_offline_mode():
         raise RunError(
             f"{MODEL_ID} is not in {MODEL_CACHE}, and HF_HUB_OFFLINE forbids its download: unset "
             "that, or set CLIP_MODEL to a folder with a copy of it"
         )
     check_proxies("socksio")
+    set_up_hub()
     log.info("downloading %s once, about 600 MB, to %s", MODEL_ID, MODEL_CACHE)
-    # Xet is a second way to the hub. It heeds neither our certificates nor a proxy's.
-    constants.HF_HUB_DISABLE_XET = True
-    constants.HF_HUB_DISABLE_TELEMETRY = True  # it asks the hub for names of coding agents
-    hub_log = logging.getLogger("huggingface_hub")
-    hub_log.handlers = [HubWarnings()]
-    hub_log.propagate = False
-    huggingface_hub.set_client_factory(hub_client)
     MODEL_CACHE.mkdir(parents=True, exist_ok=True)
     with one_run_at_a_time():
         # Runs that were stopped left these.
@@ -3770,6 +3763,20 @@ def download_model(folder: Path) -> None:
             partial_file.unlink()
         for name in MODEL_FILES:
             get_file(folder / name)
+
+
+def set_up_hub() -> None:
+    """Gives huggingface_hub our certificates, our log and our patience."""
+    from huggingface_hub import constants, set_client_factory
+
+    set_client_factory(hub_client)
+    # Xet, a second way to the hub's files, reads no setting of certificates.
+    constants.HF_HUB_DISABLE_XET = True
+    # Telemetry would ask the hub for one more page.
+    constants.HF_HUB_DISABLE_TELEMETRY = True
+    hub_log = logging.getLogger("huggingface_hub")
+    hub_log.handlers = [HubWarnings()]
+    hub_log.propagate = False
 
 
 def get_file(path: Path) -> None:
@@ -3797,7 +3804,7 @@ def get_file(path: Path) -> None:
 
 
 def delete_damaged(path: Path) -> None:
-    """Deletes a file of the model that is not the pinned one, if there is any, and says so."""
+    """Deletes a file of the model that is not the pinned one. There may be none."""
     if path.exists():
         log.warning("%s is damaged (its SHA-256): deleted", path)
         path.resolve().unlink()
@@ -3860,7 +3867,7 @@ def hub_trouble(error: BaseException) -> str:
     from httpx2 import NetworkError, TimeoutException
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    if isinstance(error, LocalEntryNotFoundError):  # as huggingface_hub has a cache of its own
+    if isinstance(error, LocalEntryNotFoundError):  # the hub's failure is its cause
         error = error.__cause__ or error
     response = getattr(error, "response", None)
     if response is not None:

@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections import deque
 from types import SimpleNamespace
@@ -28,8 +29,8 @@ WEIGHTS = "pytorch_model.bin"
 
 
 class Hub(ImageHost):
-    """A hub as the real one is: a file's address says what the file is, and leads to another host,
-    which has its bytes. What is to go wrong, in turn, stands in `faults`:
+    """A hub like the real one: a file's address describes the file, and leads to another host,
+    which has its bytes. What goes wrong, in turn, stands in `faults`:
 
       429, 503, ...     this status, at the first address
       ("cut", n)        the connection breaks after n bytes
@@ -37,12 +38,13 @@ class Hub(ImageHost):
       "a page"          a web page, at the first address
     """
 
-    def __init__(self, files, every=None, seconds=0.0):
+    def __init__(self, files):
         super().__init__()
         self.data = files
         self.faults = deque()
-        self.every = every  # the fault of every request for which `faults` has none
-        self.seconds = seconds  # between two parts of an answer
+        self.every = None  # the fault of every request for which `faults` has none
+        self.gate = threading.Event()  # while it is not set, files come byte for byte
+        self.gate.set()
         self.asked = []  # (name, first byte) of each answer with bytes
         self.logins = []  # (Host, Authorization) of each request
 
@@ -66,6 +68,7 @@ class Hub(ImageHost):
             ("X-Linked-Etag", f'"{hashlib.sha256(self.data[name]).hexdigest()}"'),
             ("X-Linked-Size", str(len(self.data[name]))),
             ("X-Xet-Hash", "0" * 64),  # Xet must not be used
+            ("X-Xet-Refresh-Route", "/xet"),
         ]
         handler.reply(302, described)
 
@@ -83,9 +86,11 @@ class Hub(ImageHost):
         handler.send_response(206 if start else 200)
         handler.send_header("Content-Length", str(len(data) - start))
         handler.end_headers()
-        for at in range(0, len(rest), 50_000):
-            handler.wfile.write(rest[at : at + 50_000])
-            time.sleep(self.seconds)
+        sent = 0
+        while not self.gate.wait(0.2):
+            handler.wfile.write(rest[sent : sent + 1])
+            sent += 1
+        handler.wfile.write(rest[sent:])
 
 
 @pytest.fixture
@@ -138,8 +143,8 @@ def hub(monkeypatch, tmp_path):
     awake = SimpleNamespace(sleep=lambda _: None)
     for module in ("utils._http", "file_download"):
         monkeypatch.setattr(f"huggingface_hub.{module}.time", awake)
-    others = ("HF_HOME", "HF_HUB_CACHE", "HF_TOKEN", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
-    for name in others:
+    settings = ("HF_HOME", "HF_HUB_CACHE", "HF_TOKEN", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
+    for name in settings:
         monkeypatch.delenv(name, raising=False)
     with Hub(files) as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
@@ -318,15 +323,17 @@ def test_a_search_fetches_what_an_older_cache_lacks_alone(hub):
 
 def test_two_runs_at_once_download_the_model_once(cli, small, copied, pinned_files, tmp_path):
     other = shutil.copytree(small, tmp_path / "other")
-    with Hub(pinned_files, seconds=0.1) as hub:
+    with Hub(pinned_files) as hub:
+        hub.gate.clear()
         runs = [
             cli.start("--local", images, script=copied, CLIP_MODEL=None, HF_ENDPOINT=hub.url)
             for images in (small, other)
         ]
-        first, second = sorted((run.finish() for run in runs), key=lambda run: "waiting" in run.err)
+        wait_until(lambda: any("waiting" in run.err for run in runs))
+        hub.gate.set()
+        first, second = (run.finish() for run in runs)
     assert (first.code, second.code) == (0, 0), first.err + second.err
     assert first.noise == second.noise == []
-    assert "waiting" in second.err
     assert sorted(name for name, _ in hub.asked) == sorted(pinned_files)
     assert len(vectors(small)) == len(vectors(other)) == 3
 
@@ -334,13 +341,14 @@ def test_two_runs_at_once_download_the_model_once(cli, small, copied, pinned_fil
 def test_what_a_stopped_download_left_is_deleted_by_the_next(cli, small, copied, pinned_files):
     cache = copied.parent / ".cache" / "transformers"
     options = {"script": copied, "CLIP_MODEL": None}
-    with Hub(pinned_files, seconds=0.2) as hub:
+    with Hub(pinned_files) as hub:
+        hub.gate.clear()
         run = cli.start("--local", small, **options, HF_ENDPOINT=hub.url)
-        wait_until(lambda: (WEIGHTS, 0) in hub.asked)
+        wait_until(lambda: hub.asked)
         run.send_signal(signal.SIGINT)
         assert run.finish().code == 130
         assert len(list(cache.rglob("*.incomplete"))) == 1
-        hub.seconds = 0
+        hub.gate.set()
         assert cli("--local", small, **options, HF_ENDPOINT=hub.url).code == 0
     assert list(cache.rglob("*.incomplete")) == []
     assert len(vectors(small)) == 3
