@@ -2225,7 +2225,8 @@ class Fetcher:
         cookies = RequestsCookieJar()
         for hop in range(MAX_REDIRECTS + 1):
             # Without a session: one would read passwords from .netrc.
-            request = requests.Request("GET", url, HEADERS | dict(headers), cookies=cookies)
+            sent = HEADERS | dict(headers)
+            request = requests.Request("GET", url, sent, cookies=cookies)
             try:
                 prepared = request.prepare()
             except ValueError:
@@ -2265,8 +2266,9 @@ class Fetcher:
     def _check_bucket(self, url: str, page: bytes) -> None:
         """Raises ImageError where the project's own Storage has no such bucket for the public."""
         if b"Bucket not found" in page and url.startswith(self._settings.url):
-            bucket = url.partition("/public/")[2].partition("/")[0]
-            raise ImageError(f"{PRIVATE_BUCKET} ({unquote(bucket)})")
+            path = unquote(url).partition("/public/")[2]
+            bucket = path.partition("/")[0]
+            raise ImageError(f"{PRIVATE_BUCKET} ({bucket})")
 
 
 class Deadline:
@@ -2305,7 +2307,9 @@ class Deadline:
     def download(self, data: bytes) -> Download:
         """What arrived, with the time that it took."""
         now = time.monotonic()
-        return Download(data, now - self._started, now - (self.first_byte or now))
+        seconds = now - self._started
+        first_byte = self.first_byte or now
+        return Download(data, seconds, now - first_byte)
 
 
 # What an answer holds
@@ -2315,7 +2319,8 @@ def body_of(answer: requests.Response, deadline: Deadline) -> bytes:
     """The bytes of an image, unpacked where its host packed them, unasked."""
     unpacker = None
     piece = 2**16
-    if answer.headers.get("Content-Encoding", "").lower() in ("gzip", "x-gzip", "deflate"):
+    encoding = answer.headers.get("Content-Encoding", "").lower()
+    if encoding in ("gzip", "x-gzip", "deflate"):
         unpacker = zlib.decompressobj(wbits=47)  # either of gzip's and zlib's headers
         piece = 2**12  # of which no more than 4 MB can come
     data = bytearray()
@@ -2349,9 +2354,9 @@ def first_bytes(answer: requests.Response) -> bytes:
 def next_url(answer: requests.Response) -> str:
     """Where a redirect leads. Raises ImageError where no image can be."""
     # Headers come as latin-1, hosts mean UTF-8.
-    location = answer.headers["Location"].encode("latin-1").decode("utf-8", "replace")
+    location = answer.headers["Location"].encode("latin-1")
     try:
-        url = urljoin(answer.url, location.strip())
+        url = urljoin(answer.url, location.decode("utf-8", "replace").strip())
     except ValueError:
         url = ""
     if not re.match("https?:", url, re.IGNORECASE):
@@ -2365,7 +2370,8 @@ def retry_after(headers: Mapping[str, str]) -> float:
     if re.fullmatch(r"\d+(\.\d+)?", text, re.ASCII):
         return float(text)
     try:
-        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+        when = parsedate_to_datetime(text).timestamp()
+        return max(0.0, when - time.time())
     except (ValueError, OverflowError):
         return 0.0
 
@@ -2484,18 +2490,19 @@ class Guard:
 
     def connect(self, connection: urllib3.connection.HTTPConnection) -> socket.socket:
         """A socket to the first of a host's addresses that answers. Raises OSError, ImageError."""
-        allowed = self._allowed(connection.host, connection.port)
-        addresses = [address for address in allowed if address not in self._failing] or allowed
+        port = connection.port
+        options = connection.socket_options
+        allowed = self._allowed(connection.host, port)
+        addresses = [address for address in allowed if address not in self._failing]
+        if not addresses:
+            addresses = allowed
         seconds = float(connection.timeout or 0)
         share = min(DEAD_SECONDS, seconds / len(addresses))
         while True:
             address = addresses.pop(0)
+            patience = share if addresses else seconds
             try:
-                opened = create_connection(
-                    (address, connection.port),
-                    share if addresses else seconds,
-                    socket_options=connection.socket_options,
-                )
+                opened = create_connection((address, port), patience, None, options)
             except OSError:
                 self._failing.add(address)
                 seconds -= share
@@ -2544,7 +2551,8 @@ class Guard:
 def host_and_port(url: str) -> tuple[str, int]:
     """Where a URL leads; an empty host where it leads nowhere."""
     parts = urlsplit(url)
-    return parts.hostname or "", parts.port or PORTS.get(parts.scheme, 0)
+    port = parts.port or PORTS.get(parts.scheme, 0)
+    return parts.hostname or "", port
 
 
 def guarded_adapter(guard: Guard, workers: int) -> requests.adapters.HTTPAdapter:
