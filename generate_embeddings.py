@@ -1578,7 +1578,13 @@ class SupabaseStore:
 
     def _read_page(self, answer: Any) -> tuple[list[Asset], Id | None]:
         page = [
-            Asset(row["id"], row["image"] or "", image_hash=row["image_hash"], size=row["bytes"])
+            Asset(
+                id=row["id"],
+                image=row["image"] or "",
+                image_hash=row["image_hash"],
+                size=row["bytes"],
+                title=row["title"] or "",
+            )
             for row in answer["assets"]
         ]
         return page, answer["last"]

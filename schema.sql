@@ -179,7 +179,7 @@ declare most constant int := 8000000;
 begin
   return (
     with found as materialized (
-      select s.id, s.image
+      select s.id, s.image, s.title
       from embedding_sources() s
       left join product_embedding_failures f
         on f.asset_id = s.id and f.model_version = pending_assets.model_version
@@ -203,7 +203,7 @@ begin
     select jsonb_build_object(
       'assets', coalesce(jsonb_agg(jsonb_build_object(
         'id', id, 'image', case when bytes > most then left(image, 100) else image end,
-        'image_hash', embedding_image_hash(image), 'bytes', bytes
+        'image_hash', embedding_image_hash(image), 'bytes', bytes, 'title', left(title, 200)
       ) order by id), '[]'),
       'last', case when count(*) = wanted or count(*) < (select count(*) from found)
         then (array_agg(id order by id desc))[1] end)

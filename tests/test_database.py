@@ -160,8 +160,8 @@ def test_a_page_says_what_an_image_is(stack, api):
     query = "select hashtextextended(u, 0) from unnest(%s::text[]) u"
     hashes = [found for (found,) in stack.sql(query, [["", "Größe.jpg"]])]
     assert api.pending()["assets"] == [
-        {"id": missing, "image": None, "image_hash": hashes[0], "bytes": 0},
-        {"id": there, "image": "Größe.jpg", "image_hash": hashes[1], "bytes": 11},
+        {"id": missing, "image": None, "image_hash": hashes[0], "bytes": 0, "title": None},
+        {"id": there, "image": "Größe.jpg", "image_hash": hashes[1], "bytes": 11, "title": None},
     ]
     assert api.store([], api.pending()["assets"]) == [missing, there]
 
