@@ -600,13 +600,6 @@ class Source(NamedTuple):
         return ""
 
 
-class Loaded(NamedTuple):
-    """An asset with its pixels, float32 (3, 224, 224)."""
-
-    asset: Asset
-    pixels: np.ndarray
-
-
 class Download(NamedTuple):
     """The bytes of an image's file, and how long they took."""
 
@@ -895,6 +888,7 @@ class Job:
     assets: list[Asset]
     tries: int = 0  # that met strain
     since: float = 0.0  # when the last try began
+    pixels: np.ndarray | None = None  # while they wait for the model
     result: Result | None = None  # of the first asset, as soon as there is one
 
 
@@ -1036,8 +1030,7 @@ class Run:
         self.waiting_characters = 0  # and the length of their URLs
         self.jobs: dict[str, Job] = {}  # by URL: those that further assets may share,
         self.kept: deque[str] = deque()  # of which these have a result, oldest first
-        self.loading: dict[Id, Job] = {}  # by their first asset: those between fetch and result
-        self.ready: list[Loaded] = []  # to be embedded
+        self.ready: list[Job] = []  # to be embedded
         self.results: list[Result] = []  # to be stored
         self.store_by = 0.0  # by then a batch is started, full or not; at first: at once
         self.trouble: Exception | None = None  # what ends the run
@@ -1234,13 +1227,13 @@ class Run:
         now = time.monotonic()
         host.pace.arrived(now, download.seconds)
         self.line.arrived(now, download.body_seconds)
-        first = job.assets[0]
-        self.loading[first.id] = job
-        task = Task("decode", self.take_loaded, partial(self.take_failure, job, "decode"))
-        self.start(task, self.loader.load, first, download.data)
+        fail = partial(self.take_failure, job, "decode")
+        task = Task("decode", partial(self.take_pixels, job), fail)
+        self.start(task, self.loader.load, download.data)
 
-    def take_loaded(self, loaded: Loaded) -> None:
-        self.ready.append(loaded)
+    def take_pixels(self, job: Job, pixels: np.ndarray) -> None:
+        job.pixels = pixels
+        self.ready.append(job)
 
     def take_failed_fetch(self, job: Job, host: Host, error: Exception) -> None:
         host.downloads -= 1
@@ -1310,7 +1303,6 @@ class Run:
         if not isinstance(error, ImageError):
             log.debug("%s", first, exc_info=error)
             reason = f"unexpected {type(error).__name__}"
-        self.loading.pop(first.id, None)
         self.finish(job, Failed(first, stage, reason))
 
     # Embed
@@ -1330,12 +1322,17 @@ class Run:
                 return
             batch = self.ready[:size]
             self.ready = self.ready[size:]
-            task = Task("embed", self.take_embedded, self.end, images=len(batch))
-            self.start(task, self.encoder.embed, batch)
+            take = partial(self.take_vectors, batch)
+            task = Task("embed", take, self.end, images=len(batch))
+            self.start(task, self.encoder.embed, [job.pixels for job in batch])
 
-    def take_embedded(self, results: list[Result]) -> None:
-        for result in results:
-            self.finish(self.loading.pop(result.asset.id), result)
+    def take_vectors(self, batch: list[Job], vectors: np.ndarray) -> None:
+        for job, vector in zip(batch, vectors, strict=True):
+            job.pixels = None
+            if np.isfinite(vector).all():
+                self.finish(job, Embedded(job.assets[0], vector))
+            else:
+                self.take_failure(job, "embed", ImageError(NOT_FINITE))
 
     def finish(self, job: Job, result: Result) -> None:
         """Counts a result for each asset that shares the image, and keeps it for those to come."""
@@ -3055,9 +3052,9 @@ class Loader:
     def fetch(self, source: Source, deadline: Deadline) -> Download:
         return self._fetcher.fetch(source, deadline)
 
-    def load(self, asset: Asset, data: bytes) -> Loaded:
-        levels = self.decode(data)
-        return Loaded(asset, normalise(levels))
+    def load(self, data: bytes) -> np.ndarray:
+        """The pixels (3, 224, 224) of an image file."""
+        return normalise(self.decode(data))
 
     def decode(self, data: bytes) -> np.ndarray:
         """The levels (224, 224, 3) of an image file, by the first decoder that is free."""
@@ -3337,22 +3334,16 @@ class ClipEncoder:
         with torch.inference_mode():
             return of_unit_length(self.tower(torch.from_numpy(pixels)))
 
-    def embed(self, batch: list[Loaded]) -> list[Result]:
-        """The results of a batch, in its order. Raises RunError where the batch is too large."""
+    def embed(self, batch: list[np.ndarray]) -> np.ndarray:
+        """Pixels, each (3, 224, 224) -> vectors (n, 512). Raises RunError where the batch is too
+        large."""
         try:
-            vectors = self.encode(np.stack([loaded.pixels for loaded in batch]))
+            return self.encode(np.stack(batch))
         except RuntimeError as error:  # the device has not enough memory, say
             raise RunError(
                 f"the model failed on {len(batch)} images at once ({shorten(str(error), 100)}): "
                 "try a smaller --batch-size, or another --device"
             ) from None
-        results: list[Result] = []
-        for loaded, vector in zip(batch, vectors, strict=True):
-            if np.isfinite(vector).all():
-                results.append(Embedded(loaded.asset, vector))
-            else:
-                results.append(Failed(loaded.asset, "embed", NOT_FINITE))
-        return results
 
 
 class TextEncoder:
