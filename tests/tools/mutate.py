@@ -690,19 +690,31 @@ MUTATIONS = [
         "model: another activation",
         "GELU_SLOPE = 1.702",
         "GELU_SLOPE = 1.6",
-        "tests/test_model.py -k vit_b_32_needs_no_name",
+        "tests/test_model.py -k those_of_transformers",
     ),
     Mutation(
         "model: vectors are of any length",
         "vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)",
         "pass",
-        "tests/test_model.py -k unit_vectors",
+        "tests/test_model.py -k those_of_transformers",
     ),
     Mutation(
         "model: a file's checksum does not matter",
         "if found != pinned.sha256:",
         "if False:",
-        "tests/test_model.py -k another_file",
+        "tests/test_model.py -k one_line_without_secrets",
+    ),
+    Mutation(
+        "model: a library's message goes on as it is",
+        'return re.sub(r"https?://\\S+", "the hub", text)',
+        "return text",
+        "tests/test_model.py -k one_line_without_secrets",
+    ),
+    Mutation(
+        "model: what a stopped download left stays",
+        'MODEL_CACHE.rglob("*.incomplete")',
+        "()",
+        "tests/test_model.py -k stopped",
     ),
     Mutation(
         "model: another shape goes under ViT-B/32's name",
@@ -711,9 +723,9 @@ MUTATIONS = [
         "tests/test_model.py -k another_shape_wants",
     ),
     Mutation(
-        "model: numbers that are not finite are an image's fault for good",
-        "NOT_FINITE, permanent=False",
-        "NOT_FINITE, permanent=True",
+        "model: numbers that are not finite become a vector",
+        "            if np.isfinite(vector).all():",
+        "            if True:",
         "tests/test_model.py -k not_finite",
     ),
     # The page
