@@ -166,9 +166,7 @@ def names(monkeypatch):
     return names
 
 
-# --------------------------------------------------------------------------------------------------
 # What an answer means
-# --------------------------------------------------------------------------------------------------
 
 PACKED = gzip.compress(IMAGE)
 GZIP = OK + b"Content-Encoding: gzip\r\n"
@@ -316,9 +314,7 @@ def test_connections_are_used_again_also_after_a_page(host):
     assert host.connections == 1
 
 
-# --------------------------------------------------------------------------------------------------
 # Time and size
-# --------------------------------------------------------------------------------------------------
 
 LATE = "strain: not complete in time (2 s)"
 NO_ANSWER = "strain: no answer in time"
@@ -453,9 +449,7 @@ def test_what_is_hostile_takes_little_memory(host, name):
     assert megabytes < 130
 
 
-# --------------------------------------------------------------------------------------------------
 # Redirects
-# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
@@ -532,9 +526,7 @@ def test_the_body_of_a_redirect_is_not_read(host, end):
     assert end_of(host.url_of("/old.png"), seconds=15.0) == IMAGE
 
 
-# --------------------------------------------------------------------------------------------------
 # What is sent, and to whom
-# --------------------------------------------------------------------------------------------------
 
 KEY = {"apikey": "sb_secret_x", "Authorization": "Bearer sb_secret_x"}
 
@@ -590,9 +582,7 @@ def test_the_password_in_a_url_is_sent_to_that_host_and_no_further(host):
     assert "authorization" not in sent(host)
 
 
-# --------------------------------------------------------------------------------------------------
 # URLs
-# --------------------------------------------------------------------------------------------------
 
 # A URL's end, and what is sent for it
 REQUESTED = {
@@ -664,9 +654,7 @@ def test_a_data_url_holds_its_image(kind):
     assert end_of(DATA_URLS[kind]) == IMAGE
 
 
-# --------------------------------------------------------------------------------------------------
 # The way to a host
-# --------------------------------------------------------------------------------------------------
 
 
 def test_a_name_that_leads_nowhere_is_a_strain(names):
@@ -802,9 +790,7 @@ def test_image_hosts_may_lack_renegotiation_info_and_key_identifiers(tls, monkey
     assert not script.tls_context().options & legacy_server_connect
 
 
-# --------------------------------------------------------------------------------------------------
 # The guard
-# --------------------------------------------------------------------------------------------------
 
 PUBLIC_ADDRESSES = """
     8.8.8.8 1.1.1.1 93.184.216.34 100.63.255.255 100.128.0.1 172.15.0.1 172.32.0.1 192.167.0.1
@@ -1006,9 +992,7 @@ def test_a_socks_proxy_that_can_not_be_used_ends_the_run(monkeypatch, proxy, sai
         script.open_store(script.Settings(url=PROJECT, key="x"), script.Stop())
 
 
-# --------------------------------------------------------------------------------------------------
 # Files
-# --------------------------------------------------------------------------------------------------
 
 
 def test_a_file_is_read_or_named(tmp_path):
