@@ -2797,16 +2797,19 @@ def png_of_pixels(data: bytes) -> bytes:
     while at < len(data):
         kind = data[at + 4 : at + 8]
         end = at + 12 + int.from_bytes(data[at : at + 4])
-        wanted = kind in (b"IHDR", b"PLTE", b"IDAT", b"IEND")
-        if kind in (b"tRNS", b"iCCP", b"eXIf") and not pixels_seen:
-            checksum = int.from_bytes(data[end - 4 : end])
-            wanted = zlib.crc32(data[at + 4 : end - 4]) == checksum
-        if wanted:
+        checksum = int.from_bytes(data[end - 4 : end])
+        is_right = zlib.crc32(data[at + 4 : end - 4]) == checksum
+        if kind == b"IDAT":
+            pixels_seen = True
+            # Pillow doesn't look. Zeros in a copy that stopped halfway make pixels, too.
+            if not is_right:
+                raise ImageError(BROKEN)
+        is_extra = kind in (b"tRNS", b"iCCP", b"eXIf") and is_right and not pixels_seen
+        if is_extra or kind in (b"IHDR", b"PLTE", b"IDAT", b"IEND"):
             kept.append(data[at:end])
-        if wanted and kind == b"tRNS" and depth != 8 and colour_type in (0, 2):
+        if is_extra and kind == b"tRNS" and depth != 8 and colour_type in (0, 2):
             # Pillow compares this colour with pixels that it has scaled to 8 bits already.
             raise ImageError(f"{RARE_FORMAT} ({depth}-bit PNG with a transparent colour)")
-        pixels_seen = pixels_seen or kind == b"IDAT"
         at = end
     return b"".join(kept)
 
