@@ -2280,7 +2280,8 @@ class Fetcher:
         cookies = RequestsCookieJar()
         for hop in range(MAX_REDIRECTS + 1):
             # Without a session: one would read passwords from .netrc.
-            request = requests.Request("GET", url, HEADERS | dict(headers), cookies=cookies)
+            sent = HEADERS | dict(headers)
+            request = requests.Request("GET", url, sent, cookies=cookies)
             try:
                 prepared = request.prepare()
             except ValueError:
@@ -2320,8 +2321,9 @@ class Fetcher:
     def _check_bucket(self, url: str, page: bytes) -> None:
         """Raises ImageError where the project's own Storage has no such bucket for the public."""
         if b"Bucket not found" in page and url.startswith(self._settings.url):
-            bucket = url.partition("/public/")[2].partition("/")[0]
-            raise ImageError(f"{PRIVATE_BUCKET} ({unquote(bucket)})")
+            path = unquote(url).partition("/public/")[2]
+            bucket = path.partition("/")[0]
+            raise ImageError(f"{PRIVATE_BUCKET} ({bucket})")
 
 
 class Deadline:
@@ -2360,7 +2362,9 @@ class Deadline:
     def download(self, data: bytes) -> Download:
         """What arrived, with the time that it took."""
         now = time.monotonic()
-        return Download(data, now - self._started, now - (self.first_byte or now))
+        seconds = now - self._started
+        first_byte = self.first_byte or now
+        return Download(data, seconds, now - first_byte)
 
 
 # What an answer holds
@@ -2370,7 +2374,8 @@ def body_of(answer: requests.Response, deadline: Deadline) -> bytes:
     """The bytes of an image, unpacked where its host packed them, unasked."""
     unpacker = None
     piece = 2**16
-    if answer.headers.get("Content-Encoding", "").lower() in ("gzip", "x-gzip", "deflate"):
+    encoding = answer.headers.get("Content-Encoding", "").lower()
+    if encoding in ("gzip", "x-gzip", "deflate"):
         unpacker = zlib.decompressobj(wbits=47)  # either of gzip's and zlib's headers
         piece = 2**12  # of which no more than 4 MB can come
     data = bytearray()
@@ -2404,9 +2409,9 @@ def first_bytes(answer: requests.Response) -> bytes:
 def next_url(answer: requests.Response) -> str:
     """Where a redirect leads. Raises ImageError where no image can be."""
     # Headers come as latin-1, hosts mean UTF-8.
-    location = answer.headers["Location"].encode("latin-1").decode("utf-8", "replace")
+    location = answer.headers["Location"].encode("latin-1")
     try:
-        url = urljoin(answer.url, location.strip())
+        url = urljoin(answer.url, location.decode("utf-8", "replace").strip())
     except ValueError:
         url = ""
     if not re.match("https?:", url, re.IGNORECASE):
@@ -2420,7 +2425,8 @@ def retry_after(headers: Mapping[str, str]) -> float:
     if re.fullmatch(r"\d+(\.\d+)?", text, re.ASCII):
         return float(text)
     try:
-        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+        when = parsedate_to_datetime(text).timestamp()
+        return max(0.0, when - time.time())
     except (ValueError, OverflowError):
         return 0.0
 
@@ -2539,18 +2545,19 @@ class Guard:
 
     def connect(self, connection: urllib3.connection.HTTPConnection) -> socket.socket:
         """A socket to the first of a host's addresses that answers. Raises OSError, ImageError."""
-        allowed = self._allowed(connection.host, connection.port)
-        addresses = [address for address in allowed if address not in self._failing] or allowed
+        port = connection.port
+        options = connection.socket_options
+        allowed = self._allowed(connection.host, port)
+        addresses = [address for address in allowed if address not in self._failing]
+        if not addresses:
+            addresses = allowed
         seconds = float(connection.timeout or 0)
         share = min(DEAD_SECONDS, seconds / len(addresses))
         while True:
             address = addresses.pop(0)
+            patience = share if addresses else seconds
             try:
-                opened = create_connection(
-                    (address, connection.port),
-                    share if addresses else seconds,
-                    socket_options=connection.socket_options,
-                )
+                opened = create_connection((address, port), patience, None, options)
             except OSError:
                 self._failing.add(address)
                 seconds -= share
@@ -2599,7 +2606,8 @@ class Guard:
 def host_and_port(url: str) -> tuple[str, int]:
     """Where a URL leads; an empty host where it leads nowhere."""
     parts = urlsplit(url)
-    return parts.hostname or "", parts.port or PORTS.get(parts.scheme, 0)
+    port = parts.port or PORTS.get(parts.scheme, 0)
+    return parts.hostname or "", port
 
 
 def guarded_adapter(guard: Guard, workers: int) -> requests.adapters.HTTPAdapter:

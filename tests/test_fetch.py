@@ -48,18 +48,7 @@ from conftest import alone
 from stack import ImageHost
 
 import generate_embeddings as script
-from generate_embeddings import (
-    MAX_BYTES,
-    Deadline,
-    Fetcher,
-    Guard,
-    ImageError,
-    RunError,
-    Settings,
-    Source,
-    Strain,
-    advice,
-)
+from generate_embeddings import Deadline, Fetcher, ImageError, RunError, Source, Strain
 
 IMAGE = b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 8  # any bytes do here
 HANGS = 20  # seconds that no download here may take, though the host would go on for ever
@@ -69,7 +58,7 @@ PROJECT = "https://project.supabase.co"
 
 def fetcher(**changes):
     """A Fetcher for hosts on loopback."""
-    return Fetcher(Settings(**{"private_hosts": True, **changes}))
+    return Fetcher(script.Settings(**{"private_hosts": True, **changes}))
 
 
 def get(one, where, headers=None, seconds=8.0):
@@ -102,7 +91,7 @@ def told(end):
     host did not cope. Each reason is one of the table, with what to do about it."""
     if isinstance(end, bytes):
         return end
-    assert advice(str(end)), f"not in the table of reasons: {end}"
+    assert script.advice(str(end)), f"not in the table of reasons: {end}"
     return f"strain: {end}" if isinstance(end, Strain) else str(end)
 
 
@@ -839,7 +828,7 @@ PRIVATE_ADDRESSES = """
 
 def test_addresses_of_the_internet_are_public_and_all_others_are_not():
     addresses = PUBLIC_ADDRESSES.split() + PRIVATE_ADDRESSES.split()
-    public = [address for address in addresses if Guard.is_public(address)]
+    public = [address for address in addresses if script.Guard.is_public(address)]
     assert public == PUBLIC_ADDRESSES.split()
 
 
@@ -893,7 +882,9 @@ def test_a_name_that_leads_to_a_private_address_is_never_connected_to(listener, 
 
 @LINUX
 def test_of_a_names_addresses_only_the_public_ones_are_connected_to(host, names, monkeypatch):
-    monkeypatch.setattr(Guard, "is_public", staticmethod(lambda address: address == "127.0.0.1"))
+    monkeypatch.setattr(
+        script.Guard, "is_public", staticmethod(lambda address: address == "127.0.0.1")
+    )
     names["shop.example"] = ["127.0.0.2", "127.0.0.1"]
     with Listener("127.0.0.2", host.port) as private:
         assert guarded(f"http://shop.example:{host.port}/a.png") == IMAGE
@@ -1012,7 +1003,7 @@ def test_images_come_through_the_tunnel_of_a_proxy(tls, monkeypatch):
 def test_a_socks_proxy_that_can_not_be_used_ends_the_run(monkeypatch, proxy, said):
     monkeypatch.setenv("ALL_PROXY", proxy)
     with pytest.raises(RunError, match=said):
-        script.open_store(Settings(url=PROJECT, key="x"), script.Stop())
+        script.open_store(script.Settings(url=PROJECT, key="x"), script.Stop())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1030,5 +1021,5 @@ def test_a_file_is_read_or_named(tmp_path):
     for name in ("folder.jpg", "dangling.jpg", "loop.jpg", "pipe.jpg", "missing.jpg"):
         assert told(end_of(tmp_path / name)).startswith("can't be read ("), name
     with (tmp_path / "large.png").open("wb") as file:
-        file.truncate(MAX_BYTES + 1)
+        file.truncate(script.MAX_BYTES + 1)
     assert told(end_of(tmp_path / "large.png")) == TOO_LARGE

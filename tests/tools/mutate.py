@@ -541,8 +541,8 @@ MUTATIONS = [
     ),
     Mutation(
         "fetching: a dead address is never tried again",
-        "if address not in self._failing] or allowed",
-        "if address not in self._failing]",
+        "            addresses = allowed\n",
+        "            raise TimeoutError\n",
         "tests/test_fetch.py -k dead_first",
     ),
     Mutation(
