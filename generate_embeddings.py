@@ -24,29 +24,30 @@
 # ///
 """Give every product image in a Supabase database (or a folder) a CLIP embedding.
 
-    find pending assets -> fetch -> decode -> embed -> store -> report
+    pending assets (the store finds them) -> fetch -> decode -> embed -> store -> report
 
-main reads flags and settings; embed_all asks the store for its status. --search then answers, with
---gallery on a page, too, and --dry-run lists, and that is all. Else, if anything is pending, the
-steps overlap in Run.loop; the first images are fetched while the model is loaded. The report comes
-in any case, also after an error; --gallery then, unless the run was stopped or could not go on.
+`main` reads flags and settings. `embed_all` asks the store for its status. With --search it then
+answers questions, with --dry-run it lists assets, and that is all. Else, if anything is pending,
+the steps overlap in `Run.loop`: the first images are fetched while the model is loaded. The report
+is printed in any case, also after an error. The page (--gallery) comes last, unless the run was
+stopped or could not go on.
 
 Words
-    asset     one product image to embed: an id and where its image is
-    pending   without an embedding of this model version; the store says which assets are, and
-              leaves out those that failed for good, or too often to be tried again yet
-              (--retry-failed takes them in)
+    asset     one product image to embed: an id, and where its image is
+    pending   without an embedding of this image and model version, and due: an asset that failed
+              is tried again in the next run, then ever more rarely (--retry-failed: at once)
     store     where assets and embeddings are: a Supabase database, or a folder
+    host      who serves images; strain is a host's sign that it does not cope
     levels    a uint8 array (224, 224, 3), what CLIP sees of an image
     pixels    the same as float32 (3, 224, 224), normalised: what its image tower takes
-    vector    a float32 array (512,) of unit length, what that gives
+    vector    a float32 array (512,) of unit length, what the tower gives
 
 Sections
     The story        main, embed_all, Report: a run from its start to its printed report
-    Words            what the sections hand to each other, errors, the Store protocol, Settings
-    The run          Run (one loop), Task, Hosts, Progress, Stop
+    Words            what the sections hand to each other, the reasons of failures, Store, Settings
+    The run          Run (one loop), Job, Pace, Host, Progress, Stop
     Stores           SupabaseStore, FolderStore
-    Fetching         Guard, Fetcher, and what a host's answer means
+    Fetching         Fetcher, Deadline, and Guard: where a connection may go
     Pictures         from a file's bytes to levels
     Decoders         the processes that do this, what they may take, what they can reach
     Model            the two towers, their weights and the download
@@ -54,35 +55,43 @@ Sections
     Command line     flags, settings, what is said on the terminal
 
 Who runs where
-    Main thread      the loop of Run, which alone touches the Run and the Report; Store.locate
+    Main thread      the loop of Run, which alone touches Run, Job, Host, Pace and Report;
+                     Store.locate
     Run.background   a pool of threads, a task each: load the model, find a page, store a batch (one
-                     at a time), fetch an image or wait for its decoder (as many as --workers, and
-                     up to MOST_SLOW more while some are slow)
-    Before the run   Store.status, in a thread of its own, as it may hang
+                     at a time), fetch an image or wait for its decoder. A download that hangs keeps
+                     its thread until the process ends.
     Run.embedders    a pool with one thread a core (one in all on a GPU), a batch each
     Decoders         processes, one a core: a file is not to be trusted, and may crash its decoder
+    Before the run   Store.status, in a thread of its own, as it may hang
     For moments      a timer for each file being decoded (answer_to), a thread a core while weights
-                     are laid out (read_layers)
-    --gallery, --search    after the run, or without one: the main thread, and a pool that fetches
+                     are laid out (read_layers), on a terminal tqdm's own thread
+    --gallery, --search    after the run, or without one: the main thread, with decoders of their
+                     own and, for the page, a pool that fetches
 
 Where the answers to other questions stand
     What must be called before what, and what a third store must offer: Store
     What happens to an image that changes meanwhile: Store
+    How many downloads run at once, and when a host is given up: Pace
     When a run ends early, with which exit code, and what bounds memory: Run
     What a host's answer means: STRAINED. How to add a setting: Settings
 
 What an upgrade of a package may break, as no documentation promises it
-    urllib3     connection._new_conn, response_class, pool_classes_by_scheme (guarded_adapter)
+    urllib3     connection._new_conn, response_class, pool_classes_by_scheme,
+                util.connection.create_connection (guarded_adapter, Guard)
     http.client _MAXHEADERS, response.fp (guarded_adapter)
-    requests    adapter.cert_verify, proxy_manager (guarded_adapter); brings certifi
-    torch       torch.ops.mkldnn._linear_pointwise, _reorder_linear_weight (Linear)
-    transformers    brings tokenizers, safetensors and filelock, which are used here (Model)
+    requests    adapter.cert_verify, proxy_manager, utils.select_proxy, utils.get_environ_proxies
+                (Fetcher); brings certifi, which is used here
+    huggingface_hub    the cache's layout, `*.incomplete`, tqdm_class, httpx2's errors, the texts of
+                its warnings (Model)
+    torch       torch.ops.mkldnn._linear_pointwise, _reorder_linear_weight (Linear), names in
+                torch.cpu.get_capabilities (has_bfloat16)
+    transformers    brings tokenizers and safetensors, which are used here (Model)
     supabase    brings httpx and postgrest, whose errors are known here (SupabaseStore)
-    tqdm        bar.initial, bar.start_t (Progress)
     pillow      TiffImagePlugin.READ_LIBTIFF, a GIF's dispose_extent (Pictures)
+    PostgreSQL, PostgREST    codes of errors (SupabaseStore)
 
-Exit codes: 0 all done, 1 some assets failed, 2 could not run, or not go on, 130 interrupted (143 by
-SIGTERM, 129 by a closed terminal).
+Exit codes: 0 all done, 1 some images failed or their host did not cope, 2 the run could not start
+or not go on, 130 interrupted (143 by SIGTERM, 129 by a closed terminal).
 """
 
 from __future__ import annotations
@@ -140,7 +149,6 @@ import sqlite3
 import ssl
 import struct
 import subprocess
-import textwrap
 import threading
 import time
 import traceback
@@ -301,7 +309,7 @@ def say_what_would_be_done(store: Store, settings: Settings, report: Report) -> 
     goal = report.pending
     if settings.limit:
         goal = min(goal, settings.limit)
-    print(f"Would embed {counted(goal, 'asset')} as {settings.model_version}")
+    print(f"Would embed {counted(goal, report.noun)} as {settings.model_version}")
     first_page = next((page for page in store.pages() if page), [])
     for asset in first_page[: min(5, goal)]:
         print(printable(f"  {asset}"))
@@ -318,6 +326,7 @@ class Report:
 
     def __init__(self, status: Status, settings: Settings) -> None:
         self.status = status  # as the run found it
+        self.noun = "image" if settings.local else "asset"  # an asset is a row of a database
         self.waiting = 0  # failed before, and not tried by this run
         if not settings.retry_failed:
             self.waiting = status.waiting
@@ -383,7 +392,7 @@ class Report:
         again = status.failed - self.waiting
         if again:
             parts.append(f"of which {again:,} failed before")
-        return f"{counted(status.assets, 'asset')}: {', '.join(parts)}"
+        return f"{counted(status.assets, self.noun)}: {', '.join(parts)}"
 
     def print(self) -> None:
         """Prints the report to stdout."""
@@ -564,11 +573,13 @@ class Asset(NamedTuple):
     image: str
     image_hash: int = 0  # the store's: of the URL, or of a file's state
     size: int = 0  # bytes of the text `image`, which comes cut where it is too long
+    title: str = ""  # as its owner knows it
 
     def __str__(self) -> str:
         if self.id == self.image:
             return self.image
-        return f"{self.id}  {shorten(self.image)}"
+        parts = (str(self.id), shorten(self.title), shorten(self.image))
+        return "  ".join(part for part in parts if part)
 
 
 class Source(NamedTuple):
@@ -587,13 +598,6 @@ class Source(NamedTuple):
             if re.fullmatch(r"[\w.:\[\]-]+", host):
                 return host
         return ""
-
-
-class Loaded(NamedTuple):
-    """An asset with its pixels, float32 (3, 224, 224)."""
-
-    asset: Asset
-    pixels: np.ndarray
 
 
 class Download(NamedTuple):
@@ -809,6 +813,17 @@ def shorten(text: str, width: int = 60) -> str:
     return f"{text[:half]}...{text[-half:]}"
 
 
+def near_name(name: str, names: Iterable[str]) -> str:
+    """Which of the names was probably meant: one that holds this name, or is spelt like it.
+    Empty where none is near."""
+    wanted = name.strip().casefold()
+    plain = {other.casefold(): other for other in names}
+    near = [other for other in plain if len(wanted) > 2 and wanted in other]
+    near.sort(key=len)
+    near += difflib.get_close_matches(wanted, plain, n=1, cutoff=0.75)
+    return plain[near[0]] if near else ""
+
+
 def plural(count: int, noun: str) -> str:
     """The noun as it follows that number."""
     return noun if count == 1 else f"{noun}s"
@@ -873,6 +888,7 @@ class Job:
     assets: list[Asset]
     tries: int = 0  # that met strain
     since: float = 0.0  # when the last try began
+    pixels: np.ndarray | None = None  # while they wait for the model
     result: Result | None = None  # of the first asset, as soon as there is one
 
 
@@ -1014,8 +1030,7 @@ class Run:
         self.waiting_characters = 0  # and the length of their URLs
         self.jobs: dict[str, Job] = {}  # by URL: those that further assets may share,
         self.kept: deque[str] = deque()  # of which these have a result, oldest first
-        self.loading: dict[Id, Job] = {}  # by their first asset: those between fetch and result
-        self.ready: list[Loaded] = []  # to be embedded
+        self.ready: list[Job] = []  # to be embedded
         self.results: list[Result] = []  # to be stored
         self.store_by = 0.0  # by then a batch is started, full or not; at first: at once
         self.trouble: Exception | None = None  # what ends the run
@@ -1212,13 +1227,13 @@ class Run:
         now = time.monotonic()
         host.pace.arrived(now, download.seconds)
         self.line.arrived(now, download.body_seconds)
-        first = job.assets[0]
-        self.loading[first.id] = job
-        task = Task("decode", self.take_loaded, partial(self.take_failure, job, "decode"))
-        self.start(task, self.loader.load, first, download.data)
+        fail = partial(self.take_failure, job, "decode")
+        task = Task("decode", partial(self.take_pixels, job), fail)
+        self.start(task, self.loader.load, download.data)
 
-    def take_loaded(self, loaded: Loaded) -> None:
-        self.ready.append(loaded)
+    def take_pixels(self, job: Job, pixels: np.ndarray) -> None:
+        job.pixels = pixels
+        self.ready.append(job)
 
     def take_failed_fetch(self, job: Job, host: Host, error: Exception) -> None:
         host.downloads -= 1
@@ -1288,7 +1303,6 @@ class Run:
         if not isinstance(error, ImageError):
             log.debug("%s", first, exc_info=error)
             reason = f"unexpected {type(error).__name__}"
-        self.loading.pop(first.id, None)
         self.finish(job, Failed(first, stage, reason))
 
     # Embed
@@ -1308,12 +1322,17 @@ class Run:
                 return
             batch = self.ready[:size]
             self.ready = self.ready[size:]
-            task = Task("embed", self.take_embedded, self.end, images=len(batch))
-            self.start(task, self.encoder.embed, batch)
+            take = partial(self.take_vectors, batch)
+            task = Task("embed", take, self.end, images=len(batch))
+            self.start(task, self.encoder.embed, [job.pixels for job in batch])
 
-    def take_embedded(self, results: list[Result]) -> None:
-        for result in results:
-            self.finish(self.loading.pop(result.asset.id), result)
+    def take_vectors(self, batch: list[Job], vectors: np.ndarray) -> None:
+        for job, vector in zip(batch, vectors, strict=True):
+            job.pixels = None
+            if np.isfinite(vector).all():
+                self.finish(job, Embedded(job.assets[0], vector))
+            else:
+                self.take_failure(job, "embed", ImageError(NOT_FINITE))
 
     def finish(self, job: Job, result: Result) -> None:
         """Counts a result for each asset that shares the image, and keeps it for those to come."""
@@ -1377,16 +1396,15 @@ def clock(moment: float) -> str:
 class Progress:
     """How far the run is: a bar on a terminal, lines in a log elsewhere."""
 
-    EACH = 10  # a line of a log after so many of the first
-    EACH_UNTIL = 100  # images
-    LINE_SECONDS = 10.0  # and whenever the last line is this old
+    FIRST_LINE = 10  # images, after which a log has its first line
+    LINE_SECONDS = 10.0  # from one to the next
 
     def __init__(self, goal: int) -> None:
         self._goal = goal
         self._done = 0  # stored or not, of which
         self._failed = 0  # so many
         self._since = time.monotonic()
-        self._line_due = math.inf
+        self._line_due = self._since + self.LINE_SECONDS
         self._bar: Any = None
         if sys.stderr.isatty():
             width = shutil.get_terminal_size().columns - 1
@@ -1421,15 +1439,15 @@ class Progress:
 
     def _log_now_and_then(self) -> None:
         now = time.monotonic()
-        first_ones = self._done <= self.EACH_UNTIL and self._done % self.EACH == 0
-        if first_ones or now >= self._line_due:
-            rate = self._done / max(0.001, now - self._since)
-            left = timedelta(seconds=math.ceil((self._goal - self._done) / rate))
-            log.info(
-                f"{self._done:,}/{self._goal:,} done, {self._failed:,} failed, "
-                f"{rate:.1f} images/s, {left} left"
-            )
-            self._line_due = now + self.LINE_SECONDS
+        if now < self._line_due and self._done != self.FIRST_LINE:
+            return
+        self._line_due = now + self.LINE_SECONDS
+        rate = self._done / max(0.001, now - self._since)
+        left = timedelta(seconds=math.ceil((self._goal - self._done) / rate))
+        log.info(
+            f"{self._done:,}/{self._goal:,} done, {self._failed:,} failed, "
+            f"{rate:.1f} images/s, {left} left"
+        )
 
 
 class Stop:
@@ -1556,8 +1574,8 @@ class SupabaseStore:
         if answer["clients"] is not None:
             client = str(self._settings.client)
             others = [str(name) for name in answer["clients"]]
-            near = difflib.get_close_matches(client, others, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "check the spelling"
+            near = near_name(client, others)
+            hint = f"did you mean {near!r}?" if near else "check the spelling"
             raise RunError(f"no asset is of client {client!r}: {hint}")
         self._run_began = answer["time"]  # by the database's clock
         return Status(
@@ -1587,7 +1605,13 @@ class SupabaseStore:
 
     def _read_page(self, answer: Any) -> tuple[list[Asset], Id | None]:
         page = [
-            Asset(row["id"], row["image"] or "", image_hash=row["image_hash"], size=row["bytes"])
+            Asset(
+                row["id"],
+                row["image"] or "",
+                image_hash=row["image_hash"],
+                size=row["bytes"],
+                title=row["title"] or "",
+            )
             for row in answer["assets"]
         ]
         return page, answer["last"]
@@ -1643,9 +1667,15 @@ class SupabaseStore:
             else:
                 row = {"asset_id": asset.id, "image_hash": asset.image_hash}
                 failures.append(row | {"stage": result.stage, "reason": result.reason})
+
+        def read(answer: Any) -> set[Id]:
+            if answer["given"] != len(results):
+                raise ValueError
+            return set(answer["taken"])
+
         taken: set[Id] = self._call(
             "store_embeddings",
-            set,
+            read,
             model_version=self._settings.model_version,
             vectors=vectors,
             failures=failures,
@@ -1842,6 +1872,10 @@ def vector_text(vector: np.ndarray) -> str:
     return "[" + ",".join(map(str, vector.astype(np.float32))) + "]"
 
 
+MOST_COMPARED = 100_000  # vectors of a folder: 200 MB
+MOST_PAIRS = 1_000_000  # a thousand pictures that look the same make half of that
+BLOCK = 1024  # vectors that are compared with as many others at a time
+JOURNAL_MAGIC = bytes.fromhex("d9d505f920a163d7")  # at a journal's end: it names another one
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".webp", ".avif"}
 IMAGE_SUFFIXES |= {".tif", ".tiff", ".bmp", ".heic", ".heif"}
 # Copies, thumbnails and deleted files, as NAS systems, archives and desktops keep them
@@ -1863,6 +1897,13 @@ on conflict do update set modified = :image_hash, model_version = :version,
     embedding = :embedding, stage = :stage, reason = :reason, updated_at = :now
 where :embedding is not null or embedding is null or modified <> :image_hash
     or model_version <> :version
+"""
+
+
+# SQLite goes by a row's sql, whatever its other columns say
+FOLDER_ODDITIES = """
+select name from sqlite_master where sql not like 'create table%'
+    and sql not like 'create index%' and sql not like 'create unique index%'
 """
 
 
@@ -1891,6 +1932,7 @@ class FolderStore:
         self._below = ""
         if settings.client is not None:
             self._below = composed(settings.client.strip("/")) + "/"
+        self._mine: set[str] = set()  # paths that `status` found: other rows are not believed
         self._new: list[Asset] = []
         self._failed: list[Asset] = []
 
@@ -1901,7 +1943,10 @@ class FolderStore:
         if self._settings.dry_run and not Path(place).exists():
             place = ":memory:"
         try:
+            self._refuse_traps()
             with contextlib.closing(sqlite3.connect(place, 60)) as database, database:
+                if database.execute(FOLDER_ODDITIES).fetchone():
+                    raise RunError(f"{self.place} has triggers or views: it is not ours, move it")
                 database.execute(FOLDER_TABLE)
                 yield database
         except (sqlite3.Error, OSError) as error:
@@ -1910,11 +1955,25 @@ class FolderStore:
                 "a folder that can be written to, with room on the disk"
             ) from None
 
+    def _refuse_traps(self) -> None:
+        """Raises RunError where somebody prepared the file, or one beside it, so that SQLite would
+        write to files elsewhere, or delete them."""
+        for ending in ("", "-journal", "-wal", "-shm"):
+            path = Path(self.place + ending)
+            if is_link(path) or (path.exists() and not path.is_file()):
+                raise RunError(f"{path} is a link, or no file: move it")
+            if ending == "-journal" and path.exists():
+                with path.open("rb") as journal:
+                    journal.seek(max(0, path.stat().st_size - len(JOURNAL_MAGIC)))
+                    if journal.read() == JOURNAL_MAGIC:
+                        raise RunError(f"{path} is of several databases, and not ours: move it")
+
     def status(self) -> Status:
         """As Store says. Compares the folder's images with what the file knows of them: deletes
         the rows of files that are gone, and keeps for `pages` what is pending."""
         files = dict(self._files())
-        mine = [path for path in sorted(files) if self._is_mine(path)]
+        mine = [path for path in sorted(files) if composed(path).startswith(self._below)]
+        self._mine = set(mine)
         if not mine:
             self._explain_nothing(files)
         with self._database() as database:
@@ -1939,21 +1998,19 @@ class FolderStore:
                 done += 1
         return Status(len(mine), done, len(self._failed))
 
-    def _is_mine(self, path: str) -> bool:
-        return composed(path).startswith(self._below)
-
     def _explain_nothing(self, files: Mapping[str, Any]) -> None:
         if not self._below:
             raise RunError(f"no image below {self._folder}: by the endings of the files there")
         folders = {composed(path).rpartition("/")[0] for path in files}
-        near = difflib.get_close_matches(self._below.strip("/"), folders, n=1)
-        hint = f"did you mean {near[0]}?" if near else "--client is a subfolder"
+        near = near_name(self._below.strip("/"), folders)
+        hint = f"did you mean {near}?" if near else "--client is a subfolder"
         raise RunError(f"no image below {self._folder / self._below}: {hint}")
 
     def _files(self) -> Iterator[tuple[str, os.stat_result | None]]:
         """Path and state (None: it can't be looked at) of each image file. Logs what is left out,
         but for hidden files and folders."""
         left_out: Counter[str] = Counter()
+        endings: Counter[str] = Counter()  # of files that are no images
         for folder, subfolders, names in os.walk(self._folder, onerror=unreadable):
             here = Path(folder)
             for name in list(subfolders):
@@ -1969,7 +2026,7 @@ class FolderStore:
                     continue
                 ending = image_ending(name)
                 if ending not in IMAGE_SUFFIXES:
-                    left_out[ending or "without an ending"] += 1
+                    endings[ending or "without an ending"] += 1
                     continue
                 try:
                     path = (here / name).relative_to(self._folder).as_posix()
@@ -1979,9 +2036,13 @@ class FolderStore:
                     log.warning("left out: %s: %s", ascii(str(here / name)), error)
                 except OSError:  # of a folder that keeps its files from us, say
                     yield path, None
+        if endings:
+            kind = "files that are no images" if endings.total() > 1 else "file that is no image"
+            few = ", ".join(ending for ending, _ in endings.most_common(8))
+            left_out[f"{kind} ({few})"] = endings.total()
         if left_out:
             kinds = (f"{count:,} {kind}" for kind, count in left_out.most_common(8))
-            log.info("left out, as no images of yours: %s", ", ".join(kinds))
+            log.info("left out: %s", ", ".join(kinds))
 
     def pages(self) -> Iterator[list[Asset]]:
         """As Store says, in the order of the paths."""
@@ -2032,37 +2093,37 @@ class FolderStore:
                 blocks.append(block)
         vectors = np.concatenate(blocks)
         blocks.clear()  # 200 MB
-        rows, looked_at = rows_alike(vectors)
+        alike, compared = rows_alike(vectors)
         pairs = [
             Pair(
-                pictures[one],
-                pictures[other],
-                cosine,
-                same=bool((vectors[one] == vectors[other]).all()),
+                pictures[one], pictures[other], cosine, bool((vectors[one] == vectors[other]).all())
             )
-            for one, other, cosine in rows
+            for one, other, cosine in alike
         ]
-        spread = np.linspace(0, len(pictures) - 1, min(SAMPLES, len(pictures))).astype(int)
+        copies = {other for _, other, _ in alike}
+        apart = np.array([row for row in range(len(pictures)) if row not in copies], int)
+        spread = apart[np.linspace(0, len(apart) - 1, min(SAMPLES, len(apart))).astype(int)]
         samples = []
         for own, cosines in zip(spread, vectors[spread] @ vectors.T, strict=True):
-            nearest = [row for row in np.argsort(-cosines)[: NEAREST + 1] if row != own][:NEAREST]
-            matches = [Match(pictures[row], float(cosines[row])) for row in nearest]
+            nearest = apart[np.argsort(-cosines[apart])][: NEAREST + 1]
+            matches = [Match(pictures[row], float(cosines[row])) for row in nearest if row != own]
             samples.append(Sample(pictures[own], matches))
         typical = None
         if len(spread) > 1:
             cosines = vectors[spread] @ vectors[spread].T
             typical = float(np.median(cosines[np.triu_indices(len(spread), 1)]))
         among = len(vectors)
-        return Catalog(pairs, embedded, among, looked_at, samples, typical, self._failures())
+        return Catalog(pairs, embedded, among, compared, samples, typical, self._failures())
 
     def _vectors(self) -> Iterator[tuple[list[Picture], np.ndarray]]:
-        """All pictures with their vectors (n, 512), in blocks of several thousand."""
-        query = "select asset_id, embedding from images where model_version = ? and {} order by 1"
-        query = query.format("embedding is not null")
+        """The pictures that `status` found with their vectors (n, 512), in blocks of thousands."""
+        query = """select asset_id, embedding from images
+            where model_version = ? and typeof(embedding) = 'blob' and length(embedding) = ?
+            order by asset_id"""
         with self._database() as database:
-            found = database.execute(query, [self._settings.model_version])
+            found = database.execute(query, [self._settings.model_version, 4 * DIMENSIONS])
             while block := found.fetchmany(5000):
-                mine = [(path, blob) for path, blob in block if self._is_mine(path)]
+                mine = [(path, blob) for path, blob in block if path in self._mine]
                 vectors = np.frombuffer(b"".join(blob for _, blob in mine), "<f4")
                 yield [picture_of(path) for path, _ in mine], vectors.reshape(-1, DIMENSIONS)
 
@@ -2071,10 +2132,38 @@ class FolderStore:
             where model_version = ? and reason is not null order by asset_id"""
         with self._database() as database:
             return [
-                FailedPicture(picture_of(path), reason)
+                FailedPicture(picture_of(path), str(reason))
                 for path, reason in database.execute(query, [self._settings.model_version])
-                if self._is_mine(path)
+                if path in self._mine
             ]
+
+
+def rows_alike(vectors: np.ndarray) -> tuple[list[tuple[int, int, float]], int]:
+    """The pairs of rows of unit vectors (n, 512) whose cosine is SAME or more, the earlier row
+    first; and how many rows were compared with all others before LOOK_SECONDS were over.
+
+    Equal rows come first, each paired with the first of its kind, which then stands for all.
+    """
+    deadline = time.monotonic() + LOOK_SECONDS
+    pairs = []
+    first: dict[bytes, int] = {}
+    for row, vector in enumerate(vectors):
+        known = first.setdefault(hashlib.sha256(vector).digest(), row)
+        if known != row:
+            pairs.append((known, row, 1.0))
+    copies = len(pairs)
+    rows = list(first.values())
+    for start in range(0, len(rows), BLOCK):
+        if start and (time.monotonic() > deadline or len(pairs) > MOST_PAIRS):
+            return pairs, copies + start
+        ours = rows[start : start + BLOCK]
+        for other in range(start, len(rows), BLOCK):
+            theirs = rows[other : other + BLOCK]
+            cosines = vectors[ours] @ vectors[theirs].T
+            for i, j in np.argwhere(cosines >= SAME):
+                if ours[i] < theirs[j]:
+                    pairs.append((ours[i], theirs[j], min(float(cosines[i, j]), 1.0)))
+    return pairs, len(vectors)
 
 
 def picture_of(path: str) -> Picture:
@@ -2128,6 +2217,7 @@ HEADER_BYTES = 2**17  # of an answer, all its headers together
 MOST_HEADERS = 400  # of an answer; some shops send 120, and Python takes 100
 PAGE_BYTES = 2**16  # that are read of an answer without an image
 MAX_REDIRECTS = 5
+LONGEST_URL = 2**16  # characters; longer ones no host takes, and to quote them takes memory
 LIVELY_BYTES = 50_000  # arrived bytes that give a download one more second
 DEAD_SECONDS = 2.0  # for an address that does not answer, where its host has others
 HOSTS_KEPT = 64  # hosts whose connections stay open
@@ -2187,7 +2277,8 @@ class Fetcher:
         cookies = RequestsCookieJar()
         for hop in range(MAX_REDIRECTS + 1):
             # Without a session: one would read passwords from .netrc.
-            request = requests.Request("GET", url, HEADERS | dict(headers), cookies=cookies)
+            sent = HEADERS | dict(headers)
+            request = requests.Request("GET", url, sent, cookies=cookies)
             try:
                 prepared = request.prepare()
             except ValueError:
@@ -2227,8 +2318,9 @@ class Fetcher:
     def _check_bucket(self, url: str, page: bytes) -> None:
         """Raises ImageError where the project's own Storage has no such bucket for the public."""
         if b"Bucket not found" in page and url.startswith(self._settings.url):
-            bucket = url.partition("/public/")[2].partition("/")[0]
-            raise ImageError(f"{PRIVATE_BUCKET} ({unquote(bucket)})")
+            path = unquote(url).partition("/public/")[2]
+            bucket = path.partition("/")[0]
+            raise ImageError(f"{PRIVATE_BUCKET} ({bucket})")
 
 
 class Deadline:
@@ -2267,7 +2359,9 @@ class Deadline:
     def download(self, data: bytes) -> Download:
         """What arrived, with the time that it took."""
         now = time.monotonic()
-        return Download(data, now - self._started, now - (self.first_byte or now))
+        seconds = now - self._started
+        first_byte = self.first_byte or now
+        return Download(data, seconds, now - first_byte)
 
 
 # What an answer holds
@@ -2277,7 +2371,8 @@ def body_of(answer: requests.Response, deadline: Deadline) -> bytes:
     """The bytes of an image, unpacked where its host packed them, unasked."""
     unpacker = None
     piece = 2**16
-    if answer.headers.get("Content-Encoding", "").lower() in ("gzip", "x-gzip", "deflate"):
+    encoding = answer.headers.get("Content-Encoding", "").lower()
+    if encoding in ("gzip", "x-gzip", "deflate"):
         unpacker = zlib.decompressobj(wbits=47)  # either of gzip's and zlib's headers
         piece = 2**12  # of which no more than 4 MB can come
     data = bytearray()
@@ -2287,7 +2382,7 @@ def body_of(answer: requests.Response, deadline: Deadline) -> bytes:
         if not chunk:
             break
         if unpacker:
-            chunk = unpacker.decompress(chunk, MAX_BYTES + 1 - len(data))
+            chunk = unpacker.decompress(chunk)
         data += chunk
         if len(data) > MAX_BYTES:
             raise ImageError(TOO_LARGE)
@@ -2311,9 +2406,9 @@ def first_bytes(answer: requests.Response) -> bytes:
 def next_url(answer: requests.Response) -> str:
     """Where a redirect leads. Raises ImageError where no image can be."""
     # Headers come as latin-1, hosts mean UTF-8.
-    location = answer.headers["Location"].encode("latin-1").decode("utf-8", "replace")
+    location = answer.headers["Location"].encode("latin-1")
     try:
-        url = urljoin(answer.url, location.strip())
+        url = urljoin(answer.url, location.decode("utf-8", "replace").strip())
     except ValueError:
         url = ""
     if not re.match("https?:", url, re.IGNORECASE):
@@ -2327,7 +2422,8 @@ def retry_after(headers: Mapping[str, str]) -> float:
     if re.fullmatch(r"\d+(\.\d+)?", text, re.ASCII):
         return float(text)
     try:
-        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+        when = parsedate_to_datetime(text).timestamp()
+        return max(0.0, when - time.time())
     except (ValueError, OverflowError):
         return 0.0
 
@@ -2382,6 +2478,8 @@ def failure_of(error: Exception, deadline: Deadline) -> ImageError:
 def read_url(text: str) -> str:
     """The URL that a text of the catalog is. Raises ImageError with what the text is instead."""
     text = text.strip()
+    if len(text) > LONGEST_URL:
+        raise ImageError(f"{NOT_A_URL} (longer than {LONGEST_URL:,} characters)")
     if re.match(r"[\[{]|.*[\s,;|]https?://", text, re.IGNORECASE | re.DOTALL):
         raise ImageError(MANY_URLS)
     if not re.match(r"[\w!+.-]{2,}:(?!\d+/)", text):  # host:80 and C:\ are no schemes
@@ -2444,18 +2542,19 @@ class Guard:
 
     def connect(self, connection: urllib3.connection.HTTPConnection) -> socket.socket:
         """A socket to the first of a host's addresses that answers. Raises OSError, ImageError."""
-        allowed = self._allowed(connection.host, connection.port)
-        addresses = [address for address in allowed if address not in self._failing] or allowed
+        port = connection.port
+        options = connection.socket_options
+        allowed = self._allowed(connection.host, port)
+        addresses = [address for address in allowed if address not in self._failing]
+        if not addresses:
+            addresses = allowed
         seconds = float(connection.timeout or 0)
         share = min(DEAD_SECONDS, seconds / len(addresses))
         while True:
             address = addresses.pop(0)
+            patience = share if addresses else seconds
             try:
-                opened = create_connection(
-                    (address, connection.port),
-                    share if addresses else seconds,
-                    socket_options=connection.socket_options,
-                )
+                opened = create_connection((address, port), patience, None, options)
             except OSError:
                 self._failing.add(address)
                 seconds -= share
@@ -2504,7 +2603,8 @@ class Guard:
 def host_and_port(url: str) -> tuple[str, int]:
     """Where a URL leads; an empty host where it leads nowhere."""
     parts = urlsplit(url)
-    return parts.hostname or "", parts.port or PORTS.get(parts.scheme, 0)
+    port = parts.port or PORTS.get(parts.scheme, 0)
+    return parts.hostname or "", port
 
 
 def guarded_adapter(guard: Guard, workers: int) -> requests.adapters.HTTPAdapter:
@@ -2697,16 +2797,19 @@ def png_of_pixels(data: bytes) -> bytes:
     while at < len(data):
         kind = data[at + 4 : at + 8]
         end = at + 12 + int.from_bytes(data[at : at + 4])
-        wanted = kind in (b"IHDR", b"PLTE", b"IDAT", b"IEND")
-        if kind in (b"tRNS", b"iCCP", b"eXIf") and not pixels_seen:
-            checksum = int.from_bytes(data[end - 4 : end])
-            wanted = zlib.crc32(data[at + 4 : end - 4]) == checksum
-        if wanted:
+        checksum = int.from_bytes(data[end - 4 : end])
+        is_right = zlib.crc32(data[at + 4 : end - 4]) == checksum
+        if kind == b"IDAT":
+            pixels_seen = True
+            # Pillow doesn't look. Zeros in a copy that stopped halfway make pixels, too.
+            if not is_right:
+                raise ImageError(BROKEN)
+        is_extra = kind in (b"tRNS", b"iCCP", b"eXIf") and is_right and not pixels_seen
+        if is_extra or kind in (b"IHDR", b"PLTE", b"IDAT", b"IEND"):
             kept.append(data[at:end])
-        if wanted and kind == b"tRNS" and depth != 8 and colour_type in (0, 2):
+        if is_extra and kind == b"tRNS" and depth != 8 and colour_type in (0, 2):
             # Pillow compares this colour with pixels that it has scaled to 8 bits already.
             raise ImageError(f"{RARE_FORMAT} ({depth}-bit PNG with a transparent colour)")
-        pixels_seen = pixels_seen or kind == b"IDAT"
         at = end
     return b"".join(kept)
 
@@ -2952,9 +3055,9 @@ class Loader:
     def fetch(self, source: Source, deadline: Deadline) -> Download:
         return self._fetcher.fetch(source, deadline)
 
-    def load(self, asset: Asset, data: bytes) -> Loaded:
-        levels = self.decode(data)
-        return Loaded(asset, normalise(levels))
+    def load(self, data: bytes) -> np.ndarray:
+        """The pixels (3, 224, 224) of an image file."""
+        return normalise(self.decode(data))
 
     def decode(self, data: bytes) -> np.ndarray:
         """The levels (224, 224, 3) of an image file, by the first decoder that is free."""
@@ -3164,11 +3267,11 @@ def limit_seconds() -> None:
 
 # ================================================================================ Model
 
-# CLIP has two towers: one makes vectors of pixels, the other of words. What belongs together
-# gets vectors that lie near each other.
+# CLIP has two towers. One makes vectors of pixels, the other of words. A picture and words that
+# describe it get vectors that lie near each other.
 #
-# torch takes over a second to import: it is imported where it is used, and so first while the
-# first images are on their way.
+# The import of torch takes over a second. So it stands where torch is used: then a run imports
+# torch while its first images are on their way.
 
 MODEL_CACHE = HERE / ".cache" / "transformers"
 CONFIG = "config.json"
@@ -3180,17 +3283,16 @@ TO_ASK = (CONFIG, WEIGHTS, TOKENIZER)
 
 VIT_B_32: dict[str, Any] = {
     "num_hidden_layers": 12,
-    "hidden_size": 768,
-    "patch_size": 32,
     "num_attention_heads": 12,
+    "hidden_size": 768,
     "intermediate_size": 3072,
+    "patch_size": 32,
     "hidden_act": "quick_gelu",
 }
 VIT_B_32_TEXT: dict[str, Any] = {
     "num_hidden_layers": 12,
     "num_attention_heads": 8,
     "max_position_embeddings": 77,  # tokens
-    "hidden_act": "quick_gelu",
 }
 LAYERS_AT_ONCE = 4  # read at once: some 120 MB of the file in memory beside the model
 GELU_SLOPE = 1.702  # quick_gelu(x) = x * sigmoid(1.702 x)
@@ -3199,7 +3301,7 @@ Tensor = Any  # torch's
 
 
 class ClipEncoder:
-    """CLIP's image encoder. Raises RunError where the model can't be had or used here."""
+    """CLIP's image encoder. Raises RunError where the model can't be had, or can't be used here."""
 
     def __init__(self, settings: Settings) -> None:
         import torch
@@ -3210,21 +3312,21 @@ class ClipEncoder:
         folder = model_folder(settings, TO_EMBED)
         with model_trouble(folder, settings):
             config = read_config(folder, "vision_config", VIT_B_32)
+            if config["hidden_act"] != VIT_B_32["hidden_act"]:
+                raise ValueError(f"its activation is {config['hidden_act']}")
             self.tower = ImageTower(Weights(folder, settings), config)
-            self.try_out(config)
+            self.try_out()
         if config != VIT_B_32 and settings.model_version == MODEL_VERSION:
             raise RunError(
-                f"the model in {folder} is no ViT-B/32: set MODEL_VERSION to a name for its rows "
-                f"other than {MODEL_VERSION}"
+                f"the model in {folder} is not of the shape ViT-B/32: set MODEL_VERSION to a name "
+                f"for its rows other than {MODEL_VERSION}"
             )
 
-    def try_out(self, config: dict[str, Any]) -> None:
-        """Embeds a black image. Raises ValueError if what comes is no vector of CLIP's."""
+    def try_out(self) -> None:
+        """Embeds a black image. Raises ValueError if CLIP gives no such vector."""
         (vector,) = self.encode(np.zeros((1, 3, SIDE, SIDE), np.float32))
         if vector.size != DIMENSIONS:
             raise ValueError(f"it gives {vector.size} numbers, not {DIMENSIONS}")
-        if config["hidden_act"] != VIT_B_32["hidden_act"]:
-            raise ValueError(f"its activation is {config['hidden_act']}")
         if not np.isfinite(vector).all():
             raise ValueError(NOT_FINITE)
 
@@ -3235,28 +3337,22 @@ class ClipEncoder:
         with torch.inference_mode():
             return of_unit_length(self.tower(torch.from_numpy(pixels)))
 
-    def embed(self, batch: list[Loaded]) -> list[Result]:
-        """The batch with vectors in the place of pixels."""
+    def embed(self, batch: list[np.ndarray]) -> np.ndarray:
+        """Pixels, each (3, 224, 224) -> vectors (n, 512). Raises RunError where the batch is too
+        large."""
         try:
-            vectors = self.encode(np.stack([loaded.pixels for loaded in batch]))
-        except RuntimeError as error:  # memory of the device that is not there, say
+            return self.encode(np.stack(batch))
+        except RuntimeError as error:  # the device has not enough memory, say
             raise RunError(
                 f"the model failed on {len(batch)} images at once ({shorten(str(error), 100)}): "
                 "try a smaller --batch-size, or another --device"
             ) from None
-        results: list[Result] = []
-        for loaded, vector in zip(batch, vectors, strict=True):
-            if np.isfinite(vector).all():
-                results.append(Embedded(loaded.asset, vector))
-            else:
-                results.append(Failed(loaded.asset, "embed", NOT_FINITE))
-        return results
 
 
 class TextEncoder:
     """CLIP's text encoder, for questions in words. Raises RunError as ClipEncoder does.
 
-    transformers has the same, but takes longer to import than a question may take.
+    transformers has the same encoder, but its import takes longer than a question may take.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -3273,22 +3369,22 @@ class TextEncoder:
             self.tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
             self.start = self.tokenizer.token_to_id("<|startoftext|>")
             self.end = self.tokenizer.token_to_id("<|endoftext|>")
-            self.longest = config["max_position_embeddings"]
+            self.most_tokens = config["max_position_embeddings"]
             self.tower = TextTower(Weights(folder, settings), config)
             self.encode([""])
 
     def encode(self, texts: list[str]) -> np.ndarray:
-        """Texts -> vectors (n, 512) of unit length. What is over 75 tokens is cut off."""
+        """Texts -> vectors (n, 512) of unit length. Texts are cut off after 75 tokens."""
         import torch
 
         with torch.inference_mode():
-            rows = [self.tower(self.tokens(text)) for text in texts]  # each (1, 512)
-            return of_unit_length(torch.cat(rows))
+            embeddings = [self.tower(self.tokens(text)) for text in texts]  # each (1, 512)
+            return of_unit_length(torch.cat(embeddings))
 
     def tokens(self, text: str) -> list[Any]:
-        """The tokens of a text between those for its start and its end."""
+        """The tokens of a text, between the token of a start and that of an end."""
         inner = self.tokenizer.encode(text, add_special_tokens=False).ids
-        tokens = [self.start, *inner[: self.longest - 2], self.end]
+        tokens = [self.start, *inner[: self.most_tokens - 2], self.end]
         return tokens[: tokens.index(self.end) + 1]  # a text may hold the word for the end
 
 
@@ -3307,19 +3403,19 @@ def model_trouble(folder: Path, settings: Settings) -> Iterator[None]:
     except ImportError:
         raise
     except Exception as error:  # each file format, library and device has errors of its own
-        said = [f"the model in {folder} can't be used ({shorten(str(error), 100)})"]
+        trouble = f"the model in {folder} can't be used ({shorten(str(error), 100)})"
         if settings.clip_model:
-            said.append(f"CLIP_MODEL must be a folder with a copy of {MODEL_ID}")
+            trouble += f"; CLIP_MODEL must be a folder with a copy of {MODEL_ID}"
         if settings.device != "cpu":
-            said.append(f"torch must find the --device {settings.device}")
-        raise RunError("; ".join(said)) from None
+            trouble += f"; torch must find the --device {settings.device}"
+        raise RunError(trouble) from None
 
 
-def read_config(folder: Path, tower: str, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """A tower's settings of these names; those that the file leaves out are ViT-B/32's."""
+def read_config(folder: Path, tower: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """A tower's settings of these names. The file may leave out those with the default value."""
     config = json.loads((folder / CONFIG).read_text("utf-8"))
     config = config.get(tower, config)
-    return {name: config.get(name, value) for name, value in wanted.items()}
+    return {name: config.get(name, value) for name, value in defaults.items()}
 
 
 def cores() -> int:
@@ -3336,14 +3432,14 @@ def has_bfloat16() -> bool:
     """Whether the processor has arithmetic for bfloat16."""
     import torch
 
-    able = torch.cpu.get_capabilities().items()
-    return any(yes is True for name, yes in able if "bf16" in name)
+    capabilities = torch.cpu.get_capabilities()
+    return any(value is True for name, value in capabilities.items() if "bf16" in name)
 
 
-# The towers give what transformers' CLIPVisionModelWithProjection and CLIPTextModelWithProjection
-# give for the same weights. What makes them fast on CPUs: weights laid out once for oneDNN, one
-# product for q, k and v, activation and sum done within the products, and of the image tower's
-# last layer only the one token that leaves it.
+# For the same weights the towers give what CLIPVisionModelWithProjection and
+# CLIPTextModelWithProjection of transformers give. They are faster on CPUs, for four reasons: the
+# weights are laid out for oneDNN once; q, k and v are one product; activations and sums are done
+# within the products; the image tower's last layer computes only the token that is used.
 
 
 class ImageTower:
@@ -3355,12 +3451,14 @@ class ImageTower:
         embeddings = "vision_model.embeddings."
         position = weights.read(embeddings + "position_embedding.weight")  # (50, 768)
         first = weights.read(embeddings + "class_embedding") + position[0]
-        self.first = weights.placed(first)  # (768,)
-        self.position = weights.placed(position[1:])  # (49, 768)
+        self.first = weights.place(first)  # (768,)
+        self.position = weights.place(position[1:])  # (49, 768)
         patches = weights.read(embeddings + "patch_embedding.weight")  # (768, 3, 32, 32)
         self.patches = Linear(weights, patches.flatten(1))
-        self.norm_before = Norm(weights, "vision_model.pre_layrnorm")  # the file's own spelling
-        self.norm_after = Norm(weights, "vision_model.post_layernorm")
+        self.norm_before = read_norm(
+            weights, "vision_model.pre_layrnorm"
+        )  # the file's own spelling
+        self.norm_after = read_norm(weights, "vision_model.post_layernorm")
         self.projection = Linear(weights, weights.read("visual_projection.weight"))
         self.layers = read_layers(weights, "vision_model.encoder.layers.", config)
 
@@ -3368,11 +3466,11 @@ class ImageTower:
         import torch
 
         side = self.side
-        x = self.weights.placed(pixels).unfold(2, side, side).unfold(3, side, side)
+        x = self.weights.place(pixels).unfold(2, side, side).unfold(3, side, side)
         x = x.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)  # (n, 49, 3 * 32 * 32)
         x = self.patches(x) + self.position  # (n, 49, 768)
-        x = torch.cat([self.first.expand(len(x), 1, -1), x], 1)  # (n, 50, 768)
-        x = self.norm_before(x)
+        first = self.first.expand(len(x), 1, -1)
+        x = self.norm_before(torch.cat([first, x], 1))  # (n, 50, 768)
         for layer in self.layers[:-1]:
             x = layer(x)
         x = self.layers[-1](x, first_alone=True)  # (n, 1, 768)
@@ -3380,39 +3478,39 @@ class ImageTower:
 
 
 class TextTower:
-    """Tokens -> embedding (1, 512), not yet of unit length: what the last token gives, which has
-    seen all that stand before it."""
+    """Tokens -> embedding (1, 512) of the last token, not yet of unit length. The last token has
+    seen all tokens before it."""
 
     def __init__(self, weights: Weights, config: Mapping[str, Any]) -> None:
         self.weights = weights
         embeddings = "text_model.embeddings."
         # (49408, 512), of which only a few rows are ever read
-        self.words = weights.mapped[embeddings + "token_embedding.weight"]
+        self.words = weights.file[embeddings + "token_embedding.weight"]
         self.position = weights.read(embeddings + "position_embedding.weight")  # (77, 512)
-        self.norm_after = Norm(weights, "text_model.final_layer_norm")
+        self.norm_after = read_norm(weights, "text_model.final_layer_norm")
         self.projection = Linear(weights, weights.read("text_projection.weight"))
         self.layers = read_layers(weights, "text_model.encoder.layers.", config)
 
     def __call__(self, tokens: list[int]) -> Tensor:
         x = self.words[tokens] + self.position[: len(tokens)]
-        x = self.weights.placed(x[None])  # (1, tokens, 512)
+        x = self.weights.place(x[None])  # (1, tokens, 512)
         for layer in self.layers:
             x = layer(x, causal=True)
         return self.projection(self.norm_after(x[:, -1]))
 
 
 class Layer:
-    """One layer of a transformer: attention, then two products with an activation between them;
-    what each gives is added to what came in."""
+    """One layer of a transformer: attention, then two products with an activation between them.
+    The output of each is added to its input."""
 
     def __init__(self, weights: Weights, name: str, heads: int) -> None:
         self.heads = heads
         attention = name + "self_attn."
         qkv = [attention + "q_proj", attention + "k_proj", attention + "v_proj"]
-        self.norm1 = Norm(weights, name + "layer_norm1")
+        self.norm1 = read_norm(weights, name + "layer_norm1")
         self.qkv = Linear(weights, *weights.read_pair(*qkv))
         self.out = Linear(weights, *weights.read_pair(attention + "out_proj"))
-        self.norm2 = Norm(weights, name + "layer_norm2")
+        self.norm2 = read_norm(weights, name + "layer_norm2")
         # quick_gelu(x) is silu(1.702 x) / 1.702, and silu comes with oneDNN's product
         up, up_bias = weights.read_pair(name + "mlp.fc1")
         down, down_bias = weights.read_pair(name + "mlp.fc2")
@@ -3424,47 +3522,43 @@ class Layer:
         Causal: a token sees only those before it, as in texts."""
         from torch.nn.functional import scaled_dot_product_attention
 
-        n, tokens = x.shape[:2]
+        n, tokens, _width = x.shape
         qkv = self.qkv(self.norm1(x)).view(n, tokens, 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (n, heads, tokens, width / heads)
         if first_alone:
             x = x[:, :1].contiguous()
             q = q[:, :, :1]
-        seen = scaled_dot_product_attention(q, k, v, is_causal=causal)
-        x = self.out(seen.transpose(1, 2).reshape(x.shape), add=x)
+        attended = scaled_dot_product_attention(q, k, v, is_causal=causal)
+        x = self.out(attended.transpose(1, 2).reshape(x.shape), add=x)
         return self.down(self.up(self.norm2(x)), add=x)
 
 
-class Norm:
+def read_norm(weights: Weights, name: str) -> Callable[[Tensor], Tensor]:
     """A layer norm."""
+    from torch.nn.functional import layer_norm
 
-    def __init__(self, weights: Weights, name: str) -> None:
-        weight, bias = weights.read_pair(name)
-        self.weight = weights.placed(weight)
-        self.bias = weights.placed(bias)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        from torch.nn.functional import layer_norm
-
-        return layer_norm(x, self.weight.shape, self.weight, self.bias)
+    weight, bias = weights.read_pair(name)
+    return partial(
+        layer_norm,
+        normalized_shape=weight.shape,
+        weight=weights.place(weight),
+        bias=weights.place(bias),
+    )
 
 
 class Linear:
-    """A linear layer, y = x @ weight.T + bias, then silu(y), or y plus what is to be added.
-
-    Where torch has oneDNN's operators (they are private to torch: `can_pack`), the weight is
-    laid out for them once.
-    """
+    """A linear layer: x @ weight.T + bias. The silu of that, or its sum with `add`, costs nothing
+    where torch has oneDNN's operators (`can_pack`)."""
 
     def __init__(
         self, weights: Weights, weight: Tensor, bias: Tensor = None, silu: bool = False
     ) -> None:
         import torch
 
-        self.weight = weights.placed(weight)  # (out, in)
+        self.weight = weights.place(weight)  # (out, in)
         self.bias = None
         if bias is not None:
-            self.bias = weights.placed(bias)  # (out,)
+            self.bias = weights.place(bias)  # (out,)
         self.silu = silu
         self.packed = weights.can_pack
         if self.packed:
@@ -3510,7 +3604,7 @@ def read_layers(weights: Weights, name: str, config: Mapping[str, Any]) -> list[
         for start in numbers[::LAYERS_AT_ONCE]:
             some = numbers[start : start + LAYERS_AT_ONCE]
             layers += pool.map(lambda number: Layer(weights, f"{name}{number}.", heads), some)
-            weights.map_anew()
+            weights.map_file()
     return layers
 
 
@@ -3524,34 +3618,35 @@ class Weights:
         self.device = settings.device
         self.dtype = getattr(torch, settings.dtype)
         self.can_pack = can_pack(self.device, self.dtype)
-        self.map_anew()
+        self.map_file()
 
-    def map_anew(self) -> None:
-        """Maps the file, whose parts are read once they are asked for: not the tower that is not
-        used. Mapped anew, it gives back the memory of what was read."""
+    def map_file(self) -> None:
+        """Maps the file into memory. Only the parts that are used are read: one tower of the two.
+        To map it again gives back the memory of the parts that were read."""
         import torch
 
         if (self.folder / SAFETENSORS).is_file():
             from safetensors.torch import load_file
 
-            self.mapped = load_file(self.folder / SAFETENSORS)
+            self.file = load_file(self.folder / SAFETENSORS)
         else:
-            self.mapped = torch.load(self.folder / WEIGHTS, mmap=True, weights_only=True)
+            self.file = torch.load(self.folder / WEIGHTS, mmap=True, weights_only=True)
 
     def read(self, *names: str) -> Tensor:
         """The weights of these names, one below the other, as float32."""
         import torch
 
-        # A copy also of a single one: a view would keep the whole file mapped
-        return torch.cat([self.mapped[name] for name in names]).float()
+        # A copy even of a single one: a view would keep the whole file mapped
+        return torch.cat([self.file[name] for name in names]).float()
 
     def read_pair(self, *names: str) -> tuple[Tensor, Tensor]:
-        """Weight and bias of these layers, as if they were one."""
+        """Weight and bias of these layers, as if they were one layer."""
         weight = self.read(*(f"{name}.weight" for name in names))
         bias = self.read(*(f"{name}.bias" for name in names))
         return weight, bias
 
-    def placed(self, tensor: Tensor) -> Tensor:
+    def place(self, tensor: Tensor) -> Tensor:
+        """The tensor on the device, in the number format."""
         return tensor.to(self.device, self.dtype)
 
 
@@ -3607,7 +3702,7 @@ def pinned_model(needed: tuple[str, ...] = TO_ASK) -> Path:
         caches.append(Path(os.environ["HF_HOME"], "hub"))
     folder_in_cache = f"models--{MODEL_ID.replace('/', '--')}/snapshots/{MODEL_REVISION}"
     for cache in caches:
-        folder = cache / folder_in_cache
+        folder = cache.expanduser() / folder_in_cache
         if all(is_whole(folder / name) for name in needed):
             return folder
     folder = MODEL_CACHE / folder_in_cache
@@ -3653,23 +3748,16 @@ def is_whole(path: Path) -> bool:
 
 def download_model(folder: Path) -> None:
     """Downloads the model's files that are not yet in this folder of our cache."""
-    import huggingface_hub
-    from huggingface_hub import constants
+    from huggingface_hub import is_offline_mode
 
-    if huggingface_hub.is_offline_mode():
+    if is_offline_mode():
         raise RunError(
             f"{MODEL_ID} is not in {MODEL_CACHE}, and HF_HUB_OFFLINE forbids its download: unset "
             "that, or set CLIP_MODEL to a folder with a copy of it"
         )
     check_proxies("socksio")
+    set_up_hub()
     log.info("downloading %s once, about 600 MB, to %s", MODEL_ID, MODEL_CACHE)
-    # Xet is a second way to the hub. It heeds neither our certificates nor a proxy's.
-    constants.HF_HUB_DISABLE_XET = True
-    constants.HF_HUB_DISABLE_TELEMETRY = True  # it asks the hub for names of coding agents
-    hub_log = logging.getLogger("huggingface_hub")
-    hub_log.handlers = [HubWarnings()]
-    hub_log.propagate = False
-    huggingface_hub.set_client_factory(hub_client)
     MODEL_CACHE.mkdir(parents=True, exist_ok=True)
     with one_run_at_a_time():
         # Runs that were stopped left these.
@@ -3677,6 +3765,20 @@ def download_model(folder: Path) -> None:
             partial_file.unlink()
         for name in MODEL_FILES:
             get_file(folder / name)
+
+
+def set_up_hub() -> None:
+    """Gives huggingface_hub our certificates, our log and our patience."""
+    from huggingface_hub import constants, set_client_factory
+
+    set_client_factory(hub_client)
+    # Xet, a second way to the hub's files, reads no setting of certificates.
+    constants.HF_HUB_DISABLE_XET = True
+    # Telemetry would ask the hub for one more page.
+    constants.HF_HUB_DISABLE_TELEMETRY = True
+    hub_log = logging.getLogger("huggingface_hub")
+    hub_log.handlers = [HubWarnings()]
+    hub_log.propagate = False
 
 
 def get_file(path: Path) -> None:
@@ -3704,7 +3806,7 @@ def get_file(path: Path) -> None:
 
 
 def delete_damaged(path: Path) -> None:
-    """Deletes a file of the model that is not the pinned one, if there is any, and says so."""
+    """Deletes a file of the model that is not the pinned one. There may be none."""
     if path.exists():
         log.warning("%s is damaged (its SHA-256): deleted", path)
         path.resolve().unlink()
@@ -3767,7 +3869,7 @@ def hub_trouble(error: BaseException) -> str:
     from httpx2 import NetworkError, TimeoutException
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    if isinstance(error, LocalEntryNotFoundError):  # as huggingface_hub has a cache of its own
+    if isinstance(error, LocalEntryNotFoundError):  # the hub's failure is its cause
         error = error.__cause__ or error
     response = getattr(error, "response", None)
     if response is not None:
@@ -3783,76 +3885,28 @@ def hub_trouble(error: BaseException) -> str:
 # detection takes a distance of 0.01. What unrelated pictures have depends on the catalog, and is
 # said on the page.
 SAME = 0.99
-LOOK_SECONDS = 4.0  # in search of those; the whole page may take 15, of a folder 10
-MOST_COMPARED = 100_000  # vectors of a folder: 200 MB
-MOST_PAIRS = 1_000_000  # a thousand pictures that look the same make half of that
-BLOCK = 1024  # vectors that are compared with as many others at a time
-AXES = 64
-REACH = math.sqrt(2 - 2 * SAME)  # the distance of vectors whose cosine is SAME
-ROUNDING = 1e-5  # of float32 sums
-
-MATCHES = 12  # pictures for a question; --limit says another number,
-SHOWN_MATCHES = 24  # of which the page shows these
-SAMPLES = 16  # pictures that are shown with their nearest
-NEAREST = 6
+LOOK_SECONDS = 4.0  # in search of those; as long at a folder's files. The page may take 10 there
+MATCHES = 12  # pictures for a question; --limit says another number
+# With these numbers a page has at most 3 MB, which mail programs and phones take.
+SHOWN_QUESTIONS = 4
+SHOWN_MATCHES = 24
 SHOWN_GROUPS = 60
-SHOWN_MEMBERS = 6  # of a group
-OPEN_GROUPS = 12  # the others are folded, for whoever scrolls on a phone
-OPEN_REASONS = 12  # likewise
-SHOWN_NAMES = 20  # of those that failed for one reason, or that have no room in their group
-OPEN_NAMES = 4  # of the former; they are folded if there are more
-GROUP_ROOM = 1_200_000  # bytes: mail programs and phones take a page of 3 MB
-TEXT_ROOM = 150_000  # for groups without pictures
-SAMPLE_ROOM = 900_000
-ANSWER_ROOM = 400_000
-FAILURE_ROOM = 300_000
-LONGEST_ADDRESS = 2000  # characters of a link; browsers take few more
-LARGE = 224  # pixels
-MEDIUM = 160
-SMALL = 112
+SHOWN_MEMBERS = 6
+SAMPLES = 16
+NEAREST = 6  # to a sample
+SHOWN_REASONS = 15
+SHOWN_NAMES = 8  # of pictures that failed for one reason
+THUMBNAIL = 160  # pixels a side
+THUMBNAIL_BYTES = 2700
+LONGEST_LINK = 800  # bytes of HTML
+LONGEST_ADDRESS = 2000  # characters, and of any cell; spreadsheets take 32,767
+HEAD_BYTES = 2**20  # of a file: its width and height stand there
+# Where a cell, or what a spreadsheet that splits at semicolons takes for one, begins a formula.
+FORMULA = re.compile(r"""(?:^|[;\t\r\n])[\s"]*(?=[=+\-@\uff1d\uff0b\uff0d\uff20])""")
 
 NEAR_TO_WORDS = "0.2 to 0.35 is near; pictures are nearer to each other"
 
-SAME_FILE = "same file"
-SAME_PICTURE = "same picture"  # to the last bit of what the model sees
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A question with the pictures nearest to it."""
-
-    question: str
-    matches: list[Match]
-
-
-@dataclass(frozen=True)
-class View:
-    """What the fetch of a picture told: what the model sees of it, and what its file is like."""
-
-    levels: np.ndarray
-    sight: bytes  # checksum of the levels
-    file: bytes  # checksum of the file
-    size: int  # bytes of the file
-    pixels: tuple[int, int] | None  # width and height, where they are known
-
-    @property
-    def measures(self) -> str:
-        """As in: 1500 x 1000, 240 KB."""
-        size = f"{math.ceil(self.size / 1000):,} KB"
-        if not self.pixels:
-            return size
-        width, height = self.pixels
-        return f"{width} x {height}, {size}"
-
-    def thumbnail(self, side: int) -> str:
-        """The address of an image that is in the page itself."""
-        data = io.BytesIO()
-        Image.fromarray(self.levels).resize((side, side)).save(data, "WEBP", quality=75)
-        return "data:image/webp;base64," + base64.b64encode(data.getvalue()).decode()
-
-
-Views = Mapping[Id, View | str]  # of pictures that were to be fetched; text: why there is none
-Group = list[Match]  # pictures that look the same, each with its cosine to the nearest of them
+Answer = tuple[str, list[Match]]  # a question, and what is nearest to it
 
 
 def answer_questions(store: Store, settings: Settings, status: Status) -> int:
@@ -3863,13 +3917,12 @@ def answer_questions(store: Store, settings: Settings, status: Status) -> int:
             f"nothing is embedded yet as {settings.model_version}: run without --search first"
         )
     vectors = question_vectors(settings)
-    answers = []
-    for question, vector in zip(settings.search, vectors, strict=True):
-        answers.append(Answer(question, store.search(vector, settings.limit or MATCHES)))
+    wanted = settings.limit or MATCHES
+    answers = [(asked, store.search(vectors[asked], wanted)) for asked in settings.search]
     with contextlib.suppress(OSError):  # as in: ... | head -1
-        for answer in answers:
-            for match in answer.matches:
-                print(answer_line(answer.question, match, settings))
+        for question, matches in answers:
+            for match in matches:
+                print(answer_line(question, match, settings))
         sys.stdout.flush()
     if settings.gallery:
         write_gallery(store, settings, status, answers)
@@ -3887,26 +3940,28 @@ def answer_line(question: str, match: Match, settings: Settings) -> str:
     return "\t".join(map(printable, columns))
 
 
-def question_vectors(settings: Settings) -> list[np.ndarray]:
+def question_vectors(settings: Settings) -> dict[str, np.ndarray]:
     """The vector (512,) of each question; loads only the towers that these need."""
-    places = {question: picture_place(question) for question in settings.search}
-    pixels = {
-        question: question_pixels(question, place, settings)
-        for question, place in places.items()
-        if place
-    }
-    words = [question for question in places if question not in pixels]
+    pixels = {}
+    words = []
+    for question in settings.search:
+        source = question_source(question)
+        if source:
+            pixels[question] = question_pixels(question, source, settings)
+        else:
+            words.append(question)
     vectors: dict[str, np.ndarray] = {}
     if pixels:
-        made = ClipEncoder(settings).encode(np.stack(list(pixels.values())))
-        vectors.update(zip(pixels, made, strict=True))
+        vectors |= zip(
+            pixels, ClipEncoder(settings).encode(np.stack([*pixels.values()])), strict=True
+        )
     if words:
         log.info("for words %s", NEAR_TO_WORDS)
-        vectors.update(zip(words, TextEncoder(settings).encode(words), strict=True))
-    return [vectors[question] for question in settings.search]
+        vectors |= zip(words, TextEncoder(settings).encode(words), strict=True)
+    return vectors
 
 
-def picture_place(question: str) -> Source | None:
+def question_source(question: str) -> Source | None:
     """Where the picture is that a question names: a URL, or a file that is there. None: it is
     words. Raises RunError for what looks like a file and is none."""
     if re.match("(?i)https?://", question):
@@ -3918,183 +3973,126 @@ def picture_place(question: str) -> Source | None:
     return None
 
 
-def question_pixels(question: str, place: Source, settings: Settings) -> np.ndarray:
+def question_pixels(question: str, source: Source, settings: Settings) -> np.ndarray:
     """The pixels (3, 224, 224) of a question's picture; raises RunError."""
+    loader = Loader(settings)
     try:
-        download = Fetcher(settings).fetch(place, Deadline(settings.fetch_seconds))
-        return normalise(Decoder().decode(download.data))
+        data = loader.fetch(source, Deadline(settings.fetch_seconds)).data
+        return normalise(loader.decode(data))
     except ImageError as error:
         raise RunError(f"--search {shorten(question, 200)}: {error}") from None
 
 
-def write_gallery(
-    store: Store, settings: Settings, status: Status, answers: Sequence[Answer] = ()
-) -> None:
-    """Writes the page, and the table beside it. Raises RunError where that can't be done."""
-    log.info("making the page")
-    catalog = store.catalog()
-    groups = groups_of(catalog.pairs)
-    shown = {match.picture for group in groups[:SHOWN_GROUPS] for match in group[:SHOWN_MEMBERS]}
-    for answer in answers:
-        shown.update(match.picture for match in answer.matches[:SHOWN_MATCHES])
-    for sample in catalog.samples:
-        shown.add(sample.picture)
-        shown.update(match.picture for match in sample.nearest)
-    views = views_of(shown, store, settings)
-    groups.sort(key=lambda group: not are_copies(group[:SHOWN_MEMBERS], views))  # these first
-    page = Page(settings, views)
-    written = settings.gallery or Path()
-    try:
-        written.write_text(page.whole(status, catalog, groups, answers), "utf-8", "replace")
-        write_table(table_beside(written), groups, catalog.failures, views)
-    except OSError as error:
-        raise RunError(f"{error.filename} can't be written: {error.strerror}") from None
-    log.info("for a spreadsheet: %s", table_beside(written))
-    log.info("look at %s", written.as_uri())
+# What --gallery finds
 
 
-def rows_alike(vectors: np.ndarray) -> tuple[list[tuple[int, int, float]], int]:
-    """The pairs of rows of unit vectors (n, 512) whose cosine is SAME or more; and how many rows
-    were compared with all others before LOOK_SECONDS were over.
-
-    Equal rows come first, each paired with the first of its kind, which then stands for all. The
-    rest is geometry: a rotation keeps distances (whose square is 2 - 2 cosine), and on a few of
-    its axes no two points are farther apart than on all. So most pairs are ruled out on the AXES
-    that tell most, and by their order along the first of these.
-    """
-    if not len(vectors):
-        return [], 0
-    deadline = time.monotonic() + LOOK_SECONDS
-    pairs = []
-    first: dict[bytes, int] = {}
-    for row, vector in enumerate(vectors):
-        known = first.setdefault(vector.tobytes(), row)
-        if known != row:
-            pairs.append((known, row, 1.0))
-    copies = len(pairs)
-    rows = np.array(list(first.values()), int)
-    mean = vectors.mean(axis=0)
-    spread = vectors.T @ vectors - len(vectors) * np.outer(mean, mean)
-    points = vectors[rows] @ np.linalg.eigh(spread)[1][:, -AXES:]
-    order = np.argsort(points[:, -1])
-    rows = rows[order]
-    points = points[order]
-    vectors = vectors[rows]
-    halves = (points * points).sum(axis=1, keepdims=True) / 2
-    ones = np.ones_like(halves)
-    left = np.hstack([points, -halves, ones])  # left @ right.T is -distance^2 / 2 on these axes
-    right = np.hstack([points, ones, -halves])
-    for start in range(0, len(rows), BLOCK):
-        late = time.monotonic() > deadline or len(pairs) > MOST_PAIRS
-        if start and late:
-            return pairs, copies + start
-        ours = slice(start, start + BLOCK)
-        for other in range(start, len(rows), BLOCK):
-            theirs = slice(other, other + BLOCK)
-            if points[other, -1] - points[ours][-1, -1] > REACH:
-                break
-            if (left[ours] @ right[theirs].T).max() < SAME - 1 - ROUNDING:
-                continue
-            cosines = vectors[ours] @ vectors[theirs].T
-            for i, j in np.argwhere(cosines >= SAME):
-                if start + i < other + j:
-                    pairs.append((int(rows[start + i]), int(rows[other + j]), float(cosines[i, j])))
-    return pairs, len(rows) + copies
-
-
-def groups_of(pairs: list[Pair]) -> list[Group]:
-    """The pairs joined: a picture in four copies is one group. The most alike come first."""
-    group_of: dict[Id, dict[Picture, float]] = {}
+def joined(pairs: Iterable[Pair]) -> list[list[Picture]]:
+    """The pictures of pairs that share one, together: a picture in four copies is one list."""
+    list_of: dict[Id, list[Picture]] = {}
     for pair in pairs:
-        group = group_of.setdefault(pair.one.id, {pair.one: 0.0})
-        joined = group_of.setdefault(pair.other.id, {pair.other: 0.0})
-        if joined is not group:
-            if len(joined) > len(group):
-                group, joined = joined, group
-            group.update(joined)
-            for picture in joined:
-                group_of[picture.id] = group
-        for picture in (pair.one, pair.other):
-            group[picture] = max(group[picture], pair.similarity)
-    distinct = {id(group): group for group in group_of.values()}
-    groups = []
-    for group in distinct.values():
-        matches = [Match(picture, similarity) for picture, similarity in group.items()]
-        matches.sort(key=lambda match: -match.similarity)
-        groups.append(matches)
-    groups.sort(key=lambda matches: -matches[-1].similarity)
-    return groups
+        ours = list_of.setdefault(pair.one.id, [pair.one])
+        theirs = list_of.setdefault(pair.other.id, [pair.other])
+        if ours is theirs:
+            continue
+        if len(ours) < len(theirs):
+            ours, theirs = theirs, ours
+        ours += theirs
+        for picture in theirs:
+            list_of[picture.id] = ours
+    return list({id(pictures): pictures for pictures in list_of.values()}.values())
 
 
-def views_of(pictures: set[Picture], store: Store, settings: Settings) -> Views:
-    """What the fetch of each picture gave, or why it gave nothing. All together they get the time
-    of one image: no host keeps the page waiting."""
+class File(NamedTuple):
+    """What a look at a picture's file told."""
+
+    size: int  # bytes
+    pixels: tuple[int, ...] = ()  # width and height, where they are known
+    digest: bytes = b""
+
+    @property
+    def measures(self) -> str:
+        """As in: 1500 x 1000, 240 KB."""
+        size = f"{math.ceil(self.size / 1000):,} KB"
+        return ", ".join(filter(None, [" x ".join(map(str, self.pixels)), size]))
+
+
+def files_in(folder: Path, pictures: list[Picture]) -> dict[Id, File]:
+    """What the pictures' files are like: of those that can be read, in LOOK_SECONDS."""
+    deadline = time.monotonic() + LOOK_SECONDS
+    files = {}
+    for picture in pictures:
+        path = folder / picture.image
+        if time.monotonic() < deadline and path.is_file():  # a named pipe would never end
+            with contextlib.suppress(OSError), path.open("rb") as file:
+                pixels = pixels_of(file.read(HEAD_BYTES))
+                file.seek(0)
+                digest = hashlib.file_digest(file, "sha256").digest()
+                files[picture.id] = File(file.tell(), pixels, digest)
+    return files
+
+
+# Where a WebP's kinds have their width and height, which are side by side as numbers of as many
+# bits: their first byte, the bits from one to the other, their bits, and what to add.
+WEBP = {b"VP8 ": (26, 16, 14, 0), b"VP8L": (21, 14, 14, 1), b"VP8X": (24, 24, 24, 1)}
+
+
+def pixels_of(head: bytes) -> tuple[int, ...]:
+    """Width and height, as far as the first bytes of a file tell. What Pillow opens with code in
+    C, which may crash on a file, is read here."""
+    if head[8:12] == b"WEBP" and head[12:16] in WEBP:
+        first, apart, bits, more = WEBP[head[12:16]]
+        both = int.from_bytes(head[first : first + 6], "little")
+        return both % 2**bits + more, (both >> apart) % 2**bits + more
+    # AVIF and HEIC have one of these for the image, and one for the tiles that it is made of.
+    sizes = re.findall(rb"ispe\0{4}(.{4})(.{4})", head, re.DOTALL)
+    if sizes:
+        return tuple(map(int.from_bytes, max(sizes)))
+    with contextlib.suppress(Exception):  # Pillow raises nearly every type there is
+        formats = ["JPEG", "PNG", "GIF", "BMP", "TIFF"]
+        return Image.open(io.BytesIO(head), formats=formats).size
+    return ()
+
+
+def views_of(
+    pictures: set[Picture], store: Store, settings: Settings
+) -> dict[Id, tuple[str, File | None]]:
+    """How the page shows each picture, and what its file is like. All together they get the time
+    of one image: no host keeps the page waiting. Those that are late are left out."""
     loader = Loader(settings)
     pool = ThreadPoolExecutor(settings.workers)
     view = partial(view_of, store, loader, settings.fetch_seconds)
     futures = {picture.id: pool.submit(view, picture) for picture in pictures}
-    wait(futures.values(), settings.fetch_seconds + 1)
-    views: dict[Id, View | str] = {}
-    for asset, future in futures.items():
-        if not future.done():
-            future.cancel()
-            views[asset] = "not in time"
-        elif future.exception():
-            views[asset] = str(future.exception())
-        else:
-            views[asset] = future.result()
-    return views
+    done, _ = wait(futures.values(), settings.fetch_seconds + 1)
+    pool.shutdown(wait=False, cancel_futures=True)
+    return {asset: future.result() for asset, future in futures.items() if future in done}
 
 
-def view_of(store: Store, loader: Loader, seconds: float, picture: Picture) -> View:
-    """Fetches a picture and looks at it; raises ImageError."""
-    source = store.locate(Asset(picture.id, picture.image))
-    data = loader.fetch(source, Deadline(seconds)).data
-    levels = loader.decode(data)
-    sight = hashlib.sha256(levels.tobytes()).digest()
-    return View(levels, sight, hashlib.sha256(data).digest(), len(data), pixels_of(data))
-
-
-def pixels_of(data: bytes) -> tuple[int, int] | None:
-    """Width and height, of formats whose headers Python reads by itself: what may crash is for the
-    decoders' processes."""
+def view_of(
+    store: Store, loader: Loader, seconds: float, picture: Picture
+) -> tuple[str, File | None]:
+    """A picture as HTML, or why there is none."""
     try:
-        return Image.open(io.BytesIO(data), formats=["JPEG", "PNG", "GIF"]).size
-    except Exception:  # Pillow raises nearly every type there is
-        return None
+        source = store.locate(Asset(picture.id, picture.image))
+        data = loader.fetch(source, Deadline(seconds)).data
+        levels = loader.decode(data)
+    except ImageError as error:
+        return NO_PICTURE.format(escaped(str(error), 100)), None
+    file = File(len(data), pixels_of(data[:HEAD_BYTES]), hashlib.sha256(data).digest())
+    return f'<img src="{thumbnail(levels)}" alt="{escaped(picture.name, 60)}">', file
 
 
-def copies_in(group: Group, views: Views) -> dict[Id, str]:
-    """Which pictures of a group are copies of others in it, as far as they were fetched; with a
-    number where they are copies of different pictures."""
-    known = {}
-    for match in group:
-        view = views.get(match.picture.id)
-        if isinstance(view, View):
-            known[match.picture.id] = view
-    files = Counter(view.file for view in known.values())
-    sights = Counter(view.sight for view in known.values())
-    copied = [sight for sight, count in sights.items() if count > 1]
-    copies = {}
-    for asset, view in known.items():
-        if view.sight not in copied:
-            continue
-        copies[asset] = SAME_FILE if files[view.file] > 1 else SAME_PICTURE
-        if len(copied) > 1:
-            copies[asset] += f" {copied.index(view.sight) + 1}"
-    return copies
+def thumbnail(levels: np.ndarray) -> str:
+    """A picture as an address that holds it."""
+    small = Image.fromarray(levels).resize((THUMBNAIL, THUMBNAIL))
+    for quality in (60, 30, 10, 1):
+        file = io.BytesIO()
+        small.save(file, "WEBP", quality=quality)
+        if file.tell() <= THUMBNAIL_BYTES:
+            break
+    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def are_copies(group: Group, views: Views) -> bool:
-    """Whether all pictures of a group are known to be copies of one."""
-    sights = set()
-    for match in group:
-        view = views.get(match.picture.id)
-        if not isinstance(view, View):
-            return False
-        sights.add(view.sight)
-    return len(sights) == 1
-
+# What --gallery writes
 
 STYLE = """
 :root { color-scheme: light dark; --page: #f6f6f4; --card: #fff; --line: #e3e3df; --dim: #66665f;
@@ -4109,51 +4107,30 @@ h2 { margin: 2.5rem 0 .25rem; font-size: 1.3rem }
 h3 { margin: 0 0 .6rem; font-size: .95rem }
 a { color: inherit }
 p { margin: .25rem 0 1rem; max-width: 62em; color: var(--dim) }
-nav { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fit, minmax(7rem, 1fr)) }
-nav a { padding: .7rem 1rem; border: 1px solid var(--line); border-radius: .7rem;
-  background: var(--card); color: var(--dim); text-decoration: none }
+nav, .cards { display: flex; flex-wrap: wrap; gap: .9rem }
+nav a, article { padding: .9rem; border: 1px solid var(--line); border-radius: .8rem;
+  background: var(--card) }
+nav a { flex: 1 1 11rem; color: var(--dim); text-decoration: none }
 nav a:hover { border-color: currentcolor }
 nav b { display: block; color: CanvasText; font-size: 1.5rem; line-height: 1.2 }
-.cards { columns: 20rem; column-gap: .9rem }
-.cards article { break-inside: avoid }
-.cards > h3 { break-after: avoid }
-.cards > ul { margin-bottom: 1.2rem }
-article { margin-bottom: .9rem; padding: .9rem; border: 1px solid var(--line);
-  border-radius: .8rem; background: var(--card) }
-article p { margin: 0 }
-.twos, .threes, .nearest { display: grid; gap: .75rem;
-  grid-template-columns: repeat(2, minmax(0, 1fr)) }
-.threes { grid-template-columns: repeat(3, minmax(0, 1fr)) }
-.nearest { grid-template-columns: repeat(6, minmax(0, 1fr)) }
-figure { margin: 0; min-width: 0 }
-figure a { display: block; border-radius: .5rem }
+article { flex: var(--n) 1 calc(var(--n) * 8.75rem + 1.3rem); max-width: calc(var(--n) * 13rem) }
+#failed article { flex: 1 1 20rem; max-width: 40rem }
+#failed .grid { display: block }
+article p { margin: .6rem 0 0; font-size: .85rem }
+.grid { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)) }
+#failed figure { margin-top: .6rem }
+figure { margin: 0; min-width: 0; font-size: .8rem; line-height: 1.35 }
 img, .none { display: block; width: 100%; aspect-ratio: 1; border-radius: .5rem;
   box-shadow: 0 0 0 1px var(--line) }
-.none { display: grid; place-content: center; padding: .5rem; color: var(--dim);
-  font-size: .75rem; text-align: center; overflow: hidden }
-figcaption { margin-top: .35rem; font-size: .8rem; line-height: 1.35 }
-li:last-child { margin: 0 }
+.none { display: grid; place-content: center; padding: .5rem; color: var(--dim); text-align: center;
+  overflow: hidden }
+figcaption { margin-top: .35rem }
 figcaption b { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 4;
   overflow: hidden }
-figcaption small { display: block; color: var(--dim); font-size: .72rem }
-mark { padding: .1rem .45rem; border-radius: 1rem; background: var(--mark); color: var(--ink);
-  font-size: .72rem; white-space: nowrap }
-.sample { display: grid; gap: 1.1rem; grid-template-columns: minmax(9rem, 1fr) 4.5fr }
-details { margin-bottom: .75rem }
-summary { padding: .3rem 0; color: var(--dim); cursor: pointer }
-ul { margin: .5rem 0 0; padding: 0; list-style: none; font-size: .85rem }
-li { margin-bottom: .45rem; break-inside: avoid }
-li small { display: block; color: var(--dim) }
-@media (max-width: 999px) {
-  .sample { grid-template-columns: 1fr 2fr }
-  .sample .nearest { grid-template-columns: repeat(3, minmax(0, 1fr)) }
-}
-@media (max-width: 699px) {
-  nav a { padding: .5rem .6rem; font-size: .8rem; line-height: 1.25 }
-  .sample { grid-template-columns: 1fr }
-  .sample > figure { display: grid; gap: .75rem; grid-template-columns: 7rem 1fr }
-  .nearest { grid-template-columns: repeat(3, minmax(0, 1fr)) }
-}
+small { display: block; color: var(--dim); font-size: .75rem }
+.id { -webkit-user-select: all; user-select: all }
+mark { display: inline-block; padding: 0 .45rem; border-radius: 1rem; background: var(--mark);
+  color: var(--ink); font-size: .75rem }
 """
 PAGE = """<!doctype html>
 <html lang="en">
@@ -4164,354 +4141,342 @@ PAGE = """<!doctype html>
 <title>{title}</title>
 <style>{style}</style>
 <header><h1>{title}</h1><p>{about}</p></header>
-<nav aria-label="Sections">{links}</nav>
+<nav aria-label="Sections"><a href="#same">{same}</a><a href="#failed">{failed}</a>
+<a href="#alike">{alike}</a></nav>
 <main>{sections}</main>
 </html>
 """
+NO_PICTURE = '<span class="none">{}</span>'
+TABLE_COLUMNS = ["what", "group", "name", "client", "similarity", "copy", "keep"]
+TABLE_COLUMNS += ["width", "height", "bytes", "id", "image", "link", "reason", "advice"]
+
+
+def write_gallery(
+    store: Store, settings: Settings, status: Status, answers: Sequence[Answer] = ()
+) -> None:
+    """Writes the page, and the table beside it. Raises RunError where that can't be done."""
+    log.info("making the page")
+    warnings.simplefilter("ignore")  # Pillow's, of what a file claims
+    page = Page(store, settings, answers)
+    written = settings.gallery or Path()
+    table = table_beside(written)
+    try:
+        written.write_text(page.html(status), "utf-8", "replace")
+        # Excel takes a file without this encoding's first bytes for another one.
+        with table.open("w", encoding="utf-8-sig", errors="replace", newline="") as file:
+            writer = csv.DictWriter(file, TABLE_COLUMNS)
+            writer.writeheader()
+            writer.writerows(page.rows())
+    except OSError as error:
+        raise RunError(f"{error.filename} can't be written: {error.strerror}") from None
+    log.info("for a spreadsheet: %s", table)
+    log.info("look at %s", written.as_uri())
 
 
 class Page:
-    """The page that --gallery writes, part by part. It loads nothing and runs nothing, so it can
-    be sent around. Text from outside goes through html.escape."""
+    """What --gallery writes. The page loads nothing and runs nothing, so it can be sent around.
+    Text from outside goes through `escaped`, an address through `link`."""
 
-    def __init__(self, settings: Settings, views: Views) -> None:
+    def __init__(self, store: Store, settings: Settings, answers: Sequence[Answer]) -> None:
         self._settings = settings
-        self._views = views
-        self._file = settings.gallery or Path()
-        self._clients = "folders" if settings.local else "clients"
-        table = table_beside(self._file).name
-        self._table = (
-            f'<a href="{quote(table)}" target="_blank" rel="noreferrer">{html.escape(table)}</a>'
-        )
+        self._catalog = store.catalog()
+        self._answers = [(asked, found[:SHOWN_MATCHES]) for asked, found in answers]
+        del self._answers[SHOWN_QUESTIONS:]
+        self._find_groups()
+        self._samples = [self._without_copies(sample) for sample in self._catalog.samples]
+        self._files: dict[Id, File] = {}
+        if settings.local:
+            self._files = files_in(settings.local, self._listed())
+        self._compare()
+        self._views = views_of(self._shown(), store, settings)
+        self._files |= {asset: file for asset, (_, file) in self._views.items() if file}
+        self._compare()
+        page = settings.gallery or Path()
+        self._folder = page.parent
+        table = table_beside(page).name
+        self._table = link(quote(table), html.escape(table))
 
-    def whole(
-        self, status: Status, catalog: Catalog, groups: list[Group], answers: Sequence[Answer]
-    ) -> str:
-        """The page's HTML."""
-        links = [
-            ("same", len(groups), "group", "looking the same"),
-            ("failed", len(catalog.failures), "picture", "that can't be used"),
-            ("alike", len(catalog.samples), "sample", "of look-alikes"),
-        ]
-        sections = [
-            self._same(catalog, groups),
-            self._failed(catalog.failures),
-            self._alike(catalog.samples),
-        ]
-        if answers:
-            sections.insert(0, self._asked(answers))
+    def _find_groups(self) -> None:
+        """Those that are more alike come first."""
+        self._similarity: dict[Id, float] = {}  # of a picture to the nearest of its group
+        for pair in self._catalog.pairs:
+            for asset in (pair.one.id, pair.other.id):
+                known = self._similarity.get(asset, 0.0)
+                self._similarity[asset] = max(known, pair.similarity)
+        self._groups = joined(self._catalog.pairs)
+        self._groups.sort(key=lambda group: -min(self._similarity[one.id] for one in group))
+
+    def _without_copies(self, sample: Sample) -> Sample:
+        """A sample and its nearest, one of each group: a copy is no look-alike."""
+        group_of = {one.id: group[0].id for group in self._groups for one in group}
+        seen: dict[Id, Match] = {}
+        for match in [Match(sample.picture, 1.0), *sample.nearest]:
+            seen.setdefault(group_of.get(match.picture.id, match.picture.id), match)
+        return Sample(sample.picture, list(seen.values())[1 : NEAREST + 1])
+
+    def _listed(self) -> list[Picture]:
+        """The pictures of the table, in its order."""
+        failed = [failure.picture for failure in self._catalog.failures]
+        return [*itertools.chain(*self._groups), *failed]
+
+    def _shown(self) -> set[Picture]:
+        """The pictures of the page."""
+        groups = [group[:SHOWN_MEMBERS] for group in self._groups[:SHOWN_GROUPS]]
+        samples = [sample.picture for sample in self._samples]
+        found = [found for _, found in self._answers] + [one.nearest for one in self._samples]
+        return {match.picture for match in itertools.chain(*found)}.union(samples, *groups)
+
+    def _compare(self) -> None:
+        """Sorts each group, as far as files are known: the largest first, and of equal ones the
+        shortest name, which is rarely a copy's. Finds what is the same: in a folder by its file,
+        else by its vector."""
+        for group in self._groups:
+            group.sort(key=lambda one: (*self._smallness(one), len(one.name), str(one.id)))
+        self._same = "same picture"
+        equal = enumerate(joined(pair for pair in self._catalog.pairs if pair.same))
+        kinds: dict[Id, Any] = {one.id: kind for kind, found in equal for one in found}
+        if self._settings.local:
+            self._same = "same file"
+            kinds = {asset: file.digest for asset, file in self._files.items()}
+        ids_of: dict[Any, list[Id]] = {}
+        for picture in self._listed():
+            if picture.id in kinds:
+                ids_of.setdefault(kinds[picture.id], []).append(picture.id)
+        self._kept: dict[Id, Id] = {}  # by ids of what is the same, the one that can stay
+        for ids in ids_of.values():
+            if len(ids) > 1:
+                self._kept |= dict.fromkeys(ids, ids[0])
+
+    def _smallness(self, picture: Picture) -> tuple[int, int]:
+        """What sorts the largest first, and last what is not known."""
+        file = self._files.get(picture.id, File(0, (0, 0)))
+        return -math.prod(file.pixels), -file.size
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The table."""
+        for number, group in enumerate(self._groups, 1):
+            for one in group:
+                cosine = f"{self._similarity[one.id]:.6f}"
+                yield self._row(one, what="looks the same", group=number, similarity=cosine)
+        for failure in self._catalog.failures:
+            words = {"reason": cell(failure.reason), "advice": advice(failure.reason)}
+            yield self._row(failure.picture, what="can't be used", **words)
+
+    def _row(self, picture: Picture, **row: Any) -> dict[str, Any]:
+        for name in ("name", "client", "id", "image", "link"):
+            row[name] = cell(str(getattr(picture, name)))
+        file = self._files.get(picture.id)
+        if file:
+            row |= zip(("bytes", "width", "height"), (file.size, *file.pixels), strict=False)
+            row["copy"] = "no" if self._settings.local else ""
+        if picture.id in self._kept:
+            row |= {"copy": self._same, "keep": cell(str(self._kept[picture.id]))}
+        return row
+
+    def html(self, status: Status) -> str:
+        """The page."""
+        settings = self._settings
+        place = settings.local.name if settings.local else urlsplit(settings.url).netloc
+        title = settings.client or (place if settings.local else "Products")
         now = datetime.now()
         about = (
-            f"{status.done:,} of {status.assets:,} pictures embedded · "
-            f"{now.day} {now:%B %Y, %H:%M} · {self._settings.model_version}"
+            f"{status.done:,} of {status.assets:,} pictures can be found by similar-product search"
+            f" · {now.day} {now:%B %Y, %H:%M}"
         )
-        anchors = [
-            f'<a href="#{to}"><b>{count:,}</b>{plural(count, noun)} {rest}</a>'
-            for to, count, noun, rest in links
-        ]
+        if place != title:
+            about += f" · {place}"
+        sections = [self._asked(), self._looks_same(), self._failed(), self._alike()]
         return PAGE.format(
-            title=html.escape(title_of(self._settings)),
+            title=escaped(title, 200),
             style=STYLE,
-            about=html.escape(about),
-            links="".join(anchors),
+            about=escaped(about, 400),
+            same=f"<b>{len(self._groups):,}</b>groups look the same{self._superfluous()}",
+            failed=f"<b>{len(self._catalog.failures):,}</b>pictures can't be used",
+            alike=f"<b>{len(self._samples)}</b>samples of what looks alike",
             sections="".join(sections),
         )
 
-    def _asked(self, answers: Sequence[Answer]) -> str:
-        articles = as_many_as_fit(map(self._answer, answers), ANSWER_ROOM)
-        return f"<h2>Asked</h2><p>Nearest first. For words {NEAR_TO_WORDS}.</p>{''.join(articles)}"
-
-    def _answer(self, answer: Answer) -> str:
-        question = html.escape(shorten(answer.question, 100))
-        figures = [self._found(match, MEDIUM) for match in answer.matches[:SHOWN_MATCHES]]
-        return (
-            f'<article><h3>{question}</h3><div class="nearest">{"".join(figures)}</div></article>'
-        )
-
-    def _same(self, catalog: Catalog, groups: list[Group]) -> str:
-        numbered = list(enumerate(groups, 1))
-        cards = as_many_as_fit(itertools.starmap(self._card, numbered[:SHOWN_GROUPS]), GROUP_ROOM)
-        parts = [
-            '<h2 id="same">Looks the same</h2><p>Copies, resized pictures, or variants of one '
-            "product: look before you delete. A picture leads to its original. All groups are in "
-            f"{self._table}, for a spreadsheet.</p><details><summary>What counts as the same?"
-            f"</summary><p>{self._what_counts(catalog)}</p></details>",
-            self._cards(cards, OPEN_GROUPS, "group"),
-            self._without_pictures(numbered[len(cards) :]),
+    def _superfluous(self) -> str:
+        """As in: 21 identical files in 9 groups. One of each kind is not superfluous."""
+        counts = [
+            sum(self._kept.get(one.id, one.id) != one.id for one in group) for group in self._groups
         ]
-        if not groups:
-            parts.append("<p>No two pictures do.</p>")
-        if catalog.compared < catalog.embedded:
-            parts.append(
-                f"<p>Time was short: of {catalog.embedded:,} pictures {catalog.compared:,} were "
-                f"compared with all others, {catalog.sought_among:,} looked through for copies.</p>"
-            )
-        return "".join(parts)
+        noun = "identical file" if self._settings.local else "repeated picture"
+        groups = counted(sum(map(bool, counts)), "group")
+        return f"; superfluous: {counted(sum(counts), noun)} in {groups}"
 
-    def _cards(self, cards: list[str], shown: int, noun: str) -> str:
-        """Cards side by side, all but the first folded."""
-        text = f'<div class="cards">{"".join(cards[:shown])}</div>'
-        folded = cards[shown:]
-        if not folded:
-            return text
-        return (
-            f"{text}<details><summary>{counted(len(folded), f'more {noun}')}</summary>"
-            f'<div class="cards">{"".join(folded)}</div></details>'
-        )
-
-    def _without_pictures(self, numbered: list[tuple[int, Group]]) -> str:
-        """Groups as text: those whose pictures have no room."""
-        if not numbered:
+    def _asked(self) -> str:
+        """Empty where nothing was asked."""
+        if not self._answers:
             return ""
-        lines = as_many_as_fit(itertools.starmap(self._group_in_words, numbered), TEXT_ROOM)
-        more = ""
-        if len(lines) < len(numbered):
-            more = f"<p>And {len(numbered) - len(lines):,} more: see {self._table}.</p>"
-        summary = f"And {counted(len(numbered), 'more group')}, without pictures"
-        return (
-            f"<details><summary>{summary}</summary>"
-            f'<div class="cards">{"".join(lines)}</div>{more}</details>'
-        )
+        cards = [card(escaped(asked, 100), self._found(found)) for asked, found in self._answers]
+        text = f"Nearest first; the search printed them all. For words {NEAR_TO_WORDS}."
+        return section("asked", "Asked", text, cards)
 
-    def _group_in_words(self, number: int, group: Group) -> str:
-        return f"<h3>{self._title(number, group)}</h3>{self._names(group)}"
-
-    def _what_counts(self, catalog: Catalog) -> str:
+    def _looks_same(self) -> str:
+        catalog = self._catalog
         text = (
-            f"A similarity of {SAME} or more: photo libraries such as immich draw the line there, "
-            "too. 1.000 may also be a picture that was saved again or resized. What counts is the "
-            f"square in its middle, as shown here: “{SAME_PICTURE}” marks those that are equal in "
-            f"it, “{SAME_FILE}” files that are equal as a whole."
+            "Copies, resized pictures, or variants of one product: look before you delete. The "
+            "largest of a group comes first. A picture opens its original. Its name leads to the "
+            "product, or else a click on the line below the name selects that, to be copied. "
+            f"{self._table} has all of them, with the one to keep of those that are the same. An "
+            f"empty cell there means: not known.</p><p>A similarity of {SAME} counts as the same. "
+            "Compared is the square in a picture's middle."
         )
-        if catalog.typical is None:
-            return text
-        return f"{text} Pictures that have little in common have {catalog.typical:.2f} here."
-
-    def _card(self, number: int, group: Group) -> str:
-        """A group with its pictures; copies are marked."""
-        copies = copies_in(group, self._views)
-        figures = [
-            self._found(match, MEDIUM, copies.get(match.picture.id, ""))
-            for match in group[:SHOWN_MEMBERS]
-        ]
-        more = ""
-        if len(group) > SHOWN_MEMBERS:
-            more = (
-                f"<details><summary>and {len(group) - SHOWN_MEMBERS:,} more</summary>"
-                f"{self._names(group[SHOWN_MEMBERS:])}</details>"
+        if catalog.typical is not None:
+            text += f" Pictures that have little in common have {catalog.typical:.2f} here."
+        if catalog.compared < catalog.embedded:
+            text += (
+                f"</p><p>Time was short: of {catalog.embedded:,} pictures {catalog.compared:,} "
+                f"were compared with all others, {catalog.sought_among:,} searched for copies."
             )
-        columns = "twos" if len(group) in (2, 4) else "threes"
+        not_seen = sum(one.id not in self._files for one in self._listed())
+        if self._settings.local and not_seen:
+            text += f" {counted(not_seen, 'file')} could not be looked at, or not in time."
+        cards = [self._group(*both) for both in enumerate(self._groups[:SHOWN_GROUPS], 1)]
+        cut = self._cut(len(self._groups) - SHOWN_GROUPS)
+        return section("same", "Looks the same", text, cards, cut)
+
+    def _group(self, number: int, group: list[Picture]) -> str:
+        kept = {self._kept.get(picture.id) for picture in group}
+        what = "look the same"
+        if len(kept) == 1 and None not in kept:
+            what = f"times the {self._same}"
+        figures = []
+        for one in group[:SHOWN_MEMBERS]:
+            note = similarity(self._similarity[one.id])
+            if one.id in self._kept:
+                note = f"<mark>{self._same}</mark>"
+            if one is group[0] and self._smallness(one) < self._smallness(group[-1]) < (0, 0):
+                note = f"<mark>largest</mark> {note}"
+            figures.append(self._figure(one, note))
+        cut = self._cut(len(group) - SHOWN_MEMBERS)
+        return card(f"Group {number:,}: {len(group):,} {what}", figures, cut=cut)
+
+    def _cut(self, count: int) -> str:
+        """What is said of so many that have no room."""
+        return f"<p>And {count:,} more: see {self._table}.</p>" if count > 0 else ""
+
+    def _failed(self) -> str:
+        by_reason: dict[str, list[Picture]] = {}
+        for failure in self._catalog.failures:
+            reason = failure.reason.partition(" (")[0]
+            by_reason.setdefault(reason, []).append(failure.picture)
+        cards = []
+        for reason in sorted(by_reason, key=lambda reason: -len(by_reason[reason])):
+            failed = by_reason[reason]
+            lines = [self._line(one) for one in failed[:SHOWN_NAMES]]
+            title = f"{escaped(reason[:1].upper() + reason[1:], 200)} <mark>{len(failed):,}</mark>"
+            text = f"<p>{advice(reason) or 'Ask your developer.'}</p>"
+            cards.append(card(title, lines, text, self._cut(len(failed) - SHOWN_NAMES)))
+        text = (
+            "Similar-product search can't find these until they are mended. Later runs try them "
+            f"again by themselves. {self._table} has all."
+        )
+        cut = self._cut(len(cards) - SHOWN_REASONS)
+        return section("failed", "Can't be used", text, cards[:SHOWN_REASONS], cut)
+
+    def _line(self, picture: Picture) -> str:
+        """A picture that can't be shown."""
+        where = "Open it" if self._settings.local else escaped(picture.image, 100)
+        return f"<figure>{self._name(picture)}{link(self._original(picture), where)}</figure>"
+
+    def _alike(self) -> str:
+        cards = []
+        for sample in self._samples:
+            figures = [self._figure(sample.picture), *self._found(sample.nearest)]
+            cards.append(card(escaped(sample.picture.name, 60), figures))
+        text = (
+            "Some pictures from all over, each with the nearest to it, as a shop would show them."
+        )
+        return section("alike", "Looks alike", text, cards)
+
+    def _found(self, matches: list[Match]) -> list[str]:
+        return [self._figure(match.picture, similarity(match.similarity)) for match in matches]
+
+    def _figure(self, picture: Picture, note: str = "") -> str:
+        """A picture, or why there is none, and what is said of it."""
+        shown, file = self._views.get(picture.id, (NO_PICTURE.format("not in time"), None))
+        if file:
+            note += f"<small>{file.measures}</small>"
         return (
-            f"<article><h3>{self._title(number, group)}</h3>"
-            f'<div class="{columns}">{"".join(figures)}</div>{more}</article>'
+            f"<figure>{link(self._original(picture), shown)}"
+            f"<figcaption>{self._name(picture)}{note}</figcaption></figure>"
         )
 
-    def _title(self, number: int, group: Group) -> str:
-        """As in: Group 7: 3 copies, in 2 clients. The number is also the table's."""
-        are = "copies" if are_copies(group, self._views) else "look the same"
-        title = f"Group {number:,}: {len(group):,} {are}"
-        clients = {match.picture.client for match in group}
-        if len(clients) > 1:
-            title = f"{title}, in {len(clients):,} {self._clients}"
-        return title
+    def _name(self, picture: Picture) -> str:
+        """What leads to the product: its name, or else its id, to be copied."""
+        name = f"<bdi>{escaped(picture.name, 60)}</bdi>"
+        page = self._web(picture.link)
+        lines = [f"<b>{link(page, name)}</b>"]
+        if not page:
+            lines.append(f'<small><bdi class="id">{escaped(str(picture.id), 200)}</bdi></small>')
+        if picture.client and not self._settings.local:
+            lines.append(f"<small><bdi>{escaped(picture.client, 60)}</bdi></small>")
+        return "".join(lines)
 
-    def _names(self, group: Group) -> str:
-        """Pictures of a group as text, with their ids."""
-        lines = []
-        for match in group[:SHOWN_NAMES]:
-            name = self._link(match.picture, html.escape(shorten(match.picture.name)))
-            rest = [f"{match.similarity:.3f}", shorten(str(match.picture.id), 160)]
-            if not self._settings.local:  # there the id has the folder in it
-                rest.insert(1, shorten(match.picture.client))
-            small = html.escape(" · ".join(filter(None, rest)))
-            lines.append(f"<li><b>{name}</b><small>{small}</small></li>")
-        if len(group) > SHOWN_NAMES:
-            lines.append(f"<li>and {len(group) - SHOWN_NAMES:,} more: see {self._table}</li>")
-        return f"<ul>{''.join(lines)}</ul>"
+    def _original(self, picture: Picture) -> str:
+        """The address of a picture's file; empty where there is none."""
+        if not self._settings.local:
+            return self._web(picture.image)
+        path = self._settings.local / picture.image
+        try:
+            return quote(Path(os.path.relpath(path, self._folder)).as_posix())
+        except ValueError:  # on another drive
+            return path.as_uri()
 
-    def _failed(self, failures: list[FailedPicture]) -> str:
-        parts = [
-            '<h2 id="failed">Can\'t be used</h2><p>These have no vector: no search finds them. All '
-            f"are in {self._table}.</p>"
-        ]
-        by_reason: dict[str, list[FailedPicture]] = {}
-        for failure in failures:
-            by_reason.setdefault(failure.reason, []).append(failure)
-        largest_first = sorted(by_reason, key=lambda reason: -len(by_reason[reason]))
-        cards = [self._reason(reason, by_reason[reason]) for reason in largest_first]
-        cards = as_many_as_fit(cards, FAILURE_ROOM)
-        parts.append(self._cards(cards, OPEN_REASONS, "reason"))
-        if len(cards) < len(by_reason):
-            more = counted(len(by_reason) - len(cards), "more reason")
-            parts.append(f"<p>And {more}: see {self._table}.</p>")
-        if not failures:
-            parts.append("<p>None: what was tried could be used.</p>")
-        return "".join(parts)
-
-    def _reason(self, reason: str, failures: list[FailedPicture]) -> str:
-        """What failed for one reason, with what to do about it."""
-        again = "Tried again when the address changes, or with --retry-failed."
-        if self._settings.local:
-            again = "Tried again when the file changes."
-        lines = [self._failure(failure.picture) for failure in failures[:SHOWN_NAMES]]
-        if len(failures) > SHOWN_NAMES:
-            lines.append(f"<li>and {len(failures) - SHOWN_NAMES:,} more: see {self._table}</li>")
-        names = f"<ul>{''.join(lines)}</ul>"
-        if len(failures) > OPEN_NAMES:
-            names = f"<details><summary>Which they are</summary>{names}</details>"
-        title = html.escape(shorten(reason[:1].upper() + reason[1:], 200))
-        return (
-            f"<article><h3>{title} <mark>{len(failures):,}</mark></h3>"
-            f"<p>{advice(reason)} {again}</p>{names}</article>"
-        )
-
-    def _failure(self, picture: Picture) -> str:
-        name = html.escape(shorten(picture.name))
-        value = html.escape(shorten(picture.image or str(picture.id), 160))
-        client = ""
-        if picture.client and not self._settings.local:  # there the value has the folder in it
-            client = f" · {html.escape(shorten(picture.client))}"
-        return f"<li><b>{self._link(picture, name)}</b>{client}<small>{value}</small></li>"
-
-    def _alike(self, samples: list[Sample]) -> str:
-        rows = as_many_as_fit(map(self._sample, samples), SAMPLE_ROOM)
-        return (
-            '<h2 id="alike">Looks alike</h2><p>Some pictures from all over, each with the nearest '
-            f"to it: what a shop would show as similar.</p>{''.join(rows)}"
-        )
-
-    def _sample(self, sample: Sample) -> str:
-        nearest = [self._found(match, SMALL) for match in sample.nearest]
-        return (
-            f'<article class="sample">{self._figure(sample.picture, LARGE)}'
-            f'<div class="nearest">{"".join(nearest)}</div></article>'
-        )
-
-    def _found(self, match: Match, side: int, mark: str = "") -> str:
-        return self._figure(match.picture, side, f"{match.similarity:.3f}", mark)
-
-    def _figure(self, picture: Picture, side: int, note: str = "", mark: str = "") -> str:
-        """A picture, or why there is none; its name comes first."""
-        view = self._views.get(picture.id, "")
-        name = html.escape(shorten(picture.name, 200))
-        short = html.escape(shorten(picture.name, 36))
-        client = picture.client
-        if self._settings.local:
-            client = client or self._settings.local.name
-        notes = [note, shorten(client)]
-        if isinstance(view, View):
-            shown = f'<img src="{view.thumbnail(side)}" alt="{name}">'
-            if side != SMALL:
-                notes.append(view.measures)
-        else:
-            shown = f'<span class="none">{html.escape(view)}</span>'
-        lines = [f"<small><bdi>{html.escape(line)}</bdi></small>" for line in notes if line]
-        if mark:
-            lines.append(f"<mark>{mark}</mark>")
-        return (
-            f'<figure>{self._link(picture, shown)}<figcaption title="{name}"><b><bdi>{short}'
-            f"</bdi></b>{''.join(lines)}</figcaption></figure>"
-        )
-
-    def _link(self, picture: Picture, shown: str) -> str:
-        """HTML that leads to the picture's original, where there is an address that can."""
-        address = picture.image
-        if self._settings.local:
-            path = self._settings.local / picture.image
-            try:
-                address = quote(Path(os.path.relpath(path, self._file.parent)).as_posix())
-            except ValueError:  # on another drive
-                address = path.as_uri()
-        elif address.startswith("//"):
-            address = f"https:{address}"
-        elif address.startswith(STORAGE):
-            address = f"{self._settings.url}{address}"
-        elif not re.match("(?i)https?://", address) or len(address) > LONGEST_ADDRESS:
-            return shown
-        return f'<a href="{html.escape(address)}" target="_blank" rel="noreferrer">{shown}</a>'
+    def _web(self, text: str) -> str:
+        """A URL that a browser may follow; empty where it is none."""
+        if text.startswith("//"):
+            return f"https:{text}"
+        if text.startswith(STORAGE):
+            return f"{self._settings.url}{text}"
+        return text if re.match("(?i)https?://", text) else ""
 
 
-def as_many_as_fit(parts: Iterable[str], room: int) -> list[str]:
-    """The first parts, `room` bytes in all at most."""
-    taken = []
-    for part in parts:
-        room -= len(part.encode("utf-8", "replace"))
-        if room < 0:
-            break
-        taken.append(part)
-    return taken
+def section(name: str, title: str, text: str, cards: list[str], cut: str = "") -> str:
+    """A part of the page."""
+    return (
+        f'<section id="{name}"><h2>{title}</h2><p>{text}</p>'
+        f'<div class="cards">{"".join(cards)}</div>{cut}</section>'
+    )
 
 
-def title_of(settings: Settings) -> str:
-    """The shop's name: its folder's, or its project's host; with the client, if it is of one."""
-    shop = urlsplit(settings.url).netloc
-    if settings.local:
-        shop = settings.local.name or "Pictures"
-    if settings.client:
-        return f"{settings.client} · {shop}"
-    return shop
+def card(title: str, figures: list[str], text: str = "", cut: str = "") -> str:
+    """A part of a section."""
+    return (
+        f'<article style="--n:{len(figures)}"><h3>{title}</h3>{text}'
+        f'<div class="grid">{"".join(figures)}</div>{cut}</article>'
+    )
 
 
-TABLE_COLUMNS = [
-    "what",
-    "group",
-    "name",
-    "client",
-    "similarity",
-    "copy",
-    "width",
-    "height",
-    "bytes",
-]
-TABLE_COLUMNS += ["id", "image", "reason", "advice"]
+def link(address: str, shown: str) -> str:
+    """HTML that leads to an address, where there is one, and no longer than a link may be."""
+    address = html.escape(address)
+    if not address or len(address.encode("utf-8", "replace")) > LONGEST_LINK:
+        return shown
+    return f'<a href="{address}" target="_blank" rel="noreferrer">{shown}</a>'
+
+
+def escaped(text: str, width: int) -> str:
+    """Text from outside as HTML, with its middle left out where it is too long."""
+    return html.escape(shorten(text, width))
+
+
+def similarity(cosine: float) -> str:
+    """Of pictures that are not the same: never 1.000."""
+    return f"<small>similarity {min(cosine, 0.999):.3f}</small>"
+
+
+def cell(text: str) -> str:
+    """Text that no spreadsheet takes for a formula, nor for too long. Some split a line at
+    semicolons, some at tabs."""
+    return FORMULA.sub(r"\g<0>'", shorten(text, LONGEST_ADDRESS))
 
 
 def table_beside(page: Path) -> Path:
     """Where the table of a page is."""
     return page.with_suffix(".csv")
-
-
-def write_table(
-    path: Path, groups: list[Group], failures: list[FailedPicture], views: Views
-) -> None:
-    """Writes every group and every failure, for a spreadsheet. (utf-8-sig: without its first bytes
-    Excel takes it for another encoding.)"""
-    with path.open("w", encoding="utf-8-sig", errors="replace", newline="") as file:
-        table = csv.DictWriter(file, TABLE_COLUMNS, restval="")
-        table.writeheader()
-        for number, group in enumerate(groups, 1):
-            copies = copies_in(group, views)
-            for match in group:
-                row = picture_columns(match.picture, views)
-                row |= {"what": "looks the same", "group": number}
-                row["similarity"] = f"{match.similarity:.6f}"
-                row["copy"] = copies.get(match.picture.id, "")
-                table.writerow(row)
-        for failure in failures:
-            row = picture_columns(failure.picture, views)
-            row |= {"what": "can't be used", "reason": cell(failure.reason)}
-            row["advice"] = advice(failure.reason)
-            table.writerow(row)
-
-
-def picture_columns(picture: Picture, views: Views) -> dict[str, Any]:
-    """A picture's part of a row."""
-    row: dict[str, Any] = {name: cell(getattr(picture, name)) for name in ("name", "client")}
-    row |= {"id": cell(str(picture.id)), "image": cell(picture.image)}
-    view = views.get(picture.id)
-    if isinstance(view, View):
-        row["bytes"] = view.size
-        if view.pixels:
-            row["width"], row["height"] = view.pixels
-    return row
-
-
-def cell(text: str) -> str:
-    """Text that no spreadsheet takes for a formula, nor for too long (32,767 characters)."""
-    text = shorten(text, LONGEST_ADDRESS)
-    if text.startswith(("=", "+", "-", "@", "\t", "\r")):
-        return f"'{text}"
-    return text
 
 
 def page_file(text: str) -> Path:
@@ -4528,7 +4493,7 @@ def page_file(text: str) -> Path:
             raise argparse.ArgumentTypeError(f"'{path}' can't be written")
     if table.exists():
         with table.open(encoding="utf-8-sig", errors="replace") as lines:
-            if lines.readline(500).strip() != ",".join(TABLE_COLUMNS):
+            if not lines.readline(500).startswith("what,group,name,"):
                 raise argparse.ArgumentTypeError(f"'{table}' is yours: take another name")
     return page
 
@@ -4553,27 +4518,17 @@ settings, from the environment or .env (README.md explains them):
   FETCH_SECONDS, DB_RETRY_SECONDS, ALLOW_PRIVATE_IMAGE_HOSTS
 
 exit codes:
-  0 all done, 1 some images failed, 2 could not run, or not go on,
-  130 interrupted (143 by SIGTERM, 129 by a closed terminal)
+  0    all done, or nothing to do
+  1    some images failed, or their host did not cope
+  2    the run could not start or not go on
+  130  interrupted (143 by SIGTERM, 129 by a closed terminal)
 """
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse's, which also says which flag is near a mistyped one."""
-
-    def error(self, message: str) -> Any:
-        mistyped = re.search(r"unrecognized arguments: (--[\w-]+)", message)
-        if mistyped:
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            near = difflib.get_close_matches(mistyped[1], flags, n=1)
-            if near:
-                message = f"{message}: did you mean {near[0]}?"
-        super().error(message)
-
-
 def parser() -> argparse.ArgumentParser:
-    """The command line's flags; those not given, but --workers, have the defaults of Settings."""
-    usage = Parser(
+    """The command line's flags. A flag that is not given has the default of Settings; --workers
+    alone has its own."""
+    usage = argparse.ArgumentParser(
         usage="%(prog)s [--limit N] [--client NAME] [--local DIR] [...]   -h: all flags",
         description="Give every product image in a Supabase database, or in a folder, "
         "a CLIP embedding. Run again to resume.",
@@ -4583,16 +4538,16 @@ def parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
     )
     most = min(MOST_WORKERS, WORKERS_PER_CORE * cores())
-    workers = f"downloads at once ({WORKERS_PER_CORE} a core; not over {MOST_WORKERS})"
-
+    workers = f"most downloads from a host ({WORKERS_PER_CORE} a core, {MOST_WORKERS} at most)"
     search = f"embed nothing, print the {MATCHES} nearest to this (or --limit N); may be repeated"
+    gallery = "at the end, write a page to look at (.html), and a table beside it (.csv)"
 
     what = usage.add_argument_group("what to embed").add_argument
-    what("--limit", type=positive_number, metavar="N", help="attempt at most N assets")
+    what("--limit", type=positive_number, metavar="N", help="try at most N images")
     what("--client", metavar="NAME", help="only this client's (with --local: subfolder's) images")
     what("--local", type=full_path, metavar="DIR", help="embed a folder's images; needs no account")
     what("--shard", type=shard, metavar="I/N", help="only part I of N parts of a database")
-    what("--retry-failed", action="store_true", help="try all that failed before, also for good")
+    what("--retry-failed", action="store_true", help="also try failures that wait")
 
     speed = usage.add_argument_group("how fast").add_argument
     speed("--workers", type=positive_number, default=most, metavar="N", help=workers)
@@ -4602,12 +4557,7 @@ def parser() -> argparse.ArgumentParser:
 
     show = usage.add_argument_group("what to show").add_argument
     show("--search", action="append", type=question, metavar="TEXT|FILE|URL", help=search)
-    show(
-        "--gallery",
-        type=page_file,
-        metavar="FILE",
-        help="at the end, write a page to look at (.html), and a table beside it (.csv)",
-    )
+    show("--gallery", type=page_file, metavar="FILE", help=gallery)
     show("--dry-run", action="store_true", help="say what would be done; load and write nothing")
     show("-v", "--verbose", action="store_true", help="say each failure as it happens, and more")
     show("--version", action="store_true", help="say what a bug report needs, and exit")
@@ -4617,9 +4567,11 @@ def parser() -> argparse.ArgumentParser:
 def read_flags(argv: list[str] | None) -> dict[str, Any]:
     """The flags that were given; exits with 2 where they are of no use."""
     usage = parser()
-    flags = vars(usage.parse_args(argv))
-    if "search" in flags and "dry_run" in flags:
-        usage.error("--search changes nothing, so there is no --dry-run of it")
+    found, unknown = usage.parse_known_args(argv)
+    flags = vars(found)
+    if unknown:
+        hints = [f": did you mean --local {text}?" for text in unknown if Path(text).is_dir()]
+        usage.error(f"unrecognized arguments: {' '.join(unknown)}{''.join(hints[:1])}")
     if "shard" in flags and "local" in flags:
         usage.error("--shard is for a database; for a part of a folder there is --client SUBFOLDER")
     return flags
@@ -4788,22 +4740,9 @@ def say_version() -> None:
 
 
 def say_error(trouble: str) -> None:
-    """Says on stderr why the run ended, on a terminal in lines of its width."""
-    line = printable(f"error: {trouble}")
-    if sys.stderr.isatty():
-        width = shutil.get_terminal_size().columns - 1
-        line = textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
-    with contextlib.suppress(OSError):  # there may be nobody to read it
-        print(line, file=sys.stderr)
-
-
-class Log(logging.StreamHandler[Any]):
-    """Logs to stderr while somebody reads it."""
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
-        # What is left in a broken pipe's buffer would fail each start of a process.
-        if isinstance(sys.exception(), OSError):
-            sys.stderr = self.stream = Path(os.devnull).open("w")  # noqa: SIM115
+    """Says on stderr why the run ended."""
+    with contextlib.suppress(OSError):  # nobody may be there to read it
+        print(printable(f"error: {trouble}"), file=sys.stderr)
 
 
 class Lines(logging.Formatter):
@@ -4818,7 +4757,7 @@ class Lines(logging.Formatter):
 
 def set_up_output(verbose: bool) -> None:
     """Logs to stderr, with the time where nobody watches."""
-    handler = Log()
+    handler = logging.StreamHandler()
     look = "%(message)s" if sys.stderr.isatty() else "%(asctime)s %(message)s"
     handler.setFormatter(Lines(look))
     logging.basicConfig(handlers=[handler])

