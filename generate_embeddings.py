@@ -24,29 +24,30 @@
 # ///
 """Give every product image in a Supabase database (or a folder) a CLIP embedding.
 
-    find pending assets -> fetch -> decode -> embed -> store -> report
+    pending assets (the store finds them) -> fetch -> decode -> embed -> store -> report
 
-main reads flags and settings; embed_all asks the store for its status. --search then answers, with
---gallery on a page, too, and --dry-run lists, and that is all. Else, if anything is pending, the
-steps overlap in Run.loop; the first images are fetched while the model is loaded. The report comes
-in any case, also after an error; --gallery then, unless the run was stopped or could not go on.
+`main` reads flags and settings. `embed_all` asks the store for its status. With --search it then
+answers questions, with --dry-run it lists assets, and that is all. Else, if anything is pending,
+the steps overlap in `Run.loop`: the first images are fetched while the model is loaded. The report
+is printed in any case, also after an error. The page (--gallery) comes last, unless the run was
+stopped or could not go on.
 
 Words
-    asset     one product image to embed: an id and where its image is
-    pending   without an embedding of this model version; the store says which assets are, and
-              leaves out those that failed for good, or too often to be tried again yet
-              (--retry-failed takes them in)
+    asset     one product image to embed: an id, and where its image is
+    pending   without an embedding of this image and model version, and due: an asset that failed
+              is tried again in the next run, then ever more rarely (--retry-failed: at once)
     store     where assets and embeddings are: a Supabase database, or a folder
+    host      who serves images; strain is a host's sign that it does not cope
     levels    a uint8 array (224, 224, 3), what CLIP sees of an image
     pixels    the same as float32 (3, 224, 224), normalised: what its image tower takes
-    vector    a float32 array (512,) of unit length, what that gives
+    vector    a float32 array (512,) of unit length, what the tower gives
 
 Sections
     The story        main, embed_all, Report: a run from its start to its printed report
-    Words            what the sections hand to each other, errors, the Store protocol, Settings
-    The run          Run (one loop), Task, Hosts, Progress, Stop
+    Words            what the sections hand to each other, the reasons of failures, Store, Settings
+    The run          Run (one loop), Job, Pace, Host, Progress, Stop
     Stores           SupabaseStore, FolderStore
-    Fetching         Guard, Fetcher, and what a host's answer means
+    Fetching         Fetcher, Deadline, and Guard: where a connection may go
     Pictures         from a file's bytes to levels
     Decoders         the processes that do this, what they may take, what they can reach
     Model            the two towers, their weights and the download
@@ -54,32 +55,40 @@ Sections
     Command line     flags, settings, what is said on the terminal
 
 Who runs where
-    Main thread      the loop of Run, which alone touches the Run and the Report; Store.locate
+    Main thread      the loop of Run, which alone touches Run, Job, Host, Pace and Report;
+                     Store.locate
     Run.background   a pool of threads, a task each: load the model, find a page, store a batch (one
-                     at a time), fetch an image or wait for its decoder (as many as --workers, and
-                     up to MOST_SLOW more while some are slow)
-    Before the run   Store.status, in a thread of its own, as it may hang
+                     at a time), fetch an image or wait for its decoder. A download that hangs keeps
+                     its thread until the process ends.
     Run.embedders    a pool with one thread a core (one in all on a GPU), a batch each
     Decoders         processes, one a core: a file is not to be trusted, and may crash its decoder
+    Before the run   Store.status, in a thread of its own, as it may hang
     For moments      a timer for each file being decoded (answer_to), a thread a core while weights
-                     are laid out (read_layers)
-    --gallery, --search    after the run, or without one: the main thread, and a pool that fetches
+                     are laid out (read_layers), on a terminal tqdm's own thread
+    --gallery, --search    after the run, or without one: the main thread, with decoders of their
+                     own and, for the page, a pool that fetches
 
 Where the answers to other questions stand
     What must be called before what, and what a third store must offer: Store
     What happens to an image that changes meanwhile: Store
+    How many downloads run at once, and when a host is given up: Pace
     When a run ends early, with which exit code, and what bounds memory: Run
     What a host's answer means: STRAINED. How to add a setting: Settings
 
 What an upgrade of a package may break, as no documentation promises it
-    urllib3     connection._new_conn, response_class, pool_classes_by_scheme (guarded_adapter)
+    urllib3     connection._new_conn, response_class, pool_classes_by_scheme,
+                util.connection.create_connection (guarded_adapter, Guard)
     http.client _MAXHEADERS, response.fp (guarded_adapter)
-    requests    adapter.cert_verify, proxy_manager (guarded_adapter); brings certifi
-    torch       torch.ops.mkldnn._linear_pointwise, _reorder_linear_weight (Linear)
-    transformers    brings tokenizers, safetensors and filelock, which are used here (Model)
+    requests    adapter.cert_verify, proxy_manager, utils.select_proxy, utils.get_environ_proxies
+                (Fetcher); brings certifi, which is used here
+    huggingface_hub    the cache's layout, `*.incomplete`, tqdm_class, httpx2's errors, the texts of
+                its warnings (Model)
+    torch       torch.ops.mkldnn._linear_pointwise, _reorder_linear_weight (Linear), names in
+                torch.cpu.get_capabilities (has_bfloat16)
+    transformers    brings tokenizers and safetensors, which are used here (Model)
     supabase    brings httpx and postgrest, whose errors are known here (SupabaseStore)
-    tqdm        bar.initial, bar.start_t (Progress)
     pillow      TiffImagePlugin.READ_LIBTIFF, a GIF's dispose_extent (Pictures)
+    PostgreSQL, PostgREST    codes of errors (SupabaseStore)
 
 Exit codes: 0 all done, 1 some images failed or their host did not cope, 2 the run could not start
 or not go on, 130 interrupted (143 by SIGTERM, 129 by a closed terminal).
@@ -591,13 +600,6 @@ class Source(NamedTuple):
         return ""
 
 
-class Loaded(NamedTuple):
-    """An asset with its pixels, float32 (3, 224, 224)."""
-
-    asset: Asset
-    pixels: np.ndarray
-
-
 class Download(NamedTuple):
     """The bytes of an image's file, and how long they took."""
 
@@ -886,6 +888,7 @@ class Job:
     assets: list[Asset]
     tries: int = 0  # that met strain
     since: float = 0.0  # when the last try began
+    pixels: np.ndarray | None = None  # while they wait for the model
     result: Result | None = None  # of the first asset, as soon as there is one
 
 
@@ -1027,8 +1030,7 @@ class Run:
         self.waiting_characters = 0  # and the length of their URLs
         self.jobs: dict[str, Job] = {}  # by URL: those that further assets may share,
         self.kept: deque[str] = deque()  # of which these have a result, oldest first
-        self.loading: dict[Id, Job] = {}  # by their first asset: those between fetch and result
-        self.ready: list[Loaded] = []  # to be embedded
+        self.ready: list[Job] = []  # to be embedded
         self.results: list[Result] = []  # to be stored
         self.store_by = 0.0  # by then a batch is started, full or not; at first: at once
         self.trouble: Exception | None = None  # what ends the run
@@ -1225,13 +1227,13 @@ class Run:
         now = time.monotonic()
         host.pace.arrived(now, download.seconds)
         self.line.arrived(now, download.body_seconds)
-        first = job.assets[0]
-        self.loading[first.id] = job
-        task = Task("decode", self.take_loaded, partial(self.take_failure, job, "decode"))
-        self.start(task, self.loader.load, first, download.data)
+        fail = partial(self.take_failure, job, "decode")
+        task = Task("decode", partial(self.take_pixels, job), fail)
+        self.start(task, self.loader.load, download.data)
 
-    def take_loaded(self, loaded: Loaded) -> None:
-        self.ready.append(loaded)
+    def take_pixels(self, job: Job, pixels: np.ndarray) -> None:
+        job.pixels = pixels
+        self.ready.append(job)
 
     def take_failed_fetch(self, job: Job, host: Host, error: Exception) -> None:
         host.downloads -= 1
@@ -1301,7 +1303,6 @@ class Run:
         if not isinstance(error, ImageError):
             log.debug("%s", first, exc_info=error)
             reason = f"unexpected {type(error).__name__}"
-        self.loading.pop(first.id, None)
         self.finish(job, Failed(first, stage, reason))
 
     # Embed
@@ -1321,12 +1322,17 @@ class Run:
                 return
             batch = self.ready[:size]
             self.ready = self.ready[size:]
-            task = Task("embed", self.take_embedded, self.end, images=len(batch))
-            self.start(task, self.encoder.embed, batch)
+            take = partial(self.take_vectors, batch)
+            task = Task("embed", take, self.end, images=len(batch))
+            self.start(task, self.encoder.embed, [job.pixels for job in batch])
 
-    def take_embedded(self, results: list[Result]) -> None:
-        for result in results:
-            self.finish(self.loading.pop(result.asset.id), result)
+    def take_vectors(self, batch: list[Job], vectors: np.ndarray) -> None:
+        for job, vector in zip(batch, vectors, strict=True):
+            job.pixels = None
+            if np.isfinite(vector).all():
+                self.finish(job, Embedded(job.assets[0], vector))
+            else:
+                self.take_failure(job, "embed", ImageError(NOT_FINITE))
 
     def finish(self, job: Job, result: Result) -> None:
         """Counts a result for each asset that shares the image, and keeps it for those to come."""
@@ -1390,16 +1396,15 @@ def clock(moment: float) -> str:
 class Progress:
     """How far the run is: a bar on a terminal, lines in a log elsewhere."""
 
-    EACH = 10  # a line of a log after so many of the first
-    EACH_UNTIL = 100  # images
-    LINE_SECONDS = 10.0  # and whenever the last line is this old
+    FIRST_LINE = 10  # images, after which a log has its first line
+    LINE_SECONDS = 10.0  # from one to the next
 
     def __init__(self, goal: int) -> None:
         self._goal = goal
         self._done = 0  # stored or not, of which
         self._failed = 0  # so many
         self._since = time.monotonic()
-        self._line_due = math.inf
+        self._line_due = self._since + self.LINE_SECONDS
         self._bar: Any = None
         if sys.stderr.isatty():
             width = shutil.get_terminal_size().columns - 1
@@ -1434,15 +1439,15 @@ class Progress:
 
     def _log_now_and_then(self) -> None:
         now = time.monotonic()
-        first_ones = self._done <= self.EACH_UNTIL and self._done % self.EACH == 0
-        if first_ones or now >= self._line_due:
-            rate = self._done / max(0.001, now - self._since)
-            left = timedelta(seconds=math.ceil((self._goal - self._done) / rate))
-            log.info(
-                f"{self._done:,}/{self._goal:,} done, {self._failed:,} failed, "
-                f"{rate:.1f} images/s, {left} left"
-            )
-            self._line_due = now + self.LINE_SECONDS
+        if now < self._line_due and self._done != self.FIRST_LINE:
+            return
+        self._line_due = now + self.LINE_SECONDS
+        rate = self._done / max(0.001, now - self._since)
+        left = timedelta(seconds=math.ceil((self._goal - self._done) / rate))
+        log.info(
+            f"{self._done:,}/{self._goal:,} done, {self._failed:,} failed, "
+            f"{rate:.1f} images/s, {left} left"
+        )
 
 
 class Stop:
@@ -1477,27 +1482,56 @@ ANSWER_SECONDS = 58.0  # of the database, for a question: Supabase's API ends it
 CONNECT_SECONDS = 10.0  # to the database
 CHECK_SECONDS = 5.0  # patience with the database before the run, when the URL may be wrong
 STOP_SECONDS = 10.0  # patience with it after Ctrl-C
+SAMPLES = 16  # products on the page, each with the nearest to it
+COMPARED_AT_ONCE = 200  # products; they have five neighbours each, and the API cuts at 1,000 rows
+FAILURES_AT_ONCE = 1000  # rows
 
 SILENCE = "no answer from the database"
 CHECK_URL = "check SUPABASE_URL and the project's status, then run again"
 RUN_SQL = "run this version's schema.sql in Supabase's SQL editor, then this script again"
+UPGRADE = (
+    f'first run the lines at its end, "How to remove it", but not the last one; then {RUN_SQL}'
+)
 NEW_KEY = "copy a secret key (sb_secret_...) from the dashboard, Settings > API Keys"
 
-# Codes of PostgREST, of PostgreSQL, and a gateway's HTTP status, by what they mean
+# Codes of PostgREST and PostgreSQL, and a gateway's HTTP status. What these mean may pass:
 PASSING = re.compile(r"5\d\d|408|425|429|PGRST00\d|(08|40|53|57)...|55P03|XX000")
-LACKING = ("PGRST202", "42883", "42P01", "42703")  # a function, table or column is not there
-BAD_KEY = ("401", "403", "PGRST301", "PGRST302", "PGRST303")
-NO_GRANT = "42501"
-NOT_EXPOSED = "PGRST106"
-TOO_LONG = "57014"  # over the statement_timeout; passing, but for
-SEARCHES = ("embedding_search", "embedding_gallery", "embedding_pairs")  # these: they need an index
+TOO_LONG = "57014"  # passes, too; but a search that took too long would do so again
+SEARCHES = ("match_products", "similar_products", "duplicate_products", "embedding_copies")
+VANISHED = "23503"  # a product was deleted in the very moment; passes, but not for ever
+# What the others mean. {said} are the database's own words.
+TROUBLES = {
+    **dict.fromkeys(
+        ("PGRST202", "PGRST204", "PGRST205", "42883", "42P01", "42703"),
+        f"the database lacks what this script calls ({{said}}): {RUN_SQL}",
+    ),
+    **dict.fromkeys(
+        ("401", "403", "PGRST301", "PGRST302", "PGRST303"),
+        f"the key in {{key}} was refused ({{said}}): {NEW_KEY}",
+    ),
+    "42501": f"the key in {{key}} may not do this ({{said}}): {NEW_KEY}. If it is one, "
+    'grant select on that table, as "Your tables" in schema.sql says',
+    "PGRST106": "the schema public is not exposed ({said}): add it in the dashboard's settings "
+    "of the Data API, Exposed schemas",
+    TOO_LONG: "a search in the database took too long ({said}): has product_embeddings its HNSW "
+    "index? schema.sql says how to make it",
+    VANISHED: "products are missing in the table that a foreign key refers to ({said}): see "
+    '"Another table" in schema.sql',
+    "25006": "the database can only be read ({said}): SUPABASE_URL is a read replica's, or the "
+    "project's disk is full",
+}
+OTHER_TROUBLE = "the database says {said!r} ({code})"
+NO_API = "{url} answers with HTTP {code}, {said}: check SUPABASE_URL"
+
+OBJECTS = "/storage/v1/object/"
+STORAGE = (OBJECTS, "/storage/v1/render/image/")  # an image that begins so is the project's own
 
 
 class SupabaseStore:
-    """Assets and embeddings in Supabase, by the functions of schema.sql alone.
+    """Assets and embeddings in Supabase, by what schema.sql makes.
 
     Safe to use from several threads. Raises RunError for what stops a run: the key, the schema,
-    a database that is away for longer than DB_RETRY_SECONDS.
+    rows that the database refuses, a database that is away for longer than DB_RETRY_SECONDS.
     """
 
     def __init__(self, settings: Settings, stop: Stop) -> None:
@@ -1510,27 +1544,20 @@ class SupabaseStore:
         self.place = f"product_embeddings at {settings.url}"
         answer_seconds = min(ANSWER_SECONDS, max(CHECK_SECONDS, settings.db_retry_seconds))
         self.patience = settings.db_retry_seconds + answer_seconds  # all attempts at a call
-        # The HTTP status of this thread's last answer, and where that leads: an APIError of a
-        # gateway's JSON lacks them.
-        self._http = threading.local()
         http = httpx.Client(
             timeout=httpx.Timeout(answer_seconds, connect=CONNECT_SECONDS),
             verify=tls_context(),
             follow_redirects=False,  # one would carry the key to another origin
-            event_hooks={"response": [self._keep_what_errors_lack]},
+            event_hooks={"response": [refuse_errors]},
         )
         options = supabase.ClientOptions(httpx_client=http)
-        self._rpc = supabase.create_client(settings.url, settings.key, options).rpc
+        self._database = supabase.create_client(settings.url, settings.key, options)
         buckets = {name.strip() for name in settings.storage_buckets.split(",")}
         self._readable_buckets = buckets - {""}
         self._catalog = {"model_version": settings.model_version, "client": settings.client}
         self._part: dict[str, Any] = {}
         if settings.shard:
             self._part = {"shard": settings.shard.part, "shards": settings.shard.parts}
-
-    def _keep_what_errors_lack(self, response: Any) -> None:
-        self._http.status = response.status_code
-        self._http.leads_to = response.headers.get("location", "")
 
     def status(self) -> Status:
         """As Store says. Checks that schema.sql is of this version, and that the client is
@@ -1543,7 +1570,7 @@ class SupabaseStore:
 
     def _read_status(self, answer: Any) -> Status:
         if answer["contract"] != CONTRACT:
-            raise RunError(f"the database's functions are of another version: {RUN_SQL}")
+            raise RunError(f"the database has another version of schema.sql: {UPGRADE}")
         if answer["clients"] is not None:
             client = str(self._settings.client)
             others = [str(name) for name in answer["clients"]]
@@ -1579,8 +1606,8 @@ class SupabaseStore:
     def _read_page(self, answer: Any) -> tuple[list[Asset], Id | None]:
         page = [
             Asset(
-                id=row["id"],
-                image=row["image"] or "",
+                row["id"],
+                row["image"] or "",
                 image_hash=row["image_hash"],
                 size=row["bytes"],
                 title=row["title"] or "",
@@ -1594,37 +1621,39 @@ class SupabaseStore:
         buckets of STORAGE_BUCKETS: whoever may type an image's URL must not read all others."""
         image = asset.image.strip()
         if len(asset.image) < asset.size // 4:  # a character has at most 4 bytes: it was cut
-            megabytes = asset.size // 2**20
-            raise ImageError(f"a data: URL of {megabytes} MB, which belongs into a file")
+            raise ImageError(f"{LONG_DATA_URL} ({asset.size // 2**20} MB)")
         if not image:
-            raise ImageError("no image URL")
+            raise ImageError(NO_IMAGE)
         if image.startswith("//"):
             image = f"https:{image}"
+        if image.startswith(OBJECTS) and not image.startswith(f"{OBJECTS}sign/"):
+            image = image.replace("?", "%3F")  # a path: this is a part of the object's name
         if image.startswith(STORAGE):
             image = self._settings.url + image
-        own_storage = self._settings.url + STORAGE
-        if not image.startswith(own_storage):
-            return Source(image, {})
-        return self._locate_in_storage(image, image.removeprefix(own_storage))
+        for place in STORAGE:
+            own = self._settings.url + place
+            if image.startswith(own):
+                return self._locate_in_storage(own, image.removeprefix(own))
+        return Source(image, {})
 
-    def _locate_in_storage(self, image: str, path: str) -> Source:
+    def _locate_in_storage(self, own: str, path: str) -> Source:
         access, _, object_path = path.partition("/")
         if access == "sign":  # it carries a token of its own
-            return Source(image, {})
+            return Source(own + path, {})
         if access not in ("public", "authenticated"):
             access = ""
             object_path = path
-        # What becomes a slash, or vanishes, on its way to the host (parse_url) must not hide one.
+        # What becomes a slash, or vanishes, on its way to the host must not hide one
         if ".." in unquote(object_path).split("/") or re.search(r"[\\\t\r\n]", path):
-            raise ImageError("a storage path with '..' or '\\' in it")
+            raise ImageError(BAD_STORAGE_PATH)
         bucket = unquote(object_path.partition("/")[0])
         if bucket in self._readable_buckets:
             key = self._settings.key
             headers = {"apikey": key, "Authorization": f"Bearer {key}"}
-            return Source(f"{self._settings.url}{STORAGE}authenticated/{object_path}", headers)
+            return Source(f"{own}authenticated/{object_path}", headers)
         if access == "public":
-            return Source(image, {})
-        raise ImageError(f"in a private bucket: STORAGE_BUCKETS={bucket} lets this script read it")
+            return Source(own + path, {})
+        raise ImageError(f"{PRIVATE_BUCKET} ({bucket})")
 
     def save(self, results: list[Result]) -> set[Id]:
         """As Store says."""
@@ -1638,59 +1667,135 @@ class SupabaseStore:
             else:
                 row = {"asset_id": asset.id, "image_hash": asset.image_hash}
                 failures.append(row | {"stage": result.stage, "reason": result.reason})
+
+        def read(answer: Any) -> set[Id]:
+            if answer["given"] != len(results):
+                raise ValueError
+            return set(answer["taken"])
+
         taken: set[Id] = self._call(
             "store_embeddings",
-            set,
+            read,
             model_version=self._settings.model_version,
             vectors=vectors,
             failures=failures,
         )
         return taken
 
-    def catalog(self) -> Catalog:
-        """As Store says; asked in pieces, each of which fits into the time of one call."""
-        samples, typical = self._call("embedding_gallery", read_samples, **self._catalog)
-        same = {"min_similarity": SAME, "seconds": LOOK_SECONDS}
-        pairs, embedded, among, looked_at = self._call(
-            "embedding_pairs", read_pairs, **same, **self._catalog
-        )
-        failures: list[FailedPicture] = []
-        last: Id | None = None
-        while True:
-            page, last = self._call("failed_assets", read_failures, after=last, **self._catalog)
-            failures += page
-            if last is None:
-                return Catalog(pairs, embedded, among, looked_at, samples, typical, failures)
-
     def search(self, vector: np.ndarray, wanted: int) -> list[Match]:
         """As Store says; the database gives 1,000 at most."""
-        question = {"query_embedding": vector_text(vector), "wanted": wanted}
+        question = {"query_embedding": vector_text(vector), "match_count": wanted}
         matches: list[Match] = self._call(
-            "embedding_search", read_matches, **question, **self._catalog
+            "match_products", read_matches, **question, **self._catalog
         )
         return matches
 
+    def catalog(self) -> Catalog:
+        """As Store says; asked in pieces, each of which fits into the time of one call."""
+        embedded = self.status().done
+        pairs, sought_among = self._call(
+            "embedding_copies", read_copies, min_similarity=SAME, **self._catalog
+        )
+        copies = {(pair.one.id, pair.other.id) for pair in pairs}
+        near, compared = self._near_pairs(embedded)
+        pairs += [pair for pair in near if (pair.one.id, pair.other.id) not in copies]
+        samples = self._samples()
+        typical = self._typical([sample.picture.id for sample in samples])
+        failures = list(self._failures())
+        return Catalog(pairs, embedded, sought_among, compared, samples, typical, failures)
+
+    def _near_pairs(self, embedded: int) -> tuple[list[Pair], int]:
+        """Pairs that look the same, of the products that LOOK_SECONDS were enough for; and how
+        many those are."""
+        deadline = time.monotonic() + LOOK_SECONDS
+        question = {"min_similarity": SAME, "client": self._settings.client}
+        parts = math.ceil(embedded / COMPARED_AT_ONCE)
+        pairs: list[Pair] = []
+        for part in range(1, parts + 1):
+            of_part = {"shard": part, "shards": parts}
+            pairs += self._call("duplicate_products", read_pairs, **question, **of_part)
+            if time.monotonic() > deadline:
+                return pairs, embedded * part // parts
+        return pairs, embedded
+
+    def _samples(self) -> list[Sample]:
+        """Some products, of as many clients as possible, each with those nearest to it. Chance
+        asks for them: these are the nearest to random vectors."""
+        chance = np.random.default_rng(0)  # the same for each page
+        chosen: dict[Id, Picture] = {}
+        clients: Counter[str] = Counter()
+        for _ in range(SAMPLES):
+            found = [match.picture for match in self.search(chance.standard_normal(512), SAMPLES)]
+            fresh = [picture for picture in found if picture.id not in chosen]
+            if fresh:
+                picture = min(fresh, key=lambda picture: clients[picture.client])
+                chosen[picture.id] = picture
+                clients[picture.client] += 1
+        return [Sample(picture, self._nearest(picture)) for picture in chosen.values()]
+
+    def _nearest(self, picture: Picture) -> list[Match]:
+        """The pictures most like one, without copies of it."""
+        question = {"asset_id": picture.id, "match_count": 6, "max_similarity": SAME}
+        nearest: list[Match] = self._call(
+            "similar_products", read_matches, client=self._settings.client, **question
+        )
+        return nearest
+
+    def _typical(self, ids: list[Id]) -> float | None:
+        """The median cosine of some products, which have little in common."""
+        table = self._database.table("product_embeddings")
+        rows = self._ask("product_embeddings", table.select("embedding").in_("asset_id", ids), list)
+        vectors = np.array([json.loads(row["embedding"]) for row in rows])
+        if len(vectors) < 2:
+            return None
+        return float(np.median((vectors @ vectors.T)[np.triu_indices(len(vectors), 1)]))
+
+    def _failures(self) -> Iterator[FailedPicture]:
+        """What failed and has no vector, in the order of the ids."""
+
+        def read(rows: Any) -> list[FailedPicture]:
+            return [FailedPicture(picture_in(row), str(row["reason"])) for row in rows]
+
+        last: Id | None = None
+        while True:
+            query = self._database.table("embedding_failures").select("*")
+            query = query.eq("model_version", self._settings.model_version)
+            if self._settings.client is not None:
+                query = query.eq("client", self._settings.client)
+            if last is not None:
+                query = query.gt("asset_id", last)
+            query = query.order("asset_id").limit(FAILURES_AT_ONCE)
+            page: list[FailedPicture] = self._ask("embedding_failures", query, read)
+            if not page:  # a shorter one may be cut by the API
+                return
+            yield from page
+            last = page[-1].picture.id
+
     def _call(self, function: str, read: Callable[[Any], Any], **arguments: Any) -> Any:
-        """The answer of a function of schema.sql as `read` takes it; asked again, with backoff,
-        while trouble may pass. What `read` can't make sense of is no answer. Raises RunError."""
+        """What a function of schema.sql answers, see _ask."""
+        return self._ask(function, self._database.rpc(function, arguments), read)
+
+    def _ask(self, name: str, query: Any, read: Callable[[Any], Any]) -> Any:
+        """The answer to a query as `read` takes it; asked again, with backoff, while trouble may
+        pass. What `read` can't make sense of is no answer. Raises RunError."""
         import httpx
         from postgrest import APIError
 
         started = time.monotonic()
         for attempt in itertools.count():
             try:
-                return read(self._rpc(function, arguments).execute().data)
-            except APIError as error:
-                code = str(error.code or self._http.status)
-                message = self._without_key(said_in(error))
-                in_vain = code == TOO_LONG and function in SEARCHES
-                if in_vain or not PASSING.fullmatch(code):
-                    raise RunError(self._explain(code, message)) from None
-                trouble = f"{code}, {message}"
+                return read(query.execute().data)
+            except httpx.HTTPStatusError as error:
+                code, said = code_and_words(error.response)
+                said = shorten(said.replace(self._settings.key, "(the key)"), 300)
+                passing = PASSING.fullmatch(code) and not (code == TOO_LONG and name in SEARCHES)
+                if not passing and not (code == VANISHED and attempt < 2):
+                    raise RunError(self._explain(code, said)) from None
+                trouble = f"{code}, {said}"
             except httpx.RequestError as error:
                 trouble = f"{type(error).__name__}: {error}"
-            except (AttributeError, LookupError, TypeError, ValueError, RecursionError):
-                trouble = f"an answer that {function} never gives"
+            except (APIError, AttributeError, LookupError, TypeError, ValueError, RecursionError):
+                trouble = f"an answer that {name} never gives"
             patience = self._seconds
             if self._stop.code:
                 patience = min(patience, STOP_SECONDS)
@@ -1702,123 +1807,64 @@ class SupabaseStore:
             time.sleep(min(pause, left))
         raise AssertionError  # count() has no end
 
-    def _without_key(self, message: str) -> str:
-        """A database's message, short, and without the key if it echoes that."""
-        return shorten(message.replace(self._settings.key, "(the key)"), 300)
-
-    def _explain(self, code: str, message: str) -> str:
+    def _explain(self, code: str, said: str) -> str:
         """An error of the database in its own words, with what to do where that is known."""
-        if code in LACKING:
-            return f"the database lacks what this script calls ({message}): {RUN_SQL}"
-        if code in BAD_KEY:
-            return f"the key in {self._settings.key_source} was refused ({message}): {NEW_KEY}"
-        if code == NO_GRANT and key_role(self._settings.key) != "service_role":
-            return f"the key in {self._settings.key_source} may not do this ({message}): {NEW_KEY}"
-        if code == NO_GRANT:
-            return f"the database lacks a grant ({message}): {RUN_SQL}"
-        if code == NOT_EXPOSED:
-            where = "the dashboard's settings of the Data API, Exposed schemas"
-            return f"the schema public is not exposed ({message}): add it in {where}"
-        if code == TOO_LONG:
-            return (
-                f"a search in the database took too long ({message}): has product_embeddings its "
-                "HNSW index? schema.sql says how to make it"
-            )
-        if re.fullmatch(r"3\d\d", code) and self._http.leads_to:
-            where = self._without_key(self._http.leads_to.partition("/rest/v1")[0])
-            url = self._settings.url
-            return f"{url} answers with HTTP {code} and leads to {where}: check SUPABASE_URL"
-        if re.fullmatch(r"\d\d\d", code):
-            return f"{self._settings.url} answers with HTTP {code}, {message}"
-        return f"the database says {message!r} ({code})"
+        other = NO_API if len(code) == 3 else OTHER_TROUBLE
+        sentence = TROUBLES.get(code, other)
+        url = self._settings.url
+        return sentence.format(said=said, code=code, url=url, key=self._settings.key_source)
 
 
-STORAGE = "/storage/v1/object/"  # an image that begins so is the project's own
+def refuse_errors(response: Any) -> None:
+    """Raises an error that holds the whole answer, where that is a redirect or an error."""
+    if not response.is_success:
+        response.read()
+        response.raise_for_status()
 
 
-def said_in(error: Any) -> str:
-    """The words of an APIError, and of the page that a gateway sent in the place of JSON."""
-    message = str(error.message)
-    if not re.fullmatch(r"\d\d\d", str(error.code)):
-        return message
-    page = re.sub(
-        r"<(style|script).*?</\1>|<[^>]*>", " ", str(error.details or ""), flags=re.DOTALL
-    )
-    return " ".join([message, *page.split()])
-
-
-def key_role(key: str) -> str:
-    """The role of a key: a legacy key is a JWT that says it, a secret key has this one."""
-    if key.startswith("sb_secret_"):
-        return "service_role"
+def code_and_words(response: Any) -> tuple[str, str]:
+    """The code of an error: PostgreSQL's or PostgREST's, or else the HTTP status. And its words."""
+    status = str(response.status_code)
+    if response.has_redirect_location:
+        return status, f"which leads to {response.headers['location'].partition('/rest/v1')[0]}"
     try:
-        claims = key.split(".")[1]
-        padding = "=" * (-len(claims) % 4)
-        role = json.loads(base64.urlsafe_b64decode(claims + padding))["role"]
-    except (LookupError, TypeError, ValueError):
-        return ""
-    return str(role)
+        error = response.json()
+        return str(error.get("code") or status), str(error["message"])
+    except (AttributeError, LookupError, ValueError):  # a gateway's page
+        return status, response.reason_phrase
 
 
-# What functions of schema.sql answer; LookupError, TypeError and ValueError for what they never do.
+def picture_in(row: dict[str, Any]) -> Picture:
+    """The product that a row of the database is about."""
+    return Picture(row["asset_id"], *texts_in(row))
 
 
-def read_pictures(answer: Any) -> dict[Id, Picture]:
-    """The pictures that an answer speaks of, by their ids."""
-    pictures = {}
-    for row in answer["pictures"]:
-        texts = [row["image"], row["client"], row["title"]]
-        if not all(isinstance(text, str) for text in texts):
-            raise TypeError
-        pictures[row["id"]] = Picture(row["id"], *texts)
-    return pictures
+def texts_in(row: dict[str, Any], prefix: str = "") -> list[str]:
+    """What people know a product by."""
+    return [str(row[prefix + name] or "") for name in ("image", "client", "title", "link")]
 
 
-def read_matches(answer: Any) -> list[Match]:
+def read_matches(rows: Any) -> list[Match]:
     """What a search found, nearest first."""
-    return matches_in(answer["matches"], read_pictures(answer))
+    return [Match(picture_in(row), float(row["similarity"])) for row in rows]
 
 
-def matches_in(rows: Any, pictures: dict[Id, Picture]) -> list[Match]:
-    """Rows of an id and a similarity."""
-    return [Match(pictures[row["id"]], float(row["similarity"])) for row in rows]
+def read_copies(answer: Any) -> tuple[list[Pair], int]:
+    """Copies, and among how many pictures they were sought."""
+    return read_pairs(answer["pairs"]), int(answer["sought_among"])
 
 
-def read_samples(answer: Any) -> tuple[list[Sample], float | None]:
-    """Samples; and the similarity of unlike pictures, None where too few are embedded."""
-    pictures = read_pictures(answer)
-    samples = [
-        Sample(pictures[row["id"]], matches_in(row["nearest"], pictures))
-        for row in answer["samples"]
-    ]
-    typical = answer["typical"]
-    if typical is not None:
-        typical = float(typical)
-    return samples, typical
-
-
-def read_pairs(answer: Any) -> tuple[list[Pair], int, int, int]:
-    """Pairs; and how many are embedded, were looked through for copies, compared with all."""
-    pictures = read_pictures(answer)
-    pairs = [
+def read_pairs(rows: Any) -> list[Pair]:
+    """Pairs that look the same."""
+    return [
         Pair(
-            pictures[row["one"]],
-            pictures[row["other"]],
+            picture_in(row),
+            Picture(row["duplicate_id"], *texts_in(row, "duplicate_")),
             float(row["similarity"]),
             bool(row["same"]),
         )
-        for row in answer["pairs"]
+        for row in rows
     ]
-    return pairs, int(answer["embedded"]), int(answer["sought_among"]), int(answer["looked_at"])
-
-
-def read_failures(answer: Any) -> tuple[list[FailedPicture], Id | None]:
-    """Some failures, and the id after which to go on."""
-    pictures = read_pictures(answer)
-    failures = [
-        FailedPicture(pictures[row["id"]], str(row["reason"])) for row in answer["failures"]
-    ]
-    return failures, answer["last"]
 
 
 def vector_text(vector: np.ndarray) -> str:
@@ -2171,6 +2217,7 @@ HEADER_BYTES = 2**17  # of an answer, all its headers together
 MOST_HEADERS = 400  # of an answer; some shops send 120, and Python takes 100
 PAGE_BYTES = 2**16  # that are read of an answer without an image
 MAX_REDIRECTS = 5
+LONGEST_URL = 2**16  # characters; longer ones no host takes, and to quote them takes memory
 LIVELY_BYTES = 50_000  # arrived bytes that give a download one more second
 DEAD_SECONDS = 2.0  # for an address that does not answer, where its host has others
 HOSTS_KEPT = 64  # hosts whose connections stay open
@@ -2230,7 +2277,8 @@ class Fetcher:
         cookies = RequestsCookieJar()
         for hop in range(MAX_REDIRECTS + 1):
             # Without a session: one would read passwords from .netrc.
-            request = requests.Request("GET", url, HEADERS | dict(headers), cookies=cookies)
+            sent = HEADERS | dict(headers)
+            request = requests.Request("GET", url, sent, cookies=cookies)
             try:
                 prepared = request.prepare()
             except ValueError:
@@ -2270,8 +2318,9 @@ class Fetcher:
     def _check_bucket(self, url: str, page: bytes) -> None:
         """Raises ImageError where the project's own Storage has no such bucket for the public."""
         if b"Bucket not found" in page and url.startswith(self._settings.url):
-            bucket = url.partition("/public/")[2].partition("/")[0]
-            raise ImageError(f"{PRIVATE_BUCKET} ({unquote(bucket)})")
+            path = unquote(url).partition("/public/")[2]
+            bucket = path.partition("/")[0]
+            raise ImageError(f"{PRIVATE_BUCKET} ({bucket})")
 
 
 class Deadline:
@@ -2310,7 +2359,9 @@ class Deadline:
     def download(self, data: bytes) -> Download:
         """What arrived, with the time that it took."""
         now = time.monotonic()
-        return Download(data, now - self._started, now - (self.first_byte or now))
+        seconds = now - self._started
+        first_byte = self.first_byte or now
+        return Download(data, seconds, now - first_byte)
 
 
 # What an answer holds
@@ -2320,7 +2371,8 @@ def body_of(answer: requests.Response, deadline: Deadline) -> bytes:
     """The bytes of an image, unpacked where its host packed them, unasked."""
     unpacker = None
     piece = 2**16
-    if answer.headers.get("Content-Encoding", "").lower() in ("gzip", "x-gzip", "deflate"):
+    encoding = answer.headers.get("Content-Encoding", "").lower()
+    if encoding in ("gzip", "x-gzip", "deflate"):
         unpacker = zlib.decompressobj(wbits=47)  # either of gzip's and zlib's headers
         piece = 2**12  # of which no more than 4 MB can come
     data = bytearray()
@@ -2330,7 +2382,7 @@ def body_of(answer: requests.Response, deadline: Deadline) -> bytes:
         if not chunk:
             break
         if unpacker:
-            chunk = unpacker.decompress(chunk, MAX_BYTES + 1 - len(data))
+            chunk = unpacker.decompress(chunk)
         data += chunk
         if len(data) > MAX_BYTES:
             raise ImageError(TOO_LARGE)
@@ -2354,9 +2406,9 @@ def first_bytes(answer: requests.Response) -> bytes:
 def next_url(answer: requests.Response) -> str:
     """Where a redirect leads. Raises ImageError where no image can be."""
     # Headers come as latin-1, hosts mean UTF-8.
-    location = answer.headers["Location"].encode("latin-1").decode("utf-8", "replace")
+    location = answer.headers["Location"].encode("latin-1")
     try:
-        url = urljoin(answer.url, location.strip())
+        url = urljoin(answer.url, location.decode("utf-8", "replace").strip())
     except ValueError:
         url = ""
     if not re.match("https?:", url, re.IGNORECASE):
@@ -2370,7 +2422,8 @@ def retry_after(headers: Mapping[str, str]) -> float:
     if re.fullmatch(r"\d+(\.\d+)?", text, re.ASCII):
         return float(text)
     try:
-        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+        when = parsedate_to_datetime(text).timestamp()
+        return max(0.0, when - time.time())
     except (ValueError, OverflowError):
         return 0.0
 
@@ -2425,6 +2478,8 @@ def failure_of(error: Exception, deadline: Deadline) -> ImageError:
 def read_url(text: str) -> str:
     """The URL that a text of the catalog is. Raises ImageError with what the text is instead."""
     text = text.strip()
+    if len(text) > LONGEST_URL:
+        raise ImageError(f"{NOT_A_URL} (longer than {LONGEST_URL:,} characters)")
     if re.match(r"[\[{]|.*[\s,;|]https?://", text, re.IGNORECASE | re.DOTALL):
         raise ImageError(MANY_URLS)
     if not re.match(r"[\w!+.-]{2,}:(?!\d+/)", text):  # host:80 and C:\ are no schemes
@@ -2487,18 +2542,19 @@ class Guard:
 
     def connect(self, connection: urllib3.connection.HTTPConnection) -> socket.socket:
         """A socket to the first of a host's addresses that answers. Raises OSError, ImageError."""
-        allowed = self._allowed(connection.host, connection.port)
-        addresses = [address for address in allowed if address not in self._failing] or allowed
+        port = connection.port
+        options = connection.socket_options
+        allowed = self._allowed(connection.host, port)
+        addresses = [address for address in allowed if address not in self._failing]
+        if not addresses:
+            addresses = allowed
         seconds = float(connection.timeout or 0)
         share = min(DEAD_SECONDS, seconds / len(addresses))
         while True:
             address = addresses.pop(0)
+            patience = share if addresses else seconds
             try:
-                opened = create_connection(
-                    (address, connection.port),
-                    share if addresses else seconds,
-                    socket_options=connection.socket_options,
-                )
+                opened = create_connection((address, port), patience, None, options)
             except OSError:
                 self._failing.add(address)
                 seconds -= share
@@ -2547,7 +2603,8 @@ class Guard:
 def host_and_port(url: str) -> tuple[str, int]:
     """Where a URL leads; an empty host where it leads nowhere."""
     parts = urlsplit(url)
-    return parts.hostname or "", parts.port or PORTS.get(parts.scheme, 0)
+    port = parts.port or PORTS.get(parts.scheme, 0)
+    return parts.hostname or "", port
 
 
 def guarded_adapter(guard: Guard, workers: int) -> requests.adapters.HTTPAdapter:
@@ -2740,16 +2797,19 @@ def png_of_pixels(data: bytes) -> bytes:
     while at < len(data):
         kind = data[at + 4 : at + 8]
         end = at + 12 + int.from_bytes(data[at : at + 4])
-        wanted = kind in (b"IHDR", b"PLTE", b"IDAT", b"IEND")
-        if kind in (b"tRNS", b"iCCP", b"eXIf") and not pixels_seen:
-            checksum = int.from_bytes(data[end - 4 : end])
-            wanted = zlib.crc32(data[at + 4 : end - 4]) == checksum
-        if wanted:
+        checksum = int.from_bytes(data[end - 4 : end])
+        is_right = zlib.crc32(data[at + 4 : end - 4]) == checksum
+        if kind == b"IDAT":
+            pixels_seen = True
+            # Pillow doesn't look. Zeros in a copy that stopped halfway make pixels, too.
+            if not is_right:
+                raise ImageError(BROKEN)
+        is_extra = kind in (b"tRNS", b"iCCP", b"eXIf") and is_right and not pixels_seen
+        if is_extra or kind in (b"IHDR", b"PLTE", b"IDAT", b"IEND"):
             kept.append(data[at:end])
-        if wanted and kind == b"tRNS" and depth != 8 and colour_type in (0, 2):
+        if is_extra and kind == b"tRNS" and depth != 8 and colour_type in (0, 2):
             # Pillow compares this colour with pixels that it has scaled to 8 bits already.
             raise ImageError(f"{RARE_FORMAT} ({depth}-bit PNG with a transparent colour)")
-        pixels_seen = pixels_seen or kind == b"IDAT"
         at = end
     return b"".join(kept)
 
@@ -2995,9 +3055,9 @@ class Loader:
     def fetch(self, source: Source, deadline: Deadline) -> Download:
         return self._fetcher.fetch(source, deadline)
 
-    def load(self, asset: Asset, data: bytes) -> Loaded:
-        levels = self.decode(data)
-        return Loaded(asset, normalise(levels))
+    def load(self, data: bytes) -> np.ndarray:
+        """The pixels (3, 224, 224) of an image file."""
+        return normalise(self.decode(data))
 
     def decode(self, data: bytes) -> np.ndarray:
         """The levels (224, 224, 3) of an image file, by the first decoder that is free."""
@@ -3207,11 +3267,11 @@ def limit_seconds() -> None:
 
 # ================================================================================ Model
 
-# CLIP has two towers: one makes vectors of pixels, the other of words. What belongs together
-# gets vectors that lie near each other.
+# CLIP has two towers. One makes vectors of pixels, the other of words. A picture and words that
+# describe it get vectors that lie near each other.
 #
-# torch takes over a second to import: it is imported where it is used, and so first while the
-# first images are on their way.
+# The import of torch takes over a second. So it stands where torch is used: then a run imports
+# torch while its first images are on their way.
 
 MODEL_CACHE = HERE / ".cache" / "transformers"
 CONFIG = "config.json"
@@ -3223,17 +3283,16 @@ TO_ASK = (CONFIG, WEIGHTS, TOKENIZER)
 
 VIT_B_32: dict[str, Any] = {
     "num_hidden_layers": 12,
-    "hidden_size": 768,
-    "patch_size": 32,
     "num_attention_heads": 12,
+    "hidden_size": 768,
     "intermediate_size": 3072,
+    "patch_size": 32,
     "hidden_act": "quick_gelu",
 }
 VIT_B_32_TEXT: dict[str, Any] = {
     "num_hidden_layers": 12,
     "num_attention_heads": 8,
     "max_position_embeddings": 77,  # tokens
-    "hidden_act": "quick_gelu",
 }
 LAYERS_AT_ONCE = 4  # read at once: some 120 MB of the file in memory beside the model
 GELU_SLOPE = 1.702  # quick_gelu(x) = x * sigmoid(1.702 x)
@@ -3242,7 +3301,7 @@ Tensor = Any  # torch's
 
 
 class ClipEncoder:
-    """CLIP's image encoder. Raises RunError where the model can't be had or used here."""
+    """CLIP's image encoder. Raises RunError where the model can't be had, or can't be used here."""
 
     def __init__(self, settings: Settings) -> None:
         import torch
@@ -3253,21 +3312,21 @@ class ClipEncoder:
         folder = model_folder(settings, TO_EMBED)
         with model_trouble(folder, settings):
             config = read_config(folder, "vision_config", VIT_B_32)
+            if config["hidden_act"] != VIT_B_32["hidden_act"]:
+                raise ValueError(f"its activation is {config['hidden_act']}")
             self.tower = ImageTower(Weights(folder, settings), config)
-            self.try_out(config)
+            self.try_out()
         if config != VIT_B_32 and settings.model_version == MODEL_VERSION:
             raise RunError(
-                f"the model in {folder} is no ViT-B/32: set MODEL_VERSION to a name for its rows "
-                f"other than {MODEL_VERSION}"
+                f"the model in {folder} is not of the shape ViT-B/32: set MODEL_VERSION to a name "
+                f"for its rows other than {MODEL_VERSION}"
             )
 
-    def try_out(self, config: dict[str, Any]) -> None:
-        """Embeds a black image. Raises ValueError if what comes is no vector of CLIP's."""
+    def try_out(self) -> None:
+        """Embeds a black image. Raises ValueError if CLIP gives no such vector."""
         (vector,) = self.encode(np.zeros((1, 3, SIDE, SIDE), np.float32))
         if vector.size != DIMENSIONS:
             raise ValueError(f"it gives {vector.size} numbers, not {DIMENSIONS}")
-        if config["hidden_act"] != VIT_B_32["hidden_act"]:
-            raise ValueError(f"its activation is {config['hidden_act']}")
         if not np.isfinite(vector).all():
             raise ValueError(NOT_FINITE)
 
@@ -3278,28 +3337,22 @@ class ClipEncoder:
         with torch.inference_mode():
             return of_unit_length(self.tower(torch.from_numpy(pixels)))
 
-    def embed(self, batch: list[Loaded]) -> list[Result]:
-        """The batch with vectors in the place of pixels."""
+    def embed(self, batch: list[np.ndarray]) -> np.ndarray:
+        """Pixels, each (3, 224, 224) -> vectors (n, 512). Raises RunError where the batch is too
+        large."""
         try:
-            vectors = self.encode(np.stack([loaded.pixels for loaded in batch]))
-        except RuntimeError as error:  # memory of the device that is not there, say
+            return self.encode(np.stack(batch))
+        except RuntimeError as error:  # the device has not enough memory, say
             raise RunError(
                 f"the model failed on {len(batch)} images at once ({shorten(str(error), 100)}): "
                 "try a smaller --batch-size, or another --device"
             ) from None
-        results: list[Result] = []
-        for loaded, vector in zip(batch, vectors, strict=True):
-            if np.isfinite(vector).all():
-                results.append(Embedded(loaded.asset, vector))
-            else:
-                results.append(Failed(loaded.asset, "embed", NOT_FINITE))
-        return results
 
 
 class TextEncoder:
     """CLIP's text encoder, for questions in words. Raises RunError as ClipEncoder does.
 
-    transformers has the same, but takes longer to import than a question may take.
+    transformers has the same encoder, but its import takes longer than a question may take.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -3316,22 +3369,22 @@ class TextEncoder:
             self.tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
             self.start = self.tokenizer.token_to_id("<|startoftext|>")
             self.end = self.tokenizer.token_to_id("<|endoftext|>")
-            self.longest = config["max_position_embeddings"]
+            self.most_tokens = config["max_position_embeddings"]
             self.tower = TextTower(Weights(folder, settings), config)
             self.encode([""])
 
     def encode(self, texts: list[str]) -> np.ndarray:
-        """Texts -> vectors (n, 512) of unit length. What is over 75 tokens is cut off."""
+        """Texts -> vectors (n, 512) of unit length. Texts are cut off after 75 tokens."""
         import torch
 
         with torch.inference_mode():
-            rows = [self.tower(self.tokens(text)) for text in texts]  # each (1, 512)
-            return of_unit_length(torch.cat(rows))
+            embeddings = [self.tower(self.tokens(text)) for text in texts]  # each (1, 512)
+            return of_unit_length(torch.cat(embeddings))
 
     def tokens(self, text: str) -> list[Any]:
-        """The tokens of a text between those for its start and its end."""
+        """The tokens of a text, between the token of a start and that of an end."""
         inner = self.tokenizer.encode(text, add_special_tokens=False).ids
-        tokens = [self.start, *inner[: self.longest - 2], self.end]
+        tokens = [self.start, *inner[: self.most_tokens - 2], self.end]
         return tokens[: tokens.index(self.end) + 1]  # a text may hold the word for the end
 
 
@@ -3350,19 +3403,19 @@ def model_trouble(folder: Path, settings: Settings) -> Iterator[None]:
     except ImportError:
         raise
     except Exception as error:  # each file format, library and device has errors of its own
-        said = [f"the model in {folder} can't be used ({shorten(str(error), 100)})"]
+        trouble = f"the model in {folder} can't be used ({shorten(str(error), 100)})"
         if settings.clip_model:
-            said.append(f"CLIP_MODEL must be a folder with a copy of {MODEL_ID}")
+            trouble += f"; CLIP_MODEL must be a folder with a copy of {MODEL_ID}"
         if settings.device != "cpu":
-            said.append(f"torch must find the --device {settings.device}")
-        raise RunError("; ".join(said)) from None
+            trouble += f"; torch must find the --device {settings.device}"
+        raise RunError(trouble) from None
 
 
-def read_config(folder: Path, tower: str, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """A tower's settings of these names; those that the file leaves out are ViT-B/32's."""
+def read_config(folder: Path, tower: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """A tower's settings of these names. The file may leave out those with the default value."""
     config = json.loads((folder / CONFIG).read_text("utf-8"))
     config = config.get(tower, config)
-    return {name: config.get(name, value) for name, value in wanted.items()}
+    return {name: config.get(name, value) for name, value in defaults.items()}
 
 
 def cores() -> int:
@@ -3379,14 +3432,14 @@ def has_bfloat16() -> bool:
     """Whether the processor has arithmetic for bfloat16."""
     import torch
 
-    able = torch.cpu.get_capabilities().items()
-    return any(yes is True for name, yes in able if "bf16" in name)
+    capabilities = torch.cpu.get_capabilities()
+    return any(value is True for name, value in capabilities.items() if "bf16" in name)
 
 
-# The towers give what transformers' CLIPVisionModelWithProjection and CLIPTextModelWithProjection
-# give for the same weights. What makes them fast on CPUs: weights laid out once for oneDNN, one
-# product for q, k and v, activation and sum done within the products, and of the image tower's
-# last layer only the one token that leaves it.
+# For the same weights the towers give what CLIPVisionModelWithProjection and
+# CLIPTextModelWithProjection of transformers give. They are faster on CPUs, for four reasons: the
+# weights are laid out for oneDNN once; q, k and v are one product; activations and sums are done
+# within the products; the image tower's last layer computes only the token that is used.
 
 
 class ImageTower:
@@ -3398,12 +3451,14 @@ class ImageTower:
         embeddings = "vision_model.embeddings."
         position = weights.read(embeddings + "position_embedding.weight")  # (50, 768)
         first = weights.read(embeddings + "class_embedding") + position[0]
-        self.first = weights.placed(first)  # (768,)
-        self.position = weights.placed(position[1:])  # (49, 768)
+        self.first = weights.place(first)  # (768,)
+        self.position = weights.place(position[1:])  # (49, 768)
         patches = weights.read(embeddings + "patch_embedding.weight")  # (768, 3, 32, 32)
         self.patches = Linear(weights, patches.flatten(1))
-        self.norm_before = Norm(weights, "vision_model.pre_layrnorm")  # the file's own spelling
-        self.norm_after = Norm(weights, "vision_model.post_layernorm")
+        self.norm_before = read_norm(
+            weights, "vision_model.pre_layrnorm"
+        )  # the file's own spelling
+        self.norm_after = read_norm(weights, "vision_model.post_layernorm")
         self.projection = Linear(weights, weights.read("visual_projection.weight"))
         self.layers = read_layers(weights, "vision_model.encoder.layers.", config)
 
@@ -3411,11 +3466,11 @@ class ImageTower:
         import torch
 
         side = self.side
-        x = self.weights.placed(pixels).unfold(2, side, side).unfold(3, side, side)
+        x = self.weights.place(pixels).unfold(2, side, side).unfold(3, side, side)
         x = x.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)  # (n, 49, 3 * 32 * 32)
         x = self.patches(x) + self.position  # (n, 49, 768)
-        x = torch.cat([self.first.expand(len(x), 1, -1), x], 1)  # (n, 50, 768)
-        x = self.norm_before(x)
+        first = self.first.expand(len(x), 1, -1)
+        x = self.norm_before(torch.cat([first, x], 1))  # (n, 50, 768)
         for layer in self.layers[:-1]:
             x = layer(x)
         x = self.layers[-1](x, first_alone=True)  # (n, 1, 768)
@@ -3423,39 +3478,39 @@ class ImageTower:
 
 
 class TextTower:
-    """Tokens -> embedding (1, 512), not yet of unit length: what the last token gives, which has
-    seen all that stand before it."""
+    """Tokens -> embedding (1, 512) of the last token, not yet of unit length. The last token has
+    seen all tokens before it."""
 
     def __init__(self, weights: Weights, config: Mapping[str, Any]) -> None:
         self.weights = weights
         embeddings = "text_model.embeddings."
         # (49408, 512), of which only a few rows are ever read
-        self.words = weights.mapped[embeddings + "token_embedding.weight"]
+        self.words = weights.file[embeddings + "token_embedding.weight"]
         self.position = weights.read(embeddings + "position_embedding.weight")  # (77, 512)
-        self.norm_after = Norm(weights, "text_model.final_layer_norm")
+        self.norm_after = read_norm(weights, "text_model.final_layer_norm")
         self.projection = Linear(weights, weights.read("text_projection.weight"))
         self.layers = read_layers(weights, "text_model.encoder.layers.", config)
 
     def __call__(self, tokens: list[int]) -> Tensor:
         x = self.words[tokens] + self.position[: len(tokens)]
-        x = self.weights.placed(x[None])  # (1, tokens, 512)
+        x = self.weights.place(x[None])  # (1, tokens, 512)
         for layer in self.layers:
             x = layer(x, causal=True)
         return self.projection(self.norm_after(x[:, -1]))
 
 
 class Layer:
-    """One layer of a transformer: attention, then two products with an activation between them;
-    what each gives is added to what came in."""
+    """One layer of a transformer: attention, then two products with an activation between them.
+    The output of each is added to its input."""
 
     def __init__(self, weights: Weights, name: str, heads: int) -> None:
         self.heads = heads
         attention = name + "self_attn."
         qkv = [attention + "q_proj", attention + "k_proj", attention + "v_proj"]
-        self.norm1 = Norm(weights, name + "layer_norm1")
+        self.norm1 = read_norm(weights, name + "layer_norm1")
         self.qkv = Linear(weights, *weights.read_pair(*qkv))
         self.out = Linear(weights, *weights.read_pair(attention + "out_proj"))
-        self.norm2 = Norm(weights, name + "layer_norm2")
+        self.norm2 = read_norm(weights, name + "layer_norm2")
         # quick_gelu(x) is silu(1.702 x) / 1.702, and silu comes with oneDNN's product
         up, up_bias = weights.read_pair(name + "mlp.fc1")
         down, down_bias = weights.read_pair(name + "mlp.fc2")
@@ -3467,47 +3522,43 @@ class Layer:
         Causal: a token sees only those before it, as in texts."""
         from torch.nn.functional import scaled_dot_product_attention
 
-        n, tokens = x.shape[:2]
+        n, tokens, _width = x.shape
         qkv = self.qkv(self.norm1(x)).view(n, tokens, 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (n, heads, tokens, width / heads)
         if first_alone:
             x = x[:, :1].contiguous()
             q = q[:, :, :1]
-        seen = scaled_dot_product_attention(q, k, v, is_causal=causal)
-        x = self.out(seen.transpose(1, 2).reshape(x.shape), add=x)
+        attended = scaled_dot_product_attention(q, k, v, is_causal=causal)
+        x = self.out(attended.transpose(1, 2).reshape(x.shape), add=x)
         return self.down(self.up(self.norm2(x)), add=x)
 
 
-class Norm:
+def read_norm(weights: Weights, name: str) -> Callable[[Tensor], Tensor]:
     """A layer norm."""
+    from torch.nn.functional import layer_norm
 
-    def __init__(self, weights: Weights, name: str) -> None:
-        weight, bias = weights.read_pair(name)
-        self.weight = weights.placed(weight)
-        self.bias = weights.placed(bias)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        from torch.nn.functional import layer_norm
-
-        return layer_norm(x, self.weight.shape, self.weight, self.bias)
+    weight, bias = weights.read_pair(name)
+    return partial(
+        layer_norm,
+        normalized_shape=weight.shape,
+        weight=weights.place(weight),
+        bias=weights.place(bias),
+    )
 
 
 class Linear:
-    """A linear layer, y = x @ weight.T + bias, then silu(y), or y plus what is to be added.
-
-    Where torch has oneDNN's operators (they are private to torch: `can_pack`), the weight is
-    laid out for them once.
-    """
+    """A linear layer: x @ weight.T + bias. The silu of that, or its sum with `add`, costs nothing
+    where torch has oneDNN's operators (`can_pack`)."""
 
     def __init__(
         self, weights: Weights, weight: Tensor, bias: Tensor = None, silu: bool = False
     ) -> None:
         import torch
 
-        self.weight = weights.placed(weight)  # (out, in)
+        self.weight = weights.place(weight)  # (out, in)
         self.bias = None
         if bias is not None:
-            self.bias = weights.placed(bias)  # (out,)
+            self.bias = weights.place(bias)  # (out,)
         self.silu = silu
         self.packed = weights.can_pack
         if self.packed:
@@ -3553,7 +3604,7 @@ def read_layers(weights: Weights, name: str, config: Mapping[str, Any]) -> list[
         for start in numbers[::LAYERS_AT_ONCE]:
             some = numbers[start : start + LAYERS_AT_ONCE]
             layers += pool.map(lambda number: Layer(weights, f"{name}{number}.", heads), some)
-            weights.map_anew()
+            weights.map_file()
     return layers
 
 
@@ -3567,34 +3618,35 @@ class Weights:
         self.device = settings.device
         self.dtype = getattr(torch, settings.dtype)
         self.can_pack = can_pack(self.device, self.dtype)
-        self.map_anew()
+        self.map_file()
 
-    def map_anew(self) -> None:
-        """Maps the file, whose parts are read once they are asked for: not the tower that is not
-        used. Mapped anew, it gives back the memory of what was read."""
+    def map_file(self) -> None:
+        """Maps the file into memory. Only the parts that are used are read: one tower of the two.
+        To map it again gives back the memory of the parts that were read."""
         import torch
 
         if (self.folder / SAFETENSORS).is_file():
             from safetensors.torch import load_file
 
-            self.mapped = load_file(self.folder / SAFETENSORS)
+            self.file = load_file(self.folder / SAFETENSORS)
         else:
-            self.mapped = torch.load(self.folder / WEIGHTS, mmap=True, weights_only=True)
+            self.file = torch.load(self.folder / WEIGHTS, mmap=True, weights_only=True)
 
     def read(self, *names: str) -> Tensor:
         """The weights of these names, one below the other, as float32."""
         import torch
 
-        # A copy also of a single one: a view would keep the whole file mapped
-        return torch.cat([self.mapped[name] for name in names]).float()
+        # A copy even of a single one: a view would keep the whole file mapped
+        return torch.cat([self.file[name] for name in names]).float()
 
     def read_pair(self, *names: str) -> tuple[Tensor, Tensor]:
-        """Weight and bias of these layers, as if they were one."""
+        """Weight and bias of these layers, as if they were one layer."""
         weight = self.read(*(f"{name}.weight" for name in names))
         bias = self.read(*(f"{name}.bias" for name in names))
         return weight, bias
 
-    def placed(self, tensor: Tensor) -> Tensor:
+    def place(self, tensor: Tensor) -> Tensor:
+        """The tensor on the device, in the number format."""
         return tensor.to(self.device, self.dtype)
 
 
@@ -3650,7 +3702,7 @@ def pinned_model(needed: tuple[str, ...] = TO_ASK) -> Path:
         caches.append(Path(os.environ["HF_HOME"], "hub"))
     folder_in_cache = f"models--{MODEL_ID.replace('/', '--')}/snapshots/{MODEL_REVISION}"
     for cache in caches:
-        folder = cache / folder_in_cache
+        folder = cache.expanduser() / folder_in_cache
         if all(is_whole(folder / name) for name in needed):
             return folder
     folder = MODEL_CACHE / folder_in_cache
@@ -3696,23 +3748,16 @@ def is_whole(path: Path) -> bool:
 
 def download_model(folder: Path) -> None:
     """Downloads the model's files that are not yet in this folder of our cache."""
-    import huggingface_hub
-    from huggingface_hub import constants
+    from huggingface_hub import is_offline_mode
 
-    if huggingface_hub.is_offline_mode():
+    if is_offline_mode():
         raise RunError(
             f"{MODEL_ID} is not in {MODEL_CACHE}, and HF_HUB_OFFLINE forbids its download: unset "
             "that, or set CLIP_MODEL to a folder with a copy of it"
         )
     check_proxies("socksio")
+    set_up_hub()
     log.info("downloading %s once, about 600 MB, to %s", MODEL_ID, MODEL_CACHE)
-    # Xet is a second way to the hub. It heeds neither our certificates nor a proxy's.
-    constants.HF_HUB_DISABLE_XET = True
-    constants.HF_HUB_DISABLE_TELEMETRY = True  # it asks the hub for names of coding agents
-    hub_log = logging.getLogger("huggingface_hub")
-    hub_log.handlers = [HubWarnings()]
-    hub_log.propagate = False
-    huggingface_hub.set_client_factory(hub_client)
     MODEL_CACHE.mkdir(parents=True, exist_ok=True)
     with one_run_at_a_time():
         # Runs that were stopped left these.
@@ -3720,6 +3765,20 @@ def download_model(folder: Path) -> None:
             partial_file.unlink()
         for name in MODEL_FILES:
             get_file(folder / name)
+
+
+def set_up_hub() -> None:
+    """Gives huggingface_hub our certificates, our log and our patience."""
+    from huggingface_hub import constants, set_client_factory
+
+    set_client_factory(hub_client)
+    # Xet, a second way to the hub's files, reads no setting of certificates.
+    constants.HF_HUB_DISABLE_XET = True
+    # Telemetry would ask the hub for one more page.
+    constants.HF_HUB_DISABLE_TELEMETRY = True
+    hub_log = logging.getLogger("huggingface_hub")
+    hub_log.handlers = [HubWarnings()]
+    hub_log.propagate = False
 
 
 def get_file(path: Path) -> None:
@@ -3747,7 +3806,7 @@ def get_file(path: Path) -> None:
 
 
 def delete_damaged(path: Path) -> None:
-    """Deletes a file of the model that is not the pinned one, if there is any, and says so."""
+    """Deletes a file of the model that is not the pinned one. There may be none."""
     if path.exists():
         log.warning("%s is damaged (its SHA-256): deleted", path)
         path.resolve().unlink()
@@ -3810,7 +3869,7 @@ def hub_trouble(error: BaseException) -> str:
     from httpx2 import NetworkError, TimeoutException
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    if isinstance(error, LocalEntryNotFoundError):  # as huggingface_hub has a cache of its own
+    if isinstance(error, LocalEntryNotFoundError):  # the hub's failure is its cause
         error = error.__cause__ or error
     response = getattr(error, "response", None)
     if response is not None:

@@ -210,17 +210,16 @@ begin
     from sized where total <= most);
 end $$;
 
--- Stores vectors, notes failures, and answers with the ids that were taken. Left are products whose
--- image changed or that are gone, and failures of an image that has a vector. A failure is tried
--- again by the next run, then after 1, 2, 4, ... hours, at most after 30 days. A vector stays until
--- a better one takes its place, even if the image changes: then the next run makes a new one.
+-- Stores vectors and notes failures. Not taken are products whose image changed or that are gone,
+-- and failures of an image that has a vector. A failure is tried again by the next run, then after
+-- 1, 2, 4, ... hours, at most 30 days. A vector stays until a better one takes its place.
 create or replace function public.store_embeddings(
   model_version text, vectors json default '[]', failures json default '[]'
 ) returns jsonb
 language plpgsql set search_path = public, extensions
 set plan_cache_mode = force_generic_plan set statement_timeout = '55s' as $$
 #variable_conflict use_column
-declare taken jsonb;
+declare answer jsonb;
 begin
   with stored as (
     insert into product_embeddings as e (asset_id, embedding, model_version, embedded_image_hash)
@@ -256,9 +255,10 @@ begin
         ) known (before))
     returning f.asset_id
   )
-  select coalesce(jsonb_agg(asset_id), '[]') into taken
+  select jsonb_build_object('taken', coalesce(jsonb_agg(asset_id), '[]'),
+    'given', json_array_length(vectors) + json_array_length(failures)) into answer
   from (select asset_id from stored union all select asset_id from noted) ids;
-  return taken;
+  return answer;
 end $$;
 
 -- Search ---------------------------------------------------------------------------------------
@@ -305,17 +305,18 @@ language sql stable set search_path = public, extensions as $$
 $$;
 
 -- Pairs of products that look the same, each pair once, the most similar ones first. A product is
--- compared with the nearest few, "neighbours". It is in time for some 10,000 products. Of more ask
--- for one part after the other: duplicate_products(0.97, shard => 1, shards => 10), and so on.
+-- compared with the nearest few, "neighbours". "same": the vectors are equal. This is in time for
+-- some 10,000 products. Ask for parts of more: duplicate_products(0.97, shard => 1, shards => 9)
 create or replace function public.duplicate_products(
   min_similarity float8 default 0.97, client text default null, neighbours int default 5,
   shard int default 1, shards int default 1
 ) returns table (asset_id public.product_embeddings.asset_id%type, image text, client text,
   title text, link text, duplicate_id public.product_embeddings.asset_id%type,
   duplicate_image text, duplicate_client text, duplicate_title text, duplicate_link text,
-  similarity float8)
+  similarity float8, same boolean)
 language sql stable set search_path = public, extensions set statement_timeout = '55s' as $$
-  select s.*, n.asset_id, n.image, n.client, n.title, n.link, n.similarity
+  select s.*, n.asset_id, n.image, n.client, n.title, n.link, n.similarity,
+    e.embedding = (select d.embedding from product_embeddings d where d.asset_id = n.asset_id)
   from product_embeddings e join embedding_sources() s on s.id = e.asset_id
   cross join lateral match_products(e.embedding, neighbours, duplicate_products.client,
     e.model_version, null, e.asset_id) n
@@ -325,8 +326,8 @@ language sql stable set search_path = public, extensions set statement_timeout =
   order by n.similarity desc
 $$;
 
--- For the script's page: copies among 400,000 products, whose vectors have the same signs. Each is
--- paired with the first of its kind. "same": their vectors are equal.
+-- For the script's page, in one value: copies among 400,000 products, whose vectors have the same
+-- signs. Each is paired with the first of its kind, as rows of duplicate_products.
 create or replace function public.embedding_copies(
   model_version text, client text default null, min_similarity float8 default 0.99
 ) returns jsonb
@@ -341,17 +342,17 @@ language sql stable set search_path = public, extensions set statement_timeout =
   ), kinds as (
     select first_value(asset_id) over (partition by sign order by asset_id) as first,
       asset_id as other from signs
+  ), pairs as (
+    select s.id as asset_id, left(s.image, 2000) as image, s.client, s.title, s.link,
+      t.id as duplicate_id, left(t.image, 2000) as duplicate_image, t.client as duplicate_client,
+      t.title as duplicate_title, t.link as duplicate_link,
+      1 - (a.embedding <=> b.embedding) as similarity, a.embedding = b.embedding as same
+    from (select * from kinds where first <> other limit 20000) k
+    join product_embeddings a on a.asset_id = k.first join embedding_sources() s on s.id = k.first
+    join product_embeddings b on b.asset_id = k.other join embedding_sources() t on t.id = k.other
   )
-  select jsonb_build_object(
-    'sought_among', (select count(*) from signs),
-    'pairs', coalesce(jsonb_agg(jsonb_build_object(
-      'one', to_jsonb(s) || jsonb_build_object('image', left(s.image, 2000)),
-      'other', to_jsonb(t) || jsonb_build_object('image', left(t.image, 2000)),
-      'similarity', 1 - (a.embedding <=> b.embedding), 'same', a.embedding = b.embedding)), '[]'))
-  from (select * from kinds where first <> other limit 20000) k
-  join product_embeddings a on a.asset_id = k.first join embedding_sources() s on s.id = k.first
-  join product_embeddings b on b.asset_id = k.other join embedding_sources() t on t.id = k.other
-  where 1 - (a.embedding <=> b.embedding) >= min_similarity
+  select jsonb_build_object('sought_among', (select count(*) from signs), 'pairs', coalesce(
+    (select jsonb_agg(p) from pairs p where p.similarity >= min_similarity), '[]'))
 $$;
 
 -- Who may call ---------------------------------------------------------------------------------

@@ -80,7 +80,9 @@ class Api:
     def store(self, vectors=(), failures=(), version=VERSION):
         """Stores a vector for each of these assets, a failure for each of those; the ids that were
         taken, in their order."""
-        return sorted(self.call("store_embeddings", **batch(vectors, failures, version)))
+        answer = self.call("store_embeddings", **batch(vectors, failures, version))
+        assert answer["given"] == len(vectors) + len(failures)
+        return sorted(answer["taken"])
 
 
 def batch(vectors=(), failures=(), version=VERSION):

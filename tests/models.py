@@ -1,9 +1,9 @@
-"""The CLIP models of the tests, made here because the hub may be out of reach.
+"""The CLIP models of the tests. They are made here, as the hub may be out of reach.
 
-Both have random weights from a fixed seed. `full_model` has the true ViT-B/32 architecture;
-`tiny_model` the same inputs and outputs, and loads in milliseconds. Both are kept in
-.cache/test-models/ in transformers' own format, as a folder for CLIP_MODEL. Their tokenizer is
-CLIP's, but knows the letters a to z and two words alone.
+Both have random weights from a fixed seed. `full_model` has the architecture of ViT-B/32.
+`tiny_model` has the same inputs and outputs, and loads in milliseconds. Both are kept in
+.cache/test-models/ in the format of transformers, as a folder for CLIP_MODEL. Their tokenizer is
+that of CLIP, but knows only the letters a to z and two words.
 """
 
 import json
@@ -77,17 +77,15 @@ def other_model(folder, projection_dim=512, change=lambda model: None, **tower):
 
 
 def hub_cache(folder):
-    """Makes `folder` a huggingface hub cache that holds the tiny model at the pinned revision.
+    """Makes `folder` a cache of huggingface_hub with the tiny model at the pinned revision.
 
-    As on the hub, the weights are one pytorch_model.bin, which holds the position ids as well.
+    Returns the folder of its files. As on the hub, the weights are in one pytorch_model.bin, which
+    holds position ids as well.
     """
-    root = Path(folder) / f"models--{REPOSITORY.replace('/', '--')}"
-    snapshot = root / "snapshots" / REVISION
+    snapshot = folder / f"models--{REPOSITORY.replace('/', '--')}" / "snapshots" / REVISION
     snapshot.mkdir(parents=True)
-    (root / "refs").mkdir()
-    (root / "refs" / "main").write_text(REVISION)
     source = tiny_model()
-    for name in ("config.json", "preprocessor_config.json", "tokenizer.json"):
+    for name in ("config.json", "tokenizer.json"):
         shutil.copy(source / name, snapshot)
     weights = CLIPModel.from_pretrained(source).state_dict()
     for tower in ("text_model", "vision_model"):

@@ -204,7 +204,7 @@ def test_what_is_stored_is_there_and_what_failed_is_noted(stack, api):
     assert failures(stack, columns) == [noted]
     (shown,) = api("GET", "embedding_failures").json()
     assert (shown["client"], shown["image"]) == ("x", three["image"])
-    assert api.call("store_embeddings", model_version=VERSION) == []
+    assert api.store() == []
 
 
 def test_a_vector_replaces_an_older_one_and_keeps_its_date(stack, api):
@@ -352,7 +352,7 @@ def test_two_runs_on_the_same_assets_wait_for_each_other_and_both_are_taken(stac
     with ThreadPoolExecutor() as pool:
         call = storing(stack, api, pool, assets[::-1])
         other.commit()
-        assert sorted(call.result().json()) == ids
+        assert sorted(call.result().json()["taken"]) == ids
     assert len(rows(stack)) == 20
 
 
@@ -534,13 +534,15 @@ def test_copies_are_paired_with_the_first_of_their_kind(stack, api):
     api.store([a | {"embedding": text(v)} for a, v in zip(assets, vectors, strict=True)])
     made = api.call("embedding_copies", model_version=VERSION)
     assert made["sought_among"] == 6
-    found = [(p["one"]["id"], p["other"]["id"], p["same"]) for p in made["pairs"]]
+    found = [(p["asset_id"], p["duplicate_id"], p["same"]) for p in made["pairs"]]
     assert sorted(found) == [
         (ids[0], ids[2], True),
         (ids[0], ids[5], False),
         (ids[1], ids[4], True),
     ]
-    assert {p["one"]["client"] for p in made["pairs"]} == {"x"}
+    rows_of_duplicates = api.call("duplicate_products", min_similarity=0.99)
+    assert {(r["asset_id"], r["duplicate_id"], r["same"]) for r in rows_of_duplicates} > set(found)
+    assert made["pairs"][0].keys() == rows_of_duplicates[0].keys()
     assert api.call("embedding_copies", model_version=VERSION, client="y")["pairs"] == []
 
 

@@ -7,7 +7,6 @@ import itertools
 import logging
 import os
 import pickle
-import re
 import shutil
 import signal
 import struct
@@ -31,13 +30,16 @@ from generate_embeddings import (
     BROKEN,
     DECODE_MB,
     DECODE_SECONDS,
+    DECODER_LOST,
+    DEFECT,
+    EMPTY,
+    JSON,
     LEVELS_BYTES,
-    LOST,
     MOST_REASON,
+    TOO_MUCH,
     TOO_SLOW,
     Decoder,
-    NotNow,
-    Rejected,
+    ImageError,
     RunError,
 )
 
@@ -69,12 +71,11 @@ def process_of(decoder):
     return psutil.Process(decoder._process.pid)
 
 
-def outcome(decoder, data=RED):
-    """The levels, or what is raised, as its kind and its reason."""
-    try:
-        return decoder.decode(data)
-    except (Rejected, NotNow) as error:
-        return type(error), str(error)
+def refused(decoder, data=RED):
+    """The reason for which there are no levels."""
+    with pytest.raises(ImageError) as refusal:
+        decoder.decode(data)
+    return str(refusal.value)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -105,32 +106,26 @@ def test_an_avif_is_decoded_in_one_thread(decoder):
     assert threads == {1}
 
 
-def test_reasons_are_said_as_they_are(decoder):
-    assert outcome(decoder, b"") == (Rejected, "an empty file")
-    assert outcome(decoder, b"{}") == (Rejected, "JSON, not an image")
-
-
 @pytest.mark.parametrize(
-    ("raised", "kind", "reason"),
+    ("raised", "reason"),
     [
-        (Rejected("a strip"), Rejected, "a strip"),
-        (NotNow("no pillow-heif"), NotNow, "no pillow-heif"),
-        (Rejected("\x1b[2J\0" + "x" * 500), Rejected, "?[2J?xxx"),
-        (AttributeError("no such method"), NotNow, "unexpected AttributeError: no such method"),
+        (ImageError(JSON), JSON),
+        (ImageError("\x1b[2J\0" + "x" * 500), "?[2J?xxx"),
+        (AttributeError("no such method"), f"{DEFECT} (AttributeError: no such method)"),
     ],
-    ids=["for good", "for now", "not fit to print", "unexpected"],
+    ids=["a reason", "not fit to print", "a defect"],
 )
-def test_what_is_raised_over_there_is_raised_here(monkeypatch, caplog, raised, kind, reason):
+def test_what_is_raised_over_there_is_raised_here(monkeypatch, caplog, raised, reason):
     def levels_of(data):
         raise raised
 
     monkeypatch.setattr(script, "levels_of", levels_of)
     caplog.set_level(logging.DEBUG)
-    error = script.decoded_answer(script.answer_for(b"data"))
-    assert type(error) is kind
-    assert str(error).startswith(reason)
-    assert len(str(error)) <= MOST_REASON + len("unexpected ")
-    assert ("in levels_of" in caplog.text) == ("unexpected" in reason)  # a traceback, with -v
+    with pytest.raises(ImageError) as refusal:
+        script.levels_in(script.answer_for(b"data"))
+    assert str(refusal.value).startswith(reason)
+    assert len(str(refusal.value)) <= MOST_REASON + len(f"{DEFECT} ()")
+    assert ("in levels_of" in caplog.text) == (DEFECT in reason)  # a traceback, with -v
 
 
 class Planted:
@@ -144,8 +139,7 @@ def framed(data):
     return len(data).to_bytes(8, "big") + data
 
 
-# What a decoder that an image has taken over may send in the place of an answer
-LIES = {
+LIES = {  # what a decoder that an image has taken over may send in the place of an answer
     "no text": framed(b""),
     "one byte less than levels": framed(bytes(LEVELS_BYTES - 1)),
     "one byte more than levels": framed(bytes(LEVELS_BYTES + 1)),
@@ -158,32 +152,21 @@ BROKEN_OFF = {
     "nothing": b"",
     "half a length": bytes(4),
     "half of the levels": framed(bytes(LEVELS_BYTES))[:1000],
-    "half of a reason": framed(b"Ra strip")[:-3],
+    "half of a reason": framed(b"R" + EMPTY.encode())[:-3],
 }
 
 
-def stand_in(tmp_path, sent, then="exec sleep 60"):
-    """A decoder whose process sends what it likes."""
-    (tmp_path / "sent").write_bytes(sent)
+@pytest.mark.parametrize("name", [*LIES, *BROKEN_OFF])
+def test_a_decoder_that_lies_or_breaks_off_is_done_without(tmp_path, capfd, name):
+    (tmp_path / "sent").write_bytes((LIES | BROKEN_OFF)[name])
+    then = "exec sleep 60" if name in LIES else "exit 0"
     command = ["sh", "-c", f"cat {tmp_path}/sent; {then}"]
     decoder = Decoder()
-    decoder._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    return decoder
-
-
-@pytest.mark.parametrize("sent", LIES.values(), ids=LIES)
-def test_a_decoder_that_sends_anything_else_is_killed(tmp_path, capfd, sent):
-    decoder = stand_in(tmp_path, sent)
-    process = decoder._process
-    assert outcome(decoder) == (NotNow, LOST)
-    assert process.returncode == -signal.SIGKILL
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    decoder._process = process
+    assert refused(decoder) == DECODER_LOST
+    assert process.returncode == (-signal.SIGKILL if name in LIES else 0)
     assert "UNPICKLED" not in "".join(capfd.readouterr())
-
-
-@pytest.mark.parametrize("sent", BROKEN_OFF.values(), ids=BROKEN_OFF)
-def test_a_decoder_that_breaks_off_is_done_without_and_the_next_is_well(tmp_path, sent):
-    decoder = stand_in(tmp_path, sent, then="exit 0")
-    assert outcome(decoder) == (NotNow, LOST)
     assert is_well(decoder)
     end(decoder)
 
@@ -195,20 +178,20 @@ def test_a_decoder_that_breaks_off_is_done_without_and_the_next_is_well(tmp_path
 
 @LINUX
 @pytest.mark.parametrize(
-    ("number", "expected"),
+    ("number", "reason"),
     [
-        (signal.SIGSEGV, (Rejected, BROKEN)),
-        (signal.SIGABRT, (Rejected, BROKEN)),
-        (signal.SIGFPE, (Rejected, BROKEN)),
-        (signal.SIGXCPU, (Rejected, TOO_SLOW)),
-        (signal.SIGKILL, (NotNow, LOST)),  # for want of memory
-        (signal.SIGBUS, (NotNow, LOST)),  # a library on a disk that is gone
-        (signal.SIGILL, (NotNow, LOST)),  # a library that is not for this processor
+        (signal.SIGSEGV, BROKEN),
+        (signal.SIGABRT, BROKEN),
+        (signal.SIGFPE, BROKEN),
+        (signal.SIGXCPU, TOO_SLOW),
+        (signal.SIGKILL, DECODER_LOST),  # for want of memory
+        (signal.SIGBUS, DECODER_LOST),  # a library on a disk that is gone
+        (signal.SIGILL, DECODER_LOST),  # a library that is not for this processor
     ],
 )
-def test_a_crash_is_the_images_fault_and_a_machines_trouble_is_not(decoder, number, expected):
+def test_a_crash_is_the_images_fault_and_a_machines_trouble_is_not(decoder, number, reason):
     process_of(decoder).send_signal(number)
-    assert outcome(decoder) == expected
+    assert refused(decoder) == reason
     assert is_well(decoder)
 
 
@@ -217,7 +200,7 @@ def test_a_decoder_that_hangs_is_killed_in_time(decoder, monkeypatch):
     process.suspend()
     with monkeypatch.context() as patch:
         patch.setattr(script, "DECODE_PATIENCE", 0.5)
-        assert outcome(decoder) == (NotNow, LOST)
+        assert refused(decoder) == DECODER_LOST
     assert not process.is_running()
     assert is_well(decoder)
 
@@ -253,7 +236,7 @@ os._exit(0)
 CANT_START = {
     "no such program": ("", "No such file or directory"),
     "too little memory": (
-        f'ulimit -v 450000; exec {sys.executable} "$@"',  # KB
+        f'ulimit -v 900000; exec {sys.executable} "$@"',  # KB
         "MemoryError",
     ),
     "with words": ("echo Traceback >&2; echo 'ImportError: no libz' >&2; exit 1", "no libz"),
@@ -290,16 +273,12 @@ def test_the_script_may_have_any_name(cli, small, tmp_path):
     assert cli("--local", small, script=renamed).counts["embedded"] == 3
 
 
-def test_a_run_that_can_start_no_decoder_ends_and_notes_nothing(cli, tuned, tmp_path):
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for n in range(30):
-        (folder / f"{n}.png").write_bytes(RED)
-    run = cli("RUN_DECODER=exit('no way')", "--", "--local", folder, script=tuned)
+def test_a_run_that_can_start_no_decoder_ends_and_notes_nothing(cli, small, tuned):
+    run = cli("RUN_DECODER=exit('no way')", "--", "--local", small, script=tuned)
     assert run.code == 2
     assert "(no way)" in run.error
-    assert run.counts == run.counts | {"embedded": 0, "failed": 0, "left": 30}
-    assert folder_rows(folder) == {}
+    assert run.counts == run.counts | {"embedded": 0, "failed": 0, "left": 3}
+    assert folder_rows(small) == {}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -425,7 +404,7 @@ def test_a_decoder_that_an_image_took_over_is_shut_in(tmp_path):
 def cost(decoder, data):
     """What a decoder says of a file; the MB that its process holds at most, and the seconds of a
     core that it takes."""
-    process = psutil.Process(decoder._process.pid)
+    process = process_of(decoder)
     before, after, held = sum(process.cpu_times()[:2]), 0.0, 0
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(decoder.decode, data)
@@ -470,8 +449,8 @@ def claims(jpeg):
 @pytest.mark.parametrize("name", claims(b"\xff\xc0" + bytes(9)))
 def test_an_image_that_claims_far_too_many_pixels_is_not_decoded(decoder, cat, name):
     refusal, megabytes, seconds = cost(decoder, claims(saved(cat, "JPEG"))[name])
-    assert isinstance(refusal, Rejected)
-    assert str(refusal) == f"needs over {DECODE_MB} MB to decode"
+    assert isinstance(refusal, ImageError)
+    assert str(refusal) == TOO_MUCH
     assert megabytes < 200
     assert seconds < 2
 
@@ -488,24 +467,14 @@ PUZZLES = {
 
 @pytest.mark.parametrize("data", PUZZLES.values(), ids=PUZZLES)
 def test_no_text_is_puzzled_over_for_long(decoder, data):
-    with pytest.raises(Rejected, match="not an image"):
-        decoder.decode(data)
-
-
-def large_avif():
-    """12,000 pixels a side in three full planes; it claims 1,000."""
-    image = Image.new("RGB", (12_000, 12_000))
-    data = saved(image, "AVIF", speed=10, quality=0, subsampling="4:4:4")
-    claim = struct.pack(">II", *image.size)
-    assert claim in data
-    return data.replace(claim, struct.pack(">II", 1000, 1000))
+    assert "not an image" in refused(decoder, data)
 
 
 def large_tile():
-    """A TIFF of 1,000 pixels a side, in one tile of 30,720."""
+    """A TIFF of 1,000 pixels a side, in one tile of 46,000."""
     packer = zlib.compressobj(1)
-    packed = b"".join(packer.compress(bytes(2**20)) for _ in range(900)) + packer.flush()
-    tile = {"t322": 30_720, "t323": 30_720, "t324": 8, "t325": len(packed)}
+    packed = b"".join(packer.compress(bytes(2**20)) for _ in range(2018)) + packer.flush()
+    tile = {"t322": 46_000, "t323": 46_000, "t324": 8, "t325": len(packed)}
     return tiff((1000, 1000), packed, t259=8, **tile)
 
 
@@ -547,15 +516,12 @@ def large_webp():
     return saved(Image.new("RGB", (12_000, 8000)), "WEBP", lossless=True)
 
 
-TOO_MUCH, TOO_LONG = f"needs over {DECODE_MB} MB", f"takes over {DECODE_SECONDS} s"
-NO_ROOM = f"{TOO_MUCH}|broken"  # many a decoder in C only says that it failed
 HOSTILE = {
-    large_avif: NO_ROOM,
-    large_tile: NO_ROOM,
-    large_webp: NO_ROOM,
-    many_segments: f"{TOO_MUCH}|{TOO_LONG}",
-    many_chunks: f"{TOO_MUCH}|{TOO_LONG}",
-    many_scans: TOO_LONG,
+    large_tile: (TOO_MUCH, BROKEN),  # libtiff calls it broken where it only lacks memory
+    large_webp: (TOO_MUCH,),
+    many_segments: (TOO_MUCH, TOO_SLOW),
+    many_chunks: (TOO_MUCH, TOO_SLOW),
+    many_scans: (TOO_SLOW,),
 }
 
 
@@ -565,23 +531,46 @@ def test_a_file_that_asks_for_too_much_is_given_up_and_the_next_is_well(decoder,
     good = saved(cat, "PNG")
     levels = decoder.decode(good)
     refusal, megabytes, seconds = cost(decoder, make())
-    assert isinstance(refusal, Rejected)
-    assert re.match(HOSTILE[make], str(refusal))
+    assert str(refusal) in HOSTILE[make]
     assert megabytes < DECODE_MB + 150
     assert seconds < DECODE_SECONDS + 2
     assert np.array_equal(decoder.decode(good), levels)
 
 
+@LINUX
+def test_the_seconds_of_an_image_count_from_its_start(monkeypatch):
+    """A decoder that has worked for longer than one image may take is as good as new."""
+    started = "sys.exit(decoder"
+    assert started in script.RUN_DECODER
+    shorter = script.RUN_DECODER.replace(started, f"decoder.DECODE_SECONDS = 1\n{started}")
+    monkeypatch.setattr(script, "RUN_DECODER", shorter)
+    decoder = Decoder()
+    image = saved(Image.effect_noise((1500, 1500), 90), "PNG")  # takes 0.1 s
+    assert is_well(decoder)
+    process = process_of(decoder)
+    while sum(process.cpu_times()[:2]) < 3:
+        decoder.decode(image)
+    assert process_of(decoder) == process
+    end(decoder)
+
+
+def flat(mode, kind, size=(8000, 6250), **options):
+    return lambda: saved(Image.new(mode, size), kind, **options)
+
+
 HONEST = {
-    "RGB PNG": lambda: png((8000, 5000), 8, 2, itertools.repeat(bytes(24_000), 5000)),
-    "RGBA PNG": lambda: png((8000, 5000), 8, 6, itertools.repeat(bytes(32_000), 5000)),
-    "gray PNG of 16 bits": lambda: png((8000, 5000), 16, 0, itertools.repeat(bytes(16_000), 5000)),
-    "palette PNG with alpha": lambda: saved(Image.new("P", (8000, 5000)), "PNG", transparency=0),
-    "JPEG of 128 megapixels": lambda: saved(Image.new("RGB", (12_800, 10_000)), "JPEG"),
+    "RGB PNG": flat("RGB", "PNG"),
+    "RGBA PNG": flat("RGBA", "PNG"),
+    "gray PNG of 16 bits": flat("I;16", "PNG"),
+    "palette PNG with alpha": flat("P", "PNG", transparency=0),
+    "lossless WebP": flat("RGB", "WEBP", lossless=True, method=0),
+    "WebP": flat("RGB", "WEBP", method=0),
+    "AVIF": flat("RGB", "AVIF", speed=10),
+    "JPEG of 128 megapixels": flat("RGB", "JPEG", size=(12_800, 10_000)),
 }
 
 
 @LINUX
-@pytest.mark.parametrize("kind", HONEST)
-def test_an_honest_image_of_40_megapixels_is_decoded(decoder, kind):
-    assert decoder.decode(HONEST[kind]()).shape == (224, 224, 3)
+@pytest.mark.parametrize("make", HONEST.values(), ids=HONEST)
+def test_an_honest_image_of_50_megapixels_is_decoded(decoder, make):
+    assert decoder.decode(make()).shape == (224, 224, 3)

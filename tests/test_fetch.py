@@ -48,18 +48,7 @@ from conftest import alone
 from stack import ImageHost
 
 import generate_embeddings as script
-from generate_embeddings import (
-    MAX_BYTES,
-    Deadline,
-    Fetcher,
-    Guard,
-    ImageError,
-    RunError,
-    Settings,
-    Source,
-    Strain,
-    advice,
-)
+from generate_embeddings import Deadline, Fetcher, ImageError, RunError, Source, Strain
 
 IMAGE = b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 8  # any bytes do here
 HANGS = 20  # seconds that no download here may take, though the host would go on for ever
@@ -69,7 +58,7 @@ PROJECT = "https://project.supabase.co"
 
 def fetcher(**changes):
     """A Fetcher for hosts on loopback."""
-    return Fetcher(Settings(**{"private_hosts": True, **changes}))
+    return Fetcher(script.Settings(**{"private_hosts": True, **changes}))
 
 
 def get(one, where, headers=None, seconds=8.0):
@@ -102,7 +91,7 @@ def told(end):
     host did not cope. Each reason is one of the table, with what to do about it."""
     if isinstance(end, bytes):
         return end
-    assert advice(str(end)), f"not in the table of reasons: {end}"
+    assert script.advice(str(end)), f"not in the table of reasons: {end}"
     return f"strain: {end}" if isinstance(end, Strain) else str(end)
 
 
@@ -177,9 +166,7 @@ def names(monkeypatch):
     return names
 
 
-# --------------------------------------------------------------------------------------------------
 # What an answer means
-# --------------------------------------------------------------------------------------------------
 
 PACKED = gzip.compress(IMAGE)
 GZIP = OK + b"Content-Encoding: gzip\r\n"
@@ -327,9 +314,7 @@ def test_connections_are_used_again_also_after_a_page(host):
     assert host.connections == 1
 
 
-# --------------------------------------------------------------------------------------------------
 # Time and size
-# --------------------------------------------------------------------------------------------------
 
 LATE = "strain: not complete in time (2 s)"
 NO_ANSWER = "strain: no answer in time"
@@ -448,6 +433,7 @@ HOSTILE = {
     "cookies along redirects": (cookies_without_end, NO_END),
     "percent signs": ("data:,", NO_BASE64),
     "percent signs as base64": ("data:;base64,", NO_BASE64),
+    "a URL of percent signs": ("http://h/", "not a valid URL (longer than 65,536 characters)"),
 }
 
 
@@ -463,9 +449,7 @@ def test_what_is_hostile_takes_little_memory(host, name):
     assert megabytes < 130
 
 
-# --------------------------------------------------------------------------------------------------
 # Redirects
-# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
@@ -542,9 +526,7 @@ def test_the_body_of_a_redirect_is_not_read(host, end):
     assert end_of(host.url_of("/old.png"), seconds=15.0) == IMAGE
 
 
-# --------------------------------------------------------------------------------------------------
 # What is sent, and to whom
-# --------------------------------------------------------------------------------------------------
 
 KEY = {"apikey": "sb_secret_x", "Authorization": "Bearer sb_secret_x"}
 
@@ -600,9 +582,7 @@ def test_the_password_in_a_url_is_sent_to_that_host_and_no_further(host):
     assert "authorization" not in sent(host)
 
 
-# --------------------------------------------------------------------------------------------------
 # URLs
-# --------------------------------------------------------------------------------------------------
 
 # A URL's end, and what is sent for it
 REQUESTED = {
@@ -674,9 +654,7 @@ def test_a_data_url_holds_its_image(kind):
     assert end_of(DATA_URLS[kind]) == IMAGE
 
 
-# --------------------------------------------------------------------------------------------------
 # The way to a host
-# --------------------------------------------------------------------------------------------------
 
 
 def test_a_name_that_leads_nowhere_is_a_strain(names):
@@ -812,9 +790,7 @@ def test_image_hosts_may_lack_renegotiation_info_and_key_identifiers(tls, monkey
     assert not script.tls_context().options & legacy_server_connect
 
 
-# --------------------------------------------------------------------------------------------------
 # The guard
-# --------------------------------------------------------------------------------------------------
 
 PUBLIC_ADDRESSES = """
     8.8.8.8 1.1.1.1 93.184.216.34 100.63.255.255 100.128.0.1 172.15.0.1 172.32.0.1 192.167.0.1
@@ -838,7 +814,7 @@ PRIVATE_ADDRESSES = """
 
 def test_addresses_of_the_internet_are_public_and_all_others_are_not():
     addresses = PUBLIC_ADDRESSES.split() + PRIVATE_ADDRESSES.split()
-    public = [address for address in addresses if Guard.is_public(address)]
+    public = [address for address in addresses if script.Guard.is_public(address)]
     assert public == PUBLIC_ADDRESSES.split()
 
 
@@ -892,7 +868,9 @@ def test_a_name_that_leads_to_a_private_address_is_never_connected_to(listener, 
 
 @LINUX
 def test_of_a_names_addresses_only_the_public_ones_are_connected_to(host, names, monkeypatch):
-    monkeypatch.setattr(Guard, "is_public", staticmethod(lambda address: address == "127.0.0.1"))
+    monkeypatch.setattr(
+        script.Guard, "is_public", staticmethod(lambda address: address == "127.0.0.1")
+    )
     names["shop.example"] = ["127.0.0.2", "127.0.0.1"]
     with Listener("127.0.0.2", host.port) as private:
         assert guarded(f"http://shop.example:{host.port}/a.png") == IMAGE
@@ -1011,12 +989,10 @@ def test_images_come_through_the_tunnel_of_a_proxy(tls, monkeypatch):
 def test_a_socks_proxy_that_can_not_be_used_ends_the_run(monkeypatch, proxy, said):
     monkeypatch.setenv("ALL_PROXY", proxy)
     with pytest.raises(RunError, match=said):
-        script.open_store(Settings(url=PROJECT, key="x"), script.Stop())
+        script.open_store(script.Settings(url=PROJECT, key="x"), script.Stop())
 
 
-# --------------------------------------------------------------------------------------------------
 # Files
-# --------------------------------------------------------------------------------------------------
 
 
 def test_a_file_is_read_or_named(tmp_path):
@@ -1029,5 +1005,5 @@ def test_a_file_is_read_or_named(tmp_path):
     for name in ("folder.jpg", "dangling.jpg", "loop.jpg", "pipe.jpg", "missing.jpg"):
         assert told(end_of(tmp_path / name)).startswith("can't be read ("), name
     with (tmp_path / "large.png").open("wb") as file:
-        file.truncate(MAX_BYTES + 1)
+        file.truncate(script.MAX_BYTES + 1)
     assert told(end_of(tmp_path / "large.png")) == TOO_LARGE

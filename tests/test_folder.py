@@ -1,13 +1,19 @@
 """--local DIR: the same job over a folder, stored in one SQLite file in it.
 
-Most of it is the store alone, in this process: what is pending, what is kept. Runs are for what
-they alone show.
+Each image file below the folder is an asset, and nothing else; what was left out is said. A vector
+stays until the file changes or goes. Failures are tried again in each run. Nobody gets out of the
+folder by a file that he prepared: SQLite's is no link, has no triggers, and its journal names no
+other; rows of files that are not there are not believed. Two runs wait for each other, and a run
+that was killed goes on where it was.
+
+Most of it is the store alone, in this process. Runs are for what they alone show.
 """
 
 import contextlib
 import os
 import re
 import sqlite3
+import struct
 import threading
 import unicodedata
 from types import SimpleNamespace
@@ -64,11 +70,11 @@ def settle(folder, **settings):
     return paths(found)
 
 
-def fail(folder, path, permanent, **settings):
+def fail(folder, path, **settings):
     """Notes a failure of a pending image."""
     store = open_folder(folder, **settings)
     (asset,) = (asset for asset in pending(store) if asset.image == path)
-    store.save([Failed(asset, "decode", "broken", permanent)])
+    store.save([Failed(asset, "decode", "broken")])
 
 
 @pytest.fixture(scope="module")
@@ -90,60 +96,50 @@ def every_kind(photos, tiny, tmp_path_factory):
 def test_every_image_file_below_the_folder_is_an_asset_and_nothing_else(every_kind):
     assert every_kind.rows.keys() == IMAGES.keys()
     assert folder_rows(every_kind.folder).keys() == IMAGES.keys() | BROKEN_FILES.keys()
-
-
-def test_broken_images_are_counted_and_the_exit_code_is_1(every_kind):
     assert every_kind.first.code == 1
     wanted = {"embedded": 5, "failed": 2, "attempted": 7, "left": 0}
     assert every_kind.first.counts == every_kind.first.counts | wanted
-    assert "acme/broken.jpg" in every_kind.first.out
-    assert "empty.png" in every_kind.first.out
+    for path in BROKEN_FILES:
+        assert path in every_kind.first.out
 
 
-def test_a_rerun_remembers_what_is_done_and_what_is_broken(every_kind):
-    assert every_kind.second.code == 0
-    assert every_kind.second.counts == every_kind.second.counts | {"attempted": 0, "skipped": 2}
-    assert "7 images: 5 done, 2 failed for good, 0 to do" in every_kind.second.err
-    assert re.search(r"(?m)^Skipped +2  known failures; --retry-failed", every_kind.second.out)
+def test_a_rerun_tries_what_failed_and_that_alone(every_kind):
+    assert every_kind.second.code == 1
+    wanted = {"embedded": 0, "failed": 2, "attempted": 2, "waiting": 0}
+    assert every_kind.second.counts == every_kind.second.counts | wanted
+    assert "7 images: 5 done, 2 to do, of which 2 failed before" in every_kind.second.err
     after = {path: row.updated_at for path, row in folder_vectors(every_kind.folder).items()}
     assert after == {path: row.updated_at for path, row in every_kind.rows.items()}
 
 
-def test_vectors_are_little_endian_float32_of_unit_length(every_kind):
+def test_vectors_are_little_endian_float32_in_one_table(every_kind):
     for row in every_kind.rows.values():
         assert len(row.embedding) == 2048
         assert abs(np.linalg.norm(row.vector) - 1) < 1e-5
         assert row.model_version == TINY_VERSION
-
-
-def test_there_is_one_table_and_its_times_read_like_postgres(every_kind):
+        for moment in (row.created_at, row.updated_at):
+            assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", moment)
     tables = "select name from sqlite_master where type = 'table'"
     assert folder_query(every_kind.folder, tables) == [("images",)]
     columns = folder_query(every_kind.folder, "pragma table_info(images)")
     assert [column[1] for column in columns] == FOLDER_COLUMNS
-    for row in every_kind.rows.values():
-        for moment in (row.created_at, row.updated_at):
-            assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", moment)
 
 
-def test_what_is_no_image_by_its_ending_is_counted_in_one_line(small, caplog):
+def test_what_was_left_out_is_said_in_one_line(small, caplog):
     for name in ("a.svg", "b.SVG", "notes", ".hidden.txt"):
         write(small / name)
-    with caplog.at_level("INFO"):
-        open_folder(small, dry_run=True).status()
-    (line,) = (line for line in caplog.messages if "svg" in line)
-    assert line == "left out: 3 files that are no images (.svg, without an ending)"
-
-
-def test_what_systems_keep_beside_images_is_left_out_and_said_to_be(small, caplog):
     for folder in ("@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "sub/Lost+Found"):
         write(small / folder / "copy.jpg")
     (small / "link").symlink_to(small / "sub")
+    (small / os.fsdecode(b"caf\xe9.jpg")).write_bytes(b"no text is this name")
     with caplog.at_level("INFO"):
         assert sorted(paths(pending(open_folder(small)))) == sorted(SMALL)
-    (line,) = (line for line in caplog.messages if line.startswith("left out"))
-    for part in ("1 folder @eaDir", "1 folder Lost+Found", "1 linked folder"):
+    line = caplog.messages[-1]
+    assert line.startswith("left out: ")
+    files = "3 files that are no images (.svg, without an ending)"
+    for part in (files, "1 folder @eaDir", "1 folder Lost+Found", "1 linked folder"):
         assert part in line
+    assert "caf" in caplog.messages[0]
 
 
 def test_an_ending_may_have_a_query_behind_it_as_wget_leaves_it(small):
@@ -159,70 +155,54 @@ def test_an_ending_may_have_a_query_behind_it_as_wget_leaves_it(small):
     assert set(paths(pending(open_folder(small)))) - set(SMALL) == images
 
 
-def test_a_client_is_the_same_however_its_accents_are_written(tmp_path):
-    apart = unicodedata.normalize("NFD", "Café")
-    write(tmp_path / apart / "a.jpg")
-    for client in (apart, unicodedata.normalize("NFC", apart)):
-        assert paths(pending(open_folder(tmp_path, client=client))) == [f"{apart}/a.jpg"]
-
-
 # Changes in the folder
 
 
-def test_changed_new_moved_and_deleted_files(small, photos):
-    write(small / "moved.jpg")
-    assert settle(small) == ["china.jpg", "flower.jpg", "moved.jpg", "rocket.jpg"]
+def test_changed_new_moved_and_deleted_files(small):
+    for name in ("moved.jpg", "other.jpg"):
+        write(small / name)
+    assert settle(small) == ["china.jpg", "flower.jpg", "moved.jpg", "other.jpg", "rocket.jpg"]
     before = folder_rows(small)
     os.utime(small / "china.jpg", (1, 1))  # an older copy is a change as well
     (small / "rocket.jpg").unlink()
     (small / "to").mkdir()
     (small / "moved.jpg").rename(small / "to" / "moved.jpg")
     write(small / "new.jpg")
-    assert settle(small) == ["china.jpg", "new.jpg", "to/moved.jpg"]
+    stat = (small / "other.jpg").stat()
+    write(small / "other.jpg", b"exports and archives may give all files one time")
+    os.utime(small / "other.jpg", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert settle(small) == ["china.jpg", "new.jpg", "other.jpg", "to/moved.jpg"]
     after = folder_rows(small)
-    assert after.keys() == {"flower.jpg", "china.jpg", "new.jpg", "to/moved.jpg"}
+    assert after.keys() == {"flower.jpg", "china.jpg", "new.jpg", "other.jpg", "to/moved.jpg"}
     assert after["flower.jpg"].updated_at == before["flower.jpg"].updated_at
     assert after["china.jpg"].updated_at > before["china.jpg"].updated_at
+    assert after["china.jpg"].created_at == before["china.jpg"].created_at
     assert settle(small) == []
+    assert settle(small, model_version="another") == sorted(after)
 
 
-def test_a_dry_run_forgets_no_image_that_is_gone(small):
+def test_a_dry_run_writes_nothing_and_needs_no_right_to(small):
+    assert len(pending(open_folder(small, dry_run=True))) == 3
+    assert {path.name for path in small.iterdir()} == set(SMALL)
     settle(small)
     (small / "china.jpg").unlink()
-    assert pending(open_folder(small, dry_run=True)) == []
+    write(small / "new.jpg")
+    with contextlib.closing(sqlite3.connect(small / FOLDER_FILE, isolation_level=None)) as db:
+        db.execute("begin immediate")  # now nobody else can write
+        assert paths(pending(open_folder(small, dry_run=True))) == ["new.jpg"]
     assert folder_rows(small).keys() == set(SMALL)
 
 
-def test_another_model_version_is_redone_and_created_at_stays(small):
-    settle(small)
-    before = folder_rows(small)
-    assert settle(small, model_version="another") == sorted(SMALL)
-    after = folder_rows(small)
-    assert {row.model_version for row in after.values()} == {"another"}
-    for path, row in before.items():
-        assert after[path].created_at == row.created_at
-        assert after[path].updated_at > row.updated_at
-
-
-def test_failures_for_now_are_tried_in_the_next_run_those_for_good_when_asked(small):
-    fail(small, "china.jpg", permanent=True)
-    fail(small, "flower.jpg", permanent=False)
+def test_failures_are_tried_again_in_each_run_after_what_is_new(small):
+    fail(small, "china.jpg")
     status, found = survey(open_folder(small))
-    assert (status.assets, status.done, status.failed_for_good) == (3, 0, 1)
-    assert paths(found) == ["rocket.jpg", "flower.jpg"]  # what is new comes first
-    again = open_folder(small, retry_failed=True)
-    assert paths(pending(again)) == ["rocket.jpg", "flower.jpg", "china.jpg"]
+    assert (status.assets, status.done, status.failed, status.waiting) == (3, 0, 1, 0)
+    assert paths(found) == ["flower.jpg", "rocket.jpg", "china.jpg"]
     row = folder_rows(small)["china.jpg"]
-    assert (row.stage, row.reason, row.permanent) == ("decode", "broken", 1)
-    assert row.embedding is None
-
-
-def test_an_image_that_was_repaired_has_no_failure_any_more(small):
-    fail(small, "china.jpg", permanent=True)
-    os.utime(small / "china.jpg", (1, 1))
-    assert "china.jpg" in settle(small)
+    assert (row.stage, row.reason, row.embedding) == ("decode", "broken", None)
+    settle(small)
     row = folder_rows(small)["china.jpg"]
-    assert (row.stage, row.reason, row.permanent) == (None, None, None)
+    assert (row.stage, row.reason) == (None, None)
 
 
 @pytest.mark.parametrize("change", ["another image", "another version"])
@@ -230,9 +210,9 @@ def test_a_vector_gives_way_to_the_failure_of_what_came_after_it(small, change):
     settle(small)
     if change == "another image":
         os.utime(small / "china.jpg", (1, 1))
-        fail(small, "china.jpg", permanent=True)
+        fail(small, "china.jpg")
     else:
-        fail(small, "china.jpg", permanent=True, model_version="another")
+        fail(small, "china.jpg", model_version="another")
     assert folder_vectors(small).keys() == {"flower.jpg", "rocket.jpg"}
     assert folder_rows(small)["china.jpg"].reason == "broken"
 
@@ -241,7 +221,7 @@ def test_another_runs_failure_leaves_a_vector_alone(small):
     both = [open_folder(small) for _ in range(2)]
     assets = [pending(store)[0] for store in both]
     both[0].save([Embedded(assets[0], vector(1))])
-    both[1].save([Failed(assets[1], "decode", "takes too long", True)])
+    both[1].save([Failed(assets[1], "decode", "takes too long")])
     assert folder_vectors(small).keys() == {"china.jpg"}
 
 
@@ -263,7 +243,7 @@ def test_what_would_never_end_is_a_failure_and_so_is_what_the_disk_does_not_show
     assert after["late.jpg"].embedding == before["late.jpg"].embedding  # what it was is known
     for path in ("pipe.jpg", "zero.jpg", "new.jpg"):
         row = after[path]
-        assert (row.stage, row.permanent, row.embedding) == ("fetch", 0, None)
+        assert (row.stage, row.embedding) == ("fetch", None)
         assert "can't be read" in row.reason
 
 
@@ -289,24 +269,6 @@ def test_rows_of_earlier_versions_hold(small):
     assert open_folder(small).status().done == len(SMALL)
 
 
-def test_another_image_of_the_same_time_is_another_image(small):
-    """Exports and archives may give all files one time."""
-    settle(small)
-    path = small / "china.jpg"
-    stat = path.stat()
-    path.write_bytes(path.read_bytes() + b"more")
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert paths(pending(open_folder(small))) == ["china.jpg"]
-
-
-def test_a_database_or_settings_that_cannot_be_looked_at_are_named(cli, small):
-    (small / ".env").symlink_to(UNREADABLE)
-    assert f"{UNREADABLE} can't be read" in cli("--local", small, cwd=small).error
-    (small / FOLDER_FILE).symlink_to(UNREADABLE)
-    with pytest.raises(RunError, match=f"^{re.escape(str(small / FOLDER_FILE))}: "):
-        open_folder(small).status()
-
-
 def test_a_subfolder_that_can_not_be_read_ends_the_run_before_anything_changes(small):
     settle(small)
     (small / "china.jpg").unlink()
@@ -322,86 +284,51 @@ def test_a_subfolder_that_can_not_be_read_ends_the_run_before_anything_changes(s
     assert folder_rows(small).keys() == set(SMALL)
 
 
-def test_a_dry_run_needs_no_right_to_write(small):
-    settle(small)
-    write(small / "new.jpg")
-    with contextlib.closing(sqlite3.connect(small / FOLDER_FILE, isolation_level=None)) as db:
-        db.execute("begin immediate")  # now nobody else can write
-        assert paths(pending(open_folder(small, dry_run=True))) == ["new.jpg"]
-
-
 # Parts of a folder
 
 
 def test_a_client_is_a_subfolder_at_any_depth(tmp_path):
-    for client in ("globex/summer sale", "globex/summer", "acme", "other/globex"):
+    apart = unicodedata.normalize("NFD", "Café")
+    for client in ("globex/summer sale", "globex/summer", "acme", "other/globex", apart):
         write(tmp_path / client / "a.png")
     wanted = {
         "globex/summer sale": ["globex/summer sale/a.png"],
         "globex/summer": ["globex/summer/a.png"],
         "globex/": ["globex/summer sale/a.png", "globex/summer/a.png"],
-        "acme": ["acme/a.png"],
+        apart: [f"{apart}/a.png"],
+        unicodedata.normalize("NFC", apart): [f"{apart}/a.png"],
     }
     for client, below in wanted.items():
         status, found = survey(open_folder(tmp_path, client=client))
         assert sorted(paths(found)) == below
         assert status.assets == len(below)
+    hints = {
+        "three": "/three: --client is a subfolder",
+        "acme/a.png": "/acme/a.png: --client is a subfolder",
+        "acm": "/acm: did you mean acme?",
+        "": ": --client is a subfolder",
+    }
+    for client, hint in hints.items():
+        with pytest.raises(RunError, match=re.escape(hint)):
+            open_folder(tmp_path, client=client).status()
 
 
-@pytest.mark.parametrize(
-    ("client", "hint"),
-    [
-        ("three", "/three: --client is a subfolder"),
-        ("one/0.png", "/one/0.png: --client is a subfolder"),
-        ("acm", "/acm: did you mean acme?"),
-        ("", ": --client is a subfolder"),
-    ],
-)
-def test_a_client_without_images_is_named(tmp_path, client, hint):
-    for folder in ("one", "acme"):
-        write(tmp_path / folder / "0.png")
-    with pytest.raises(RunError, match=re.escape(hint)):
-        open_folder(tmp_path, client=client).status()
-
-
-# Odd folders
-
-
-def test_a_folder_without_images_is_an_error_that_leaves_no_file(tmp_path):
-    write(tmp_path / "notes.txt")
-    with pytest.raises(RunError, match=re.escape(str(tmp_path))):
-        open_folder(tmp_path).status()
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
-
-
-def test_the_folder_may_be_relative(cli, small):
+def test_a_folder_without_images_is_an_error_that_changes_nothing(cli, small):
+    write(small / "notes" / "notes.txt")
+    with pytest.raises(RunError, match=re.escape(str(small / "notes"))):
+        open_folder(small / "notes").status()
+    assert [path.name for path in (small / "notes").iterdir()] == ["notes.txt"]
     settle(small)
     shown = cli("--local", ".", "--dry-run", cwd=small)
-    assert (shown.code, shown.out) == (0, f"Would embed 0 assets as {TINY_VERSION}\n")
-
-
-def test_a_folder_that_lost_all_its_images_keeps_its_rows(small):
-    # A disk that is not mounted looks like this
-    settle(small)
-    for name in SMALL:
+    assert (shown.code, shown.out) == (0, f"Would embed 0 images as {TINY_VERSION}\n")
+    for name in SMALL:  # a disk that is not mounted looks like this
         (small / name).unlink()
     with pytest.raises(RunError, match="no image below"):
         open_folder(small).status()
     assert len(folder_rows(small)) == 3
 
 
-def test_a_file_name_that_is_no_text_is_left_out_with_a_warning(small, caplog):
-    (small / os.fsdecode(b"caf\xe9.jpg")).write_bytes(b"x")
-    assert settle(small) == sorted(SMALL)
-    assert [message for message in caplog.messages if "caf" in message]
-
-
 # The SQLite file
-
-
-def test_a_dry_run_creates_no_file(small):
-    assert len(pending(open_folder(small, dry_run=True))) == 3
-    assert {path.name for path in small.iterdir()} == set(SMALL)
 
 
 def test_two_runs_on_one_folder_wait_for_each_other(tmp_path):
@@ -451,13 +378,104 @@ def test_another_file_of_that_name_is_left_alone(small, made):
     assert (small / FOLDER_FILE).read_bytes() == before
 
 
-def test_where_the_file_can_not_be_written_one_line_says_so(cli, small):
+def test_where_a_file_can_not_be_used_one_line_says_so(cli, small):
+    (small / ".env").symlink_to(UNREADABLE)
+    assert f"{UNREADABLE} can't be read" in cli("--local", small, cwd=small).error
     (small / FOLDER_FILE).mkdir()
     run = cli("--local", small)
     assert run.code == 2
-    assert FOLDER_FILE in run.error
-    assert "written" in run.error
+    assert f"{FOLDER_FILE} is a link, or no file" in run.error
     assert run.err.splitlines() == [run.error]
+
+
+# A folder that somebody prepared
+
+
+def journal(folder, name=""):
+    """Leaves the journal of a transaction that was killed on its way; it names another one, too."""
+    with contextlib.closing(sqlite3.connect(folder / FOLDER_FILE, isolation_level=None)) as db:
+        db.execute("pragma cache_size = 1")
+        db.execute("begin")
+        db.execute("update images set embedding = zeroblob(3000), reason = 'half'")
+        written = (folder / f"{FOLDER_FILE}-journal").read_bytes()
+        half = (folder / FOLDER_FILE).read_bytes()
+        db.execute("rollback")
+    if name:
+        text = name.encode()
+        checksum = sum(int.from_bytes([byte], signed=True) for byte in text) % 2**32
+        written += struct.pack(">I", 2**30 // 4096 + 1) + text
+        written += struct.pack(">II", len(text), checksum) + bytes.fromhex("d9d505f920a163d7")
+    (folder / FOLDER_FILE).write_bytes(half)
+    (folder / f"{FOLDER_FILE}-journal").write_bytes(written)
+    assert b"half" in half
+
+
+def test_a_run_that_was_killed_while_it_wrote_is_rolled_back(small):
+    settle(small)
+    journal(small)
+    assert open_folder(small).status().done == 3
+    assert len(folder_vectors(small)) == 3
+    assert [len(row.embedding) for row in folder_rows(small).values()] == [2048] * 3
+
+
+@pytest.mark.parametrize("command", [[], ["--dry-run"], ["--search", "red mug"]])
+def test_a_journal_that_names_another_file_is_refused(cli, small, tmp_path, command):
+    settle(small)
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"")  # what SQLite deletes: a super-journal that no journal names
+    journal(small, str(victim))
+    run = cli("--local", small, *command)
+    assert (run.code, "of several databases" in run.error) == (2, True)
+    assert victim.exists()
+
+
+@pytest.mark.parametrize("ending", ["", "-journal", "-wal", "-shm"])
+def test_a_link_in_the_place_of_sqlites_files_is_refused(small, tmp_path, ending):
+    settle(small)
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"dear to me")
+    (small / f"{FOLDER_FILE}{ending}").unlink(missing_ok=True)
+    (small / f"{FOLDER_FILE}{ending}").symlink_to(victim)
+    with pytest.raises(RunError, match="is a link"):
+        open_folder(small).status()
+    assert victim.read_bytes() == b"dear to me"
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        "create trigger t before delete on images begin select raise(ignore); end",
+        "create view v as select 1",
+        "create virtual table v using fts5(x)",
+    ],
+)
+def test_what_would_run_inside_of_sqlite_is_refused(small, made):
+    settle(small)
+    folder_query(small, "create index mine on images (reason)")  # harmless
+    open_folder(small).status()
+    folder_query(small, made)
+    with pytest.raises(RunError, match="has triggers or views"):
+        open_folder(small).status()
+
+
+def test_rows_of_files_that_the_walk_did_not_find_are_not_believed(small, tmp_path):
+    settle(small)
+    (tmp_path / "secret.jpg").write_bytes(b"x")
+    copy = "insert into images select '{}', modified, model_version, {}, created_at, updated_at "
+    copy += "from images where asset_id = 'china.jpg'"
+    for path in ("../secret.jpg", str(tmp_path / "secret.jpg"), ".hidden.jpg"):
+        folder_query(small, copy.format(path, "embedding, stage, reason"))
+        folder_query(small, copy.format(f"{path}.png", "null, 'fetch', 'HTTP 404'"))
+    folder_query(small, "update images set embedding = x'00' where asset_id = 'rocket.jpg'")
+    store = open_folder(small, dry_run=True)  # which deletes no row
+    store.status()
+    catalog = store.catalog()
+    assert (catalog.embedded, catalog.pairs, catalog.failures) == (2, [], [])
+    found = {match.picture.id for match in store.search(vector(1), 9)}
+    assert found == {"china.jpg", "flower.jpg"}
+
+
+# Several runs
 
 
 def test_an_interrupted_run_resumes(cli, tmp_path):

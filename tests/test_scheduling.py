@@ -182,9 +182,9 @@ def test_assets_that_share_a_url_are_loaded_once_and_each_counts(ride, good, mon
     monkeypatch.setattr(script, "PAGE_ROWS", 20)  # they come on several pages
     loaded, whole = [], script.Loader.load
 
-    def load(self, asset, data):
-        loaded.append(asset.id)
-        return whole(self, asset, data)
+    def load(self, data):
+        loaded.append(data)
+        return whole(self, data)
 
     monkeypatch.setattr(script.Loader, "load", load)
     good.files["/gone"] = status(404)
@@ -367,7 +367,7 @@ def test_what_no_host_was_asked_for_is_no_sign_of_the_network(ride, answering, q
 
 
 def test_what_goes_wrong_after_the_download_is_no_fault_of_the_host(ride, good, monkeypatch):
-    def busy(self, asset, data):
+    def busy(self, data):
         raise script.ImageError(script.DECODER_LOST)
 
     monkeypatch.setattr(script.Loader, "load", busy)
@@ -542,8 +542,8 @@ def test_the_last_images_are_shared_among_the_cores(ride, good, monkeypatch):
             sizes.append(len(batch))
             return super().embed(batch)
 
-    def counted(self, asset, data):
-        made = load(self, asset, data)
+    def counted(self, data):
+        made = load(self, data)
         loaded.append(made)
         return made
 
@@ -561,11 +561,32 @@ def test_a_limit_bounds_what_is_asked_for(ride, good):
 # What ends a run, and what does not
 
 
+def test_numbers_that_are_not_finite_are_the_failure_of_their_image(ride, good, monkeypatch):
+    whole = script.ClipEncoder.embed
+
+    def embed(self, batch):
+        vectors = whole(self, batch)
+        vectors[0] += float("nan") if len(made) == 2 else 0
+        made.append(vectors)
+        return vectors
+
+    made = []
+    monkeypatch.setattr(script.ClipEncoder, "embed", embed)
+    store = MemoryStore(good.urls(6))
+    report, error = ride(store)
+    assert error is None
+    (failed,) = store.failed()
+    assert store.saved[failed][1:] == ("embed", script.NOT_FINITE)
+    assert report.embedded == 5
+
+
 def test_an_unexpected_error_costs_one_image_and_nothing_for_good(ride, good, monkeypatch):
     whole = script.Loader.load
 
-    def odd(self, asset, data):
-        return 1 / 0 if asset.id == 3 else whole(self, asset, data)
+    def odd(self, data):
+        return 1 / 0 if data == b"odd" else whole(self, data)
+
+    good.files["/3"] = b"odd"
 
     monkeypatch.setattr(script.Loader, "load", odd)
     store = MemoryStore(good.urls(6))
@@ -596,7 +617,7 @@ def test_a_download_that_hangs_below_every_deadline_is_given_up(ride, good, monk
 
 
 def test_a_machines_trouble_ends_the_run_and_is_no_images_failure(ride, good, monkeypatch):
-    def fail(self, asset, data):
+    def fail(self, data):
         raise RunError("no process could be started")
 
     monkeypatch.setattr(script.Loader, "load", fail)
@@ -614,9 +635,9 @@ def test_an_end_waits_for_what_is_being_embedded_and_stores_it(ride, good, monke
         time.sleep(0.5)  # the loop has heard of the end by now
         return whole(self, batch)
 
-    def load(self, asset, data):
-        if asset.id < 4:
-            return whole_load(self, asset, data)
+    def load(self, data):
+        if data != b"last":
+            return whole_load(self, data)
         wait_until(lambda: len(run_embeds) == 4)
         ended.set()
         raise RunError("the machine has had enough")
@@ -629,6 +650,7 @@ def test_an_end_waits_for_what_is_being_embedded_and_stores_it(ride, good, monke
     monkeypatch.setattr(script.ClipEncoder, "embed", counted)
     monkeypatch.setattr(script.Loader, "load", load)
     monkeypatch.setattr(script, "cores", lambda: 4)
+    good.files["/4"] = b"last"
     store = MemoryStore(good.urls(5))
     report, error = ride(store, workers=8)
     assert str(error) == "the machine has had enough"
@@ -680,8 +702,8 @@ def test_a_store_that_hangs_ends_the_run(ride, good, monkeypatch, call):
 # What is said meanwhile
 
 
-def test_a_log_has_a_line_every_10_images_at_first_and_every_10_seconds_then(caplog, monkeypatch):
-    now = SimpleNamespace(seconds=0.0)
+def test_a_log_has_a_line_every_10_seconds(caplog, monkeypatch):
+    now = SimpleNamespace(seconds=100.0)
     clock = SimpleNamespace(monotonic=lambda: now.seconds, time=time.time)
     monkeypatch.setattr(script, "time", clock)
     progress = script.Progress(3000)
@@ -689,5 +711,6 @@ def test_a_log_has_a_line_every_10_images_at_first_and_every_10_seconds_then(cap
         for number in range(1000):
             now.seconds += 0.125  # ten seconds are 80 images
             progress.step(failed=number < 7)
-    counts = [int(n) for n in re.findall(r"(\d+)/3,000 done, 7 failed, ", caplog.text)]
-    assert counts == [*range(10, 101, 10), *range(180, 1001, 80)]
+    counts = [int(n.replace(",", "")) for n in re.findall(r"(\S+)/3,000 done, 7 ", caplog.text)]
+    assert counts == [10, *range(90, 1001, 80)]
+    assert caplog.messages[1] == "90/3,000 done, 7 failed, 8.0 images/s, 0:06:04 left"

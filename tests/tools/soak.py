@@ -2,10 +2,11 @@
 
     python tests/tools/soak.py [--assets N] [--seconds S] [--seed K]
 
-The real stack, a real image host, the tiny model. Workers run again and again, alone, in pairs and
-as shards, while a shuffled deck of faults is played: the seed decides on the order, the clock on
-the moments. Then the sky clears, one last run does what is left, and the audit compares the
-database with this script's own record of each asset's image. Exit code 1: it found something.
+The real stack, two real image hosts, the tiny model. Workers run again and again, alone, in pairs
+and as shards, while a shuffled deck of faults is played: the seed decides on the order, the clock
+on the moments. One host is moody: it rests, and is given up (after PATIENT seconds here). Then the
+sky clears, and one last run does what is left. The audit compares the database with this script's
+own record of the images that each asset had. Exit code 1: it found something.
 """
 
 import argparse
@@ -27,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the script
 
 import models
 import numpy as np
-from conftest import SCRIPT, stack_cli
+from conftest import TUNED, stack_cli
 from PIL import Image
 from stack import ImageHost, Stack, photographs
 
@@ -36,11 +37,14 @@ PATIENCE = 600  # seconds for a run to end: for a machine that others use, too
 CLOSE = 1e-4  # vectors of one image agree to 1e-6; those of two are 10 times as far apart at least
 SHARDS = [("--shard", "1/3"), ("--shard", "2/3"), ("--shard", "3/3")]
 CREWS = [[()], [()], [("--batch-size", 4, "--workers", 3)], [(), ()], SHARDS]
+PATIENT = "PATIENT_SECONDS=3"  # with a host; the script has a minute
+SHARED = 0.2  # of the assets have the image of another one
 KINDS = {"good": 80, "flaky": 6, "slow": 3, "gone": 4, "broken": 3, "html": 2}
-REASONS = {  # of the images that are bad for good
-    "gone": ["fetch", "HTTP 404 Not Found", True],
-    "broken": ["decode", "broken or truncated image file", True],
-    "html": ["decode", "an HTML page, not an image", True],
+MOODY = ("flaky", "slow")
+REASONS = {  # of the images that never come
+    "gone": ["fetch", "HTTP 404"],
+    "broken": ["decode", "broken or truncated image file"],
+    "html": ["decode", "a web page, not an image"],
 }
 STORMS = {
     **{f"HTML {code}": (code, [], b"<html>Bad gateway</html>") for code in (502, 503, 520)},
@@ -53,7 +57,7 @@ STORMS = {
     "half an answer": lambda answer: (*answer[:2], answer[2][: len(answer[2]) // 2]),
 }
 ACTS = ["interrupt", "delete", "change", *["kill"] * 7]
-DECK = [*STORMS, "gateway", "PostgREST", "image host", *ACTS]
+DECK = [*STORMS, "gateway", "PostgREST", "image host", "moody host", *ACTS]
 
 
 def jpeg(image):
@@ -62,17 +66,26 @@ def jpeg(image):
     return file.getvalue()
 
 
+def number_of(url):
+    """Which photograph an image is made from."""
+    return int(url.rpartition("/")[2].partition("?")[0])
+
+
 class Soak:
     """One soak, on an empty catalog; `findings` is what the audit found."""
 
-    def __init__(self, stack, host, cli, assets=300, seed=0, script=SCRIPT):
-        self.stack, self.host, self.cli, self.script = stack, host, cli, script
+    def __init__(self, stack, host, moody, cli, assets=300, seed=0):
+        self.stack, self.host, self.moody, self.cli = stack, host, moody, cli
+        self.script = cli.folder / "tuned.py"
+        self.script.write_text(TUNED)
         self.rng, self.dice = random.Random(seed), random.Random(seed)  # dice: other threads'
-        self.truth = {}  # asset id -> path of its image at the host: the record to audit by
+        self.truth = defaultdict(list)  # asset id -> URLs of its images, the last one its own now
         self.findings, self.struck, self.storm, self.clear = [], 0, None, False
         self.happened, self.ended, self.errors = Counter(), Counter(), Counter()
         self.running = {}  # key -> worker; each has its own, which tells their requests apart
         self.stored = defaultdict(set)  # key -> ids whose vectors the database has said to store
+        self.given_up = 0  # hosts, by runs
+        self.urls = []  # of all images
         self.calls = Counter()  # of the functions
         photos = [Image.open(io.BytesIO(data)).convert("RGB") for data in photographs().values()]
         images = [jpeg(p.resize((160, 120)).rotate(turn)) for p in photos for turn in (0, 180)]
@@ -83,19 +96,24 @@ class Soak:
         for n, data in enumerate(images):
             host.files |= {f"/good/{n}": data, f"/broken/{n}": data[: len(data) // 2]}
             host.files |= {f"/html/{n}": b"<!doctype html><title>Sold out</title>"}
-            for kind in ("flaky", "slow"):
-                host.files[f"/{kind}/{n}"] = lambda handler, d=data: self._moody(handler, d)
+            for kind in MOODY:
+                moody.files[f"/{kind}/{n}"] = lambda handler, d=data: self._moody(handler, d)
         postgrest = SimpleNamespace(stop=stack.stop_postgrest, start=stack.start_postgrest)
-        self.parts = {"gateway": stack.gateway, "PostgREST": postgrest, "image host": host}
+        self.parts = {"gateway": stack.gateway, "PostgREST": postgrest}
+        self.parts |= {"image host": host, "moody host": moody}
         stack.set_max_rows(PAGE_ROWS)
         stack.gateway.fault = self._weather
         self._insert(assets)
 
     def _moody(self, handler, data):
-        """Answers for images that are slow, and for those that mostly fail until the sky clears."""
-        slow = handler.path.startswith("/slow")
-        time.sleep(slow * self.dice.uniform(0.2, 1.5))
-        handler.reply(200 if slow or self.clear or self.dice.random() < 0.3 else 503, [], data)
+        """Answers for images that are slow, and for those that often fail until the sky clears."""
+        if handler.path.startswith("/slow"):
+            time.sleep(self.dice.uniform(0.2, 1.5))
+        elif not self.clear and self.dice.random() < 0.6:
+            rest = [("Retry-After", "1")] if self.dice.random() < 0.5 else []
+            handler.reply(429 if rest else 503, rest, b"slow down")
+            return
+        handler.reply(200, [], data)
 
     def _weather(self, request):
         """The gateway's fault hook: hits every other call in a storm, and notes what the others
@@ -109,17 +127,16 @@ class Soak:
         if hit:
             return hit(answer)
         if request.path.endswith("/store_embeddings") and answer[0] == 200:
-            rows = json.loads(answer[2])
-            self.stored[request.headers["apikey"]] |= {
-                row["asset_id"] for row in rows if row["outcome"] == "stored"
-            }
+            vectors = {row["asset_id"] for row in json.loads(request.body)["vectors"]}
+            taken = vectors.intersection(json.loads(answer[2])["taken"])
+            self.stored[request.headers["apikey"]] |= taken
         return answer
 
     def _send(self, flags):
         key = f"sb_secret_soak_{len(self.stored)}"
         self.stored[key], self.stack.roles[key] = set(), "service_role"
         settings = {"SUPABASE_SERVICE_ROLE_KEY": key, "FETCH_SECONDS": 15, "DB_RETRY_SECONDS": 60}
-        self.running[key] = self.cli.start(*flags, script=self.script, **settings)
+        self.running[key] = self.cli.start(PATIENT, "--", *flags, script=self.script, **settings)
         self.running[key].flags, self.running[key].stopping = flags, False
 
     def _tend(self):
@@ -153,6 +170,7 @@ class Soak:
             return None
         self.ended[f"exit {result.code}"] += 1
         self.errors.update(s[:120] for s in result.err.splitlines() if s.startswith("error: "))
+        self.given_up += result.err.count("is given up for this run")
         if result.code not in (0, 1, 2, 130, -9) or not (result.counts or result.code in (2, -9)):
             self.findings.append(f"run {worker.flags}: exit {result.code}, said {result.out!r}")
         if result.counts.get("embedded", 0) > len(self.stored[key]):
@@ -177,6 +195,7 @@ class Soak:
                     time.sleep(self.rng.uniform(0.1, 2.5))
                     self.parts[card].start()
                 time.sleep(self.rng.uniform(0.1, 1))
+            self._look_at_vectors()
 
     def _act(self, card, key):
         """Does something while the worker `key` is storing."""
@@ -194,22 +213,27 @@ class Soak:
         else:
             gone = self.rng.sample(sorted(self.truth), 30)
             self.stack.sql("delete from assets where id = any(%s::uuid[])", [gone])
-            self.truth = {i: path for i, path in self.truth.items() if i not in gone}
+            for asset_id in gone:
+                del self.truth[asset_id]
 
     def _insert(self, count=60):
         ids = [str(uuid.UUID(int=self.rng.getrandbits(128))) for _ in range(count)]
-        self.truth |= {asset_id: self._image() for asset_id in ids}
-        self.stack.add_assets((i, self.host.url_of(self.truth[i]), "client") for i in ids)
+        self.stack.add_assets((i, self._new_image_of(i), "client") for i in ids)
 
     def _change(self, count):
         for asset_id in self.rng.sample(sorted(self.truth), count):
-            path = self.truth[asset_id] = self._image()
-            values = [self.host.url_of(path), asset_id]
+            values = [self._new_image_of(asset_id), asset_id]
             self.stack.sql("update assets set image_url = %s where id = %s", values)
 
-    def _image(self):
+    def _new_image_of(self, asset_id):
         (kind,) = self.rng.choices(list(KINDS), KINDS.values())
-        return f"/{kind}/{self.rng.randrange(len(self.expected))}"
+        host = self.moody if kind in MOODY else self.host
+        url = host.url_of(f"/{kind}/{self.rng.randrange(len(self.expected))}?{len(self.urls)}")
+        if self.rng.random() < SHARED and self.urls:
+            url = self.rng.choice(self.urls)
+        self.urls.append(url)
+        self.truth[asset_id].append(url)
+        return url
 
     def audit(self):
         """Lets the workers end, sends a last one, and returns the list of findings."""
@@ -218,42 +242,62 @@ class Soak:
             self._judge(key)
         self._insert(100)
         self._change(100)
+        asked_before = self._asked()
         self._send(("--retry-failed",))  # those, too, that failed too often to be tried so soon
         last = self._judge(*self.running)
         if last is None or last.code not in (0, 1) or last.counts["left"] != 0:
             self.findings.append(f"the last run, under a clear sky: {last}")
-        vectors = self._rows("product_embeddings", "embedding::real[]")
-        failures = self._rows("product_embedding_failures", "stage, reason, permanent")
-        for ids in (self._rows("assets", "image_url", "id"), vectors, failures):
+        asked = self._asked() - asked_before
+        self.findings += [f"asked for {n} times: {path}" for path, n in asked.items() if n > 1]
+        hashes = self._look_at_vectors()
+        failures = self._rows("embedding_failures", "stage, reason")
+        for ids in (self._rows("assets", "image_url", "id"), hashes, failures):
             self.findings += [f"{i} is not in the catalog" for i in ids.keys() - self.truth.keys()]
-        for asset_id, path in self.truth.items():
-            if fault := self._fault(path, vectors.get(asset_id), failures.get(asset_id)):
-                self.findings.append(f"{asset_id} {path}: {fault}")
+        for asset_id, urls in self.truth.items():
+            if fault := self._fault(urls[-1], hashes.get(asset_id), failures.get(asset_id)):
+                self.findings.append(f"{asset_id} {urls[-1]}: {fault}")
         return self.findings
+
+    def _asked(self):
+        return self.host.asked() + self.moody.asked()
 
     def _rows(self, table, columns, key="asset_id"):
         return {str(i): row for i, *row in self.stack.sql(f"select {key}, {columns} from {table}")}
 
-    def _fault(self, path, vector, failure):
+    def _look_at_vectors(self):
+        """Whether each vector is of an image that its asset had; the URL of that, by asset."""
+        query = "select embedding_image_hash(url), url from unnest(%s::text[]) url"
+        url_of = dict(self.stack.sql(query, [self.urls]))
+        columns = "embedded_image_hash, embedding::real[]"
+        found = {}
+        for asset_id, (image_hash, vector) in self._rows("product_embeddings", columns).items():
+            url = found[asset_id] = url_of.get(image_hash)
+            away = np.linalg.norm(self.expected - np.array(vector), axis=1)
+            if url not in self.truth[asset_id]:
+                self.findings.append(f"{asset_id} never had {url}, which its vector is of")
+            elif away[number_of(url)] > CLOSE:
+                self.findings.append(f"{asset_id} {url}: the vector of /{away.argmin()}")
+        return found
+
+    def _fault(self, url, embedded, failure):
         """What is wrong with what the database holds of an asset with this image, or None."""
-        _, kind, number = path.split("/")
-        if vector and failure:
-            return f"a vector, and the failure {failure}"
-        if kind in REASONS:
-            return None if failure == REASONS[kind] else f"{failure or (vector and 'a vector')}"
-        if not vector:
-            return f"no vector; failure {failure}"
-        away = np.linalg.norm(self.expected - np.array(vector[0]), axis=1)
-        return None if away[int(number)] < CLOSE else f"the vector of /{away.argmin()}"
+        kind = url.split("/")[3]
+        if kind in REASONS:  # perhaps beside the vector of an earlier image, which stays
+            return None if failure == REASONS[kind] and embedded != url else f"failure {failure}"
+        if failure:
+            return f"a failure, {failure}"
+        return None if embedded == url else f"the vector of {embedded}"
 
     def __str__(self):
         def listed(counts):
             return f"{counts.total()} ({', '.join(f'{n} {c}' for n, c in sorted(counts.items()))})"
 
-        kinds = Counter(path.split("/")[1] for path in self.truth.values())
+        kinds = Counter(urls[-1].split("/")[3] for urls in self.truth.values())
         stored = sum(map(len, self.stored.values()))
         lines = [f"faults: {listed(self.happened)}", f"runs: {listed(self.ended)}"]
-        lines += [f"assets at the end: {listed(kinds)}, downloads: {len(self.host.requests)}"]
+        asked = self._asked().total()
+        lines += [f"assets at the end: {listed(kinds)}, downloads: {asked}"]
+        lines += [f"hosts given up: {self.given_up}"]
         lines += [f"calls: {listed(self.calls)}, {self.struck} struck; {stored} vectors stored"]
         lines += [f"stopped: {count} x {error}" for error, count in self.errors.items()]
         return "\n".join([*lines, *self.findings, f"audit: {len(self.findings)} findings"])
@@ -265,12 +309,16 @@ def main():
     add("--assets", type=int, default=1000, help="at the start (1000)")
     add("--seconds", type=float, default=3600, help="of rain (3600)")
     add("--seed", type=int, default=0, help="decides on the order of faults (0)")
-    add("--script", type=Path, default=SCRIPT, help="another copy of the script")
     args = parser.parse_args()
-    with Stack() as stack, ImageHost() as host, tempfile.TemporaryDirectory() as folder:
+    with (
+        Stack() as stack,
+        ImageHost() as host,
+        ImageHost() as moody,
+        tempfile.TemporaryDirectory() as folder,
+    ):
         made = stack_cli(stack, models.tiny_model(), Path(folder))
         with contextlib.closing(made) as cli:
-            soak = Soak(stack, host, cli, args.assets, args.seed, args.script.resolve())
+            soak = Soak(stack, host, moody, cli, args.assets, args.seed)
             soak.rain(args.seconds)
             soak.audit()
         print(soak)
