@@ -259,6 +259,14 @@ def test_a_stop_while_the_model_loads(cli, stack, gate, forty, full):
     assert end.counts["embedded"] == len(stack.embedded()) == 40 - end.counts["left"]
 
 
+def test_a_stop_while_the_page_is_made_ends_at_once(cli, stack, tmp_path):
+    stack.gateway.fault = lambda r: "hang" if r.function == "embedding_copies" else None
+    run = cli.start("--gallery", tmp_path / "x.html")
+    wait_until(lambda: any(r.function == "embedding_copies" for r in stack.gateway.requests))
+    run.send_signal(signal.SIGINT)
+    assert run.finish(30).code == 130
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_stop_during_the_first_question(cli, stack, name):
     stack.gateway.fault = lambda request: "hang"
