@@ -437,7 +437,7 @@ def test_downloads_of_silent_hosts_are_bounded_too(ride, answering, monkeypatch)
 
 
 @pytest.mark.parametrize("what", ["host", "body"])
-def test_a_line_is_judged_by_bodies_alone(ride, answering, monkeypatch, what):
+def test_a_line_is_judged_by_bodies_alone(ride, answering, good, monkeypatch, what):
     runs, whole = [], script.Run.start_find
     monkeypatch.setattr(script.Run, "start_find", lambda run: (runs.append(run), whole(run)))
     monkeypatch.setattr(script, "SLOW_SECONDS", 2.0)
@@ -446,7 +446,8 @@ def test_a_line_is_judged_by_bodies_alone(ride, answering, monkeypatch, what):
         host = answering(answering.ok, latency=3.0)
     else:
         host = answering(raw(length(9999), b"x", pause=0.2))
-    ride(MemoryStore(host.urls(4)), fetch_seconds=9.0 if what == "host" else 1.0)
+    urls = [*good.urls(1), *host.urls(4)]
+    ride(MemoryStore(urls), fetch_seconds=9.0 if what == "host" else 1.0)
     assert (runs[0].line.window >= 16) == (what == "host")
 
 
