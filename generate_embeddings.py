@@ -316,7 +316,7 @@ def say_what_would_be_done(store: Store, settings: Settings, report: Report) -> 
 
 
 class Report:
-    """The counts of a run. An asset was attempted once the store took or refused its result.
+    """The counts of a run. An asset was attempted once the store took its result.
 
     Always: attempted == embedded + failed.
     """
@@ -331,7 +331,7 @@ class Report:
         if not settings.retry_failed:
             self.waiting = status.waiting
         self.pending = status.assets - status.done - self.waiting  # to be tried now
-        self.found = 0  # pending assets that came by
+        self.found = 0  # pending assets that the store handed out
         self.found_all = False
         self.embedded = 0  # and stored
         self.not_taken = 0  # by the store: changed or gone meanwhile
@@ -351,7 +351,7 @@ class Report:
 
     @property
     def left(self) -> int:
-        """Assets that were to be tried, and were not, or came to nothing."""
+        """Pending assets without a result: not reached, of a host given up, or changed."""
         known = self.found
         if not self.found_all:
             known = max(self.pending, self.found)
@@ -594,7 +594,7 @@ class Source(NamedTuple):
         if isinstance(self.where, Path):
             return ""
         with contextlib.suppress(ValueError):
-            host = urlsplit(self.where[:2000]).netloc.rpartition("@")[2]
+            host = urlsplit(self.where[:2000]).netloc.rpartition("@")[2].lower()
             if re.fullmatch(r"[\w.:\[\]-]+", host):
                 return host
         return ""
@@ -836,9 +836,10 @@ def counted(count: int, noun: str) -> str:
 
 # ============================================================================== The run
 
-# A core embeds 10 (float32) to 40 images/s, more in batches; a host 300 ms away gives a download 3
+# A core embeds 10 (float32) to 40 images/s, more in batches. A connection to a host that is 300 ms
+# away brings 3 images/s.
 WORKERS_PER_CORE = 8
-MOST_WORKERS = 64  # downloads from one host; more few hosts like
+MOST_WORKERS = 64  # downloads from one host; few hosts like more
 MOST_DOWNLOADS = 64  # from all hosts together
 FIRST_WINDOW = 4  # downloads from a host that nothing is known of
 FIRST_WINDOW_OF_LINE = 16  # downloads from all hosts, until it is known what the line carries
@@ -847,16 +848,17 @@ SLOW_SECONDS = 8.0  # one that takes more for fewer
 TRIES = 4  # at one image, in a run
 PATIENT_STRAINS = 6  # in a row,
 PATIENT_SECONDS = 60.0  # and so long without an image: a host is given up
-LONGEST_REST = 900.0  # seconds that a host may ask for, until it sends an image
+LONGEST_REST = 900.0  # seconds of rest that a host may ask for in all, since its last image
 SILENT_SECONDS = 2.0  # a download that has brought nothing for so long does not use the line
 
 PAGE_ROWS = 250  # assets to a page
-MOST_WAITING = 20_000  # images that wait for their hosts
-MOST_WAITING_CHARACTERS = 2**25  # of their URLs, some of which are data: URLs
+MOST_WAITING = 20_000  # assets in work, most of which wait for their hosts
+MOST_CHARACTERS = 2**25  # of the URLs that wait, some of which are data: URLs
 WRITE_ROWS = 50  # results to a call: at a million rows far below the timeout of 8 s
-WRITE_SECONDS = 2.0  # a result waits no longer, but for the batch before its own
+WRITE_SECONDS = 2.0  # a result waits so long at most, and for the batch before it
 RESULTS_WAITING = 20_000  # 50 MB; more than a run embeds while it waits for a database
 RESULTS_KEPT = 10_000  # 20 MB: of images that further assets may share
+LONGEST_SHARED = 2000  # characters of a URL that is kept for that
 POLL_SECONDS = 0.2  # how soon Ctrl-C is noticed
 ECHO_SECONDS = 0.5  # signals that are this close count as one: timeout(1) sends each of its twice
 BACKGROUND_THREADS = 9999  # without end: a download that hangs keeps its thread
@@ -886,8 +888,10 @@ class Job:
 
     source: Source
     assets: list[Asset]
-    tries: int = 0  # that met strain
     since: float = 0.0  # when the last try began
+    tries: int = 0  # that met strain, but for those that were told to wait
+    strain: Strain | None = None  # the last one,
+    images_before: int = 0  # and how many images its host had sent by then
     pixels: np.ndarray | None = None  # while they wait for the model
     result: Result | None = None  # of the first asset, as soon as there is one
 
@@ -899,9 +903,12 @@ class Pace:
     and by one a round above it. Strain halves it, and puts the threshold there, once for all
     downloads that were under way by then. Three strains in a row, or one in a window below three,
     leave one download at a time, with rests of 1, 2, 4, 8 and 16 s. A host that asks for a rest
-    (Retry-After) gets that instead. tests/test_pace.py holds this against the habits of hosts.
+    (Retry-After) gets that instead. It is given up after PATIENT_STRAINS in a row and
+    PATIENT_SECONDS without an image, rests that it asked for not counted, or where these come to
+    more than LONGEST_REST. tests/test_pace.py holds this against the habits of hosts.
 
-    Times are those of time.monotonic().
+    Times are those of time.monotonic(). What a 503 with Retry-After: 5 does: the window is halved,
+    no download of the host starts for 5 s, and Run puts the image at the end of its queue.
     """
 
     def __init__(self, window: int, most: int) -> None:
@@ -956,8 +963,8 @@ class Pace:
             self.given_up = True
 
     def slow_down(self, now: float, since: float) -> bool:
-        """Halves the window, unless it was halved after the download that tells this began.
-        Returns whether it did."""
+        """Halves the window, unless it was halved since the download at fault began. Returns
+        whether it did."""
         if since < self._halved:
             return False
         self.window = max(1.0, self.window / 2)
@@ -973,8 +980,9 @@ class Host:
         self.name = name
         self.pace = Pace(FIRST_WINDOW, most)
         self.queue: deque[Job] = deque()
+        self.label = name or "this machine"
         self.downloads = 0  # under way
-        self.sent_an_image = False
+        self.images = 0  # that it sent
         self.reason = ""  # of the last strain
 
     def may_start(self, now: float) -> bool:
@@ -989,7 +997,8 @@ class Run:
 
     Each host has a queue and a Pace, and the line to the internet has a Pace, too: a host that is
     slow, or rests, delays its own images alone. An image that met strain goes to the end of its
-    host's queue, and has failed after TRIES tries; one that a Retry-After answered does not count.
+    host's queue, and has failed after TRIES tries. One that a Retry-After answered does not count,
+    unless the host then goes on with other images. Images that share a URL are loaded once.
     On CPUs each core embeds a batch of its own in one thread: threads that share an image wait for
     each other at every layer.
 
@@ -998,19 +1007,19 @@ class Run:
         somebody stops it (Stop): exit code 130, 143 or 129, whatever else went wrong;
         any step raises RunError, or find, embed, store or the model anything else (in fetch and
             decode anything else is that asset's failure): exit code 2;
-        all hosts were given up, and none ever sent an image: exit code 2.
+    A run in which all hosts were given up, and none ever sent an image, has exit code 2, too.
     At its end the code is 1 if images failed, or were left for the sake of a host that was given
     up, else 0.
 
-    What bounds memory, in MB, with D downloads at once (--workers of one host, MOST_DOWNLOADS of
-    all) and C cores (D is 16 and C is 2 on a small machine):
-        400             Python, its packages and what they keep
-        350             the model (float32)
-        50 D + 100 C    files: those under way, and 2 C that wait for a decoder (MAX_BYTES each)
+    What bounds memory, in MB, with C cores, B images to a batch, and D downloads at once: D is
+    --workers (8 C) where all images are of one host, and MOST_DOWNLOADS for many hosts
+        750             Python with its packages (400), and the model in float32 (350)
+        50 D + 100 C    files: under way, and 2 C that wait for a decoder, MAX_BYTES each
         DECODE_MB C     decoders, each a process of its own (Linux)
-        0.6 (3 D + 4 C B)   pixels that wait for the model, B to a batch
-        120             results, images that wait for their hosts, results that are kept
-    Not bounded: a folder's list of files, the hosts' names, and the Report's reasons.
+        0.6 (8 C + 2 C B)   pixels that wait for the model
+        120             results, assets that wait for their hosts, results that are kept
+    Files of that size are rare: photographs of 1 MB make it 750 + D + 4 C in the place of the first
+    two. Not bounded: a folder's list of files, the hosts' names, and the Report's reasons.
     """
 
     def __init__(self, store: Store, settings: Settings, report: Report, stop: Stop) -> None:
@@ -1026,8 +1035,8 @@ class Run:
         self.line = Pace(FIRST_WINDOW_OF_LINE, MOST_DOWNLOADS)
         self.hosts: dict[str, Host] = {}
         self.turns: deque[Host] = deque()  # hosts with images that wait, next one first
-        self.waiting = 0  # images, of all hosts,
-        self.waiting_characters = 0  # and the length of their URLs
+        self.characters = 0  # of the URLs that wait there
+        self.without_result = 0  # assets that were found, and neither have a result nor are left
         self.jobs: dict[str, Job] = {}  # by URL: those that further assets may share,
         self.kept: deque[str] = deque()  # of which these have a result, oldest first
         self.ready: list[Job] = []  # to be embedded
@@ -1051,10 +1060,11 @@ class Run:
                     self.start_find()
                     self.start_embeds()
                 self.start_store()
-                if not self.under_way(*self.awaited) and (self.ending or not self.waiting):
+                if not self.under_way(*self.awaited) and (self.ending or not self.turns):
                     break
                 self.take_what_finished()
                 self.give_up_what_hangs()
+        self.check_network()
         if self.trouble:
             raise self.trouble
 
@@ -1091,13 +1101,16 @@ class Run:
         if task is None:
             return  # it was given up before
         error = future.exception()
-        if isinstance(error, Exception):
-            task.fail(error)
-        else:
-            task.take(future.result())
+        try:
+            if isinstance(error, Exception):
+                task.fail(error)
+            else:
+                task.take(future.result())
+        except Exception as defect:  # ours, which shall cost nothing that is embedded
+            self.end(defect)
 
     def give_up_what_hangs(self) -> None:
-        """For what no deadline further down covers: headers that drip, a dead file system."""
+        """Gives up tasks that no time-out of a socket can end: headers that drip, a dead disk."""
         for future, task in list(self.tasks.items()):
             if task.deadline and task.deadline.overdue:
                 del self.tasks[future]
@@ -1119,12 +1132,13 @@ class Run:
         self.progress.restart_clock()
 
     def start_find(self) -> None:
-        """Finds more while little waits, or while there is room for downloads of other hosts than
-        those that wait."""
+        """Finds more while few assets are in work, or while there is room for downloads from other
+        hosts than those that are waited for."""
         if self.report.found_all or self.report.found >= self.limit or self.under_way("find"):
             return
         most = MOST_WAITING if self.room_for_fetches() > 0 else PAGE_ROWS
-        if self.waiting < most and self.waiting_characters < MOST_WAITING_CHARACTERS:
+        room_for_results = len(self.results) < RESULTS_WAITING
+        if self.without_result < most and self.characters < MOST_CHARACTERS and room_for_results:
             task = self.ask_store("find", self.take_page, self.end)
             self.start(task, next, self.pages, None)
 
@@ -1134,6 +1148,7 @@ class Run:
             return
         wanted = page[: self.limit - self.report.found]
         self.report.found += len(wanted)
+        self.without_result += len(wanted)
         for asset in wanted:
             self.take_asset(asset)
 
@@ -1152,7 +1167,7 @@ class Run:
             job.assets.append(asset)
         else:
             job = Job(source, [asset])
-            if isinstance(source.where, str) and len(url) < LONGEST_ADDRESS:
+            if isinstance(source.where, str) and len(url) < LONGEST_SHARED:
                 self.jobs[url] = job
             self.put_into_queue(job)
 
@@ -1172,21 +1187,19 @@ class Run:
         if not host.queue:
             self.turns.append(host)
         host.queue.append(job)
-        self.waiting += 1
-        self.waiting_characters += len(job.assets[0].image)
+        self.characters += len(job.assets[0].image)
 
     def take_from_queue(self, host: Host) -> Job:
         job = host.queue.popleft()
-        self.waiting -= 1
-        self.waiting_characters -= len(job.assets[0].image)
+        self.characters -= len(job.assets[0].image)
         return job
 
     def room_for_fetches(self) -> int:
         """How many more images may be fetched now, whichever host they are of."""
-        pixels = len(self.ready) + sum(task.images for task in self.under_way("embed"))
-        most_pixels = self.settings.workers + 2 * self.lanes * self.settings.batch_size
+        decoded = len(self.ready) + sum(task.images for task in self.under_way("embed"))
         files = len(self.under_way("decode"))
-        if pixels + files >= most_pixels or files >= 2 * self.lanes:
+        most = self.settings.workers + 2 * self.lanes * self.settings.batch_size
+        if decoded + files >= most or files >= 2 * cores():
             return 0
         if len(self.results) >= RESULTS_WAITING:
             return 0
@@ -1223,7 +1236,7 @@ class Run:
 
     def take_download(self, job: Job, host: Host, download: Download) -> None:
         host.downloads -= 1
-        host.sent_an_image = True
+        host.images += 1
         now = time.monotonic()
         host.pace.arrived(now, download.seconds)
         self.line.arrived(now, download.body_seconds)
@@ -1246,55 +1259,62 @@ class Run:
         """The image is tried again later, and its host gets fewer downloads, or rests."""
         pace = host.pace
         now = time.monotonic()
-        given_up_before = pace.given_up
         known_rest = pace.rest_until
+        known_given_up = pace.given_up
         pace.strained(now, job.since, strain.rest)
         if strain.first_byte is not None:
             self.line.slow_down(now, strain.first_byte)
         host.reason = str(strain)
         if strain.rest:
             host.reason = f"{strain}, asked to wait until {clock(now + strain.rest)}"
-        if not strain.rest:
+        # A host that goes on with others after its rest means this image.
+        if not strain.rest or (job.strain and host.images > job.images_before):
             job.tries += 1
-        if job.tries == TRIES or (job.tries and pace.given_up):
+        job.strain = strain
+        job.images_before = host.images
+        if job.tries == TRIES:
             self.take_failure(job, "fetch", strain)
         else:
             self.put_into_queue(job)
-        if pace.given_up:
-            if not given_up_before:
-                self.give_up(host)
+        if pace.given_up and not known_given_up:
+            self.give_up(host)
         elif pace.rest_until >= max(known_rest, now) + 1:
-            log.info("%s rests until %s: %s", host.name, clock(pace.rest_until), strain)
+            log.info("%s rests until %s: %s", host.label, clock(pace.rest_until), strain)
 
     def give_up(self, host: Host) -> None:
-        """What was tried of a host has failed; the rest is left."""
-        if host in self.turns:
+        """Images that were tried count as failed, the others are left."""
+        log.warning("%s is given up for this run: %s", host.label, host.reason)
+        if host.queue:
             self.turns.remove(host)
         while host.queue:
-            job = self.take_from_queue(host)
-            if job.tries:
-                self.take_failure(job, "fetch", Strain(host.reason))
-            else:
-                self.leave(job, host)
-        log.warning("%s is given up for this run: %s", host.name, host.reason)
-        hosts = [known for known in self.hosts.values() if known.name]
-        all_given_up = all(known.pace.given_up for known in hosts)
-        if all_given_up and not any(known.sent_an_image for known in hosts):
+            self.leave(self.take_from_queue(host), host)
+
+    def leave(self, job: Job, host: Host) -> None:
+        """Ends the work at an image of a host that was given up. One that was not tried, or only
+        told to wait, is left for the next run, with nothing noted."""
+        if job.tries:
+            self.take_failure(job, "fetch", job.strain or ImageError(host.reason))
+            return
+        self.jobs.pop(str(job.source.where), None)
+        self.without_result -= len(job.assets)
+        self.report.leave(host.label, host.reason, len(job.assets))
+
+    def check_network(self) -> None:
+        """Where all hosts were given up, and none ever sent an image, the network is gone."""
+        hosts = [host for host in self.hosts.values() if host.name]
+        gone = hosts and all(host.pace.given_up and not host.images for host in hosts)
+        if gone and self.report.found_all:
+            last = hosts[-1]
             self.end(
                 RunError(
-                    f"no image came from any host (the last was {host.name}: {host.reason}): "
+                    f"no image came from any host (the last was {last.name}: {last.reason}): "
                     "check this machine's network, then run again"
                 )
             )
 
-    def leave(self, job: Job, host: Host) -> None:
-        """Leaves an image for the next run, for its host's sake, with nothing noted."""
-        self.jobs.pop(str(job.source.where), None)
-        self.report.leave(host.name, host.reason, len(job.assets))
-
     def take_failure(self, job: Job, stage: str, error: Exception) -> None:
-        """Makes an error the failure of an image; RunError ends the run instead. What nobody
-        foresaw is a defect of ours, and not the image's."""
+        """Makes an error the failure of an image; RunError ends the run instead. An error that
+        nobody foresaw is noted, too, with its traceback at -v."""
         if isinstance(error, RunError):
             self.end(error)
             return
@@ -1302,7 +1322,7 @@ class Run:
         reason = str(error)
         if not isinstance(error, ImageError):
             log.debug("%s", first, exc_info=error)
-            reason = f"unexpected {type(error).__name__}"
+            reason = f"{DEFECT} ({type(error).__name__})"
         self.finish(job, Failed(first, stage, reason))
 
     # Embed
@@ -1311,7 +1331,7 @@ class Run:
         """Gives each lane a batch, and one to follow it. A batch that is not full is started only
         while no other is under way, or of the run's last images, which the lanes share."""
         size = self.settings.batch_size
-        if not self.waiting and not self.under_way("find", "fetch", "decode"):
+        if not self.turns and not self.under_way("find", "fetch", "decode"):
             share = math.ceil(len(self.ready) / self.lanes)
             size = max(1, min(size, share))
         while self.encoder and self.ready:
@@ -1347,6 +1367,7 @@ class Run:
 
     def take_result(self, result: Result) -> None:
         self.results.append(result)
+        self.without_result -= 1
         failed = isinstance(result, Failed)
         if failed:
             log.debug("%s: %s", result.asset, result)
@@ -1443,7 +1464,7 @@ class Progress:
             return
         self._line_due = now + self.LINE_SECONDS
         rate = self._done / max(0.001, now - self._since)
-        left = timedelta(seconds=math.ceil((self._goal - self._done) / rate))
+        left = timedelta(seconds=math.ceil(max(0, self._goal - self._done) / rate))
         log.info(
             f"{self._done:,}/{self._goal:,} done, {self._failed:,} failed, "
             f"{rate:.1f} images/s, {left} left"
@@ -1801,7 +1822,8 @@ class SupabaseStore:
                 patience = min(patience, STOP_SECONDS)
             left = started + patience - time.monotonic()
             if left <= 0:
-                raise RunError(f"{SILENCE} for {patience:.0f} s ({trouble}): {CHECK_URL}")
+                waited = time.monotonic() - started
+                raise RunError(f"{SILENCE} for {waited:.0f} s ({trouble}): {CHECK_URL}")
             log.info("database: %s; trying again", trouble)
             pause = 2 ** min(attempt, 4) * random.uniform(0.25, 0.5)
             time.sleep(min(pause, left))
@@ -2419,7 +2441,7 @@ def next_url(answer: requests.Response) -> str:
 def retry_after(headers: Mapping[str, str]) -> float:
     """The seconds that Retry-After asks for, as a number or a date; 0 where it makes no sense."""
     text = headers.get("Retry-After", "")
-    if re.fullmatch(r"\d+(\.\d+)?", text, re.ASCII):
+    if re.fullmatch(r"\d{1,9}(\.\d+)?", text, re.ASCII):
         return float(text)
     try:
         when = parsedate_to_datetime(text).timestamp()
@@ -3082,7 +3104,9 @@ class Decoder:
     def decode(self, data: bytes) -> np.ndarray:
         """The levels (224, 224, 3) of an image file. Raises ImageError, and RunError where no
         process can be started."""
-        process = self._process or started_decoder()
+        process = self._process
+        if not process or process.poll() is not None:  # it may have died meanwhile
+            process = started_decoder()
         self._process = None  # an answer that was not read whole would be the next image's
         try:
             levels = levels_in(answer_to(data, process))
@@ -4559,6 +4583,8 @@ def read_flags(argv: list[str] | None) -> dict[str, Any]:
     if unknown:
         hints = [f": did you mean --local {text}?" for text in unknown if Path(text).is_dir()]
         usage.error(f"unrecognized arguments: {' '.join(unknown)}{''.join(hints[:1])}")
+    if "shard" in flags and "gallery" in flags:
+        usage.error("--gallery shows a whole catalog: leave --shard out")
     if "shard" in flags and "local" in flags:
         usage.error("--shard is for a database; for a part of a folder there is --client SUBFOLDER")
     return flags
