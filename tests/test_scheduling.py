@@ -149,14 +149,17 @@ def test_the_report_says_what_was_left_of_which_host_and_why():
 
 
 def test_a_report_says_so_where_all_failed_for_one_reason():
-    def lines(*reasons):
+    def lines(*reasons, embedded=False):
         report = script.Report(Status(3, 0, 0), script.Settings())
+        if embedded:
+            report.count(Embedded(Asset(9, "x"), None), taken=True)
         for number, reason in enumerate(reasons):
             report.count(Failed(Asset(number, "x"), "fetch", reason), taken=True)
         return "\n".join(report.lines())
 
     said = "that were tried failed for the same reason: fetch: host not found"
     assert f"All 3 {said}" in lines(*["host not found"] * 3)
+    assert said not in lines(*["host not found"] * 3, embedded=True)
     assert said not in lines("host not found", "host not found", "HTTP 404")
     assert said not in lines("host not found")
 
@@ -240,7 +243,7 @@ def test_an_image_that_always_meets_strain_fails_after_four_tries(ride, answerin
     assert error is None
     assert (report.embedded, report.failed, report.left, report.exit_code) == (5, 1, 0, 1)
     assert store.saved[1][1:] == ("fetch", "HTTP 502")
-    assert host.asked()["/1"] == script.TRIES
+    assert host.asked()["/1"] == 4
 
 
 @pytest.mark.parametrize("code", [400, 401, 403, 404, 406, 410, 418])
@@ -298,22 +301,26 @@ def test_a_host_that_asks_for_too_long_a_rest_is_left_and_nothing_is_noted(ride,
     report, error = ride(store)
     assert error is None
     assert (report.embedded, report.failed, report.left, report.exit_code) == (3, 0, 50, 1)
-    assert len(host.requests) <= script.FIRST_WINDOW
+    assert len(host.requests) <= 4
     assert re.search(r"50  of .*: HTTP 429, asked to wait until \S", "\n".join(report.lines()))
 
 
 def test_what_was_tried_of_a_host_that_is_given_up_has_failed_the_rest_is_left(
-    ride, answering, good, quick
+    ride, answering, good, quick, monkeypatch
 ):
+    for name in ("PAGE_ROWS", "MOST_WAITING"):  # most are found later
+        monkeypatch.setattr(script, name, 10)
     host = answering(status(503))
-    store = MemoryStore([*host.urls(50), *good.urls(20)])
+    urls = host.urls(50) * 2
+    store = MemoryStore([*good.urls(20), *urls])
     report, error = ride(store)
     assert error is None
-    tried = {int(path[1:]) for path in host.asked()}
-    assert store.failed() == tried
-    assert (report.embedded, report.failed, report.left) == (20, len(tried), 50 - len(tried))
-    assert len(tried) < 20
-    assert [*report.left_of.values()] == [50 - len(tried)]
+    tried = [20 + n for n, url in enumerate(urls) if url.removeprefix(host.url) in host.asked()]
+    assert len(tried) < 2 * 20
+    assert store.failed() == set(tried)
+    left = 100 - len(tried)
+    assert (report.embedded, report.failed, report.left) == (20, len(tried), left)
+    assert [*report.left_of.values()] == [left]
     assert report.exit_code == 1
 
 
@@ -404,6 +411,43 @@ def test_silent_hosts_keep_no_other_host_waiting(ride, answering, good, monkeypa
 
 def hang_until_stopped(handler):
     handler.connection.recv(1)
+
+
+def test_downloads_of_silent_hosts_are_bounded_too(ride, answering, monkeypatch):
+    monkeypatch.setattr(script, "SILENT_SECONDS", 0.1)
+    monkeypatch.setattr(script, "MOST_DOWNLOADS", 6)
+    hosts = [answering(hang_until_stopped) for _ in range(3)]
+    counted = []
+
+    def asked():
+        return sum(len(host.requests) for host in hosts)
+
+    def watch():
+        wait_until(lambda: asked() >= 6)
+        time.sleep(1)  # for more than there should be
+        counted.append(asked())
+        for host in hosts:
+            host.otherwise = answering.ok
+            host.stop()
+            host.start()
+
+    threading.Thread(target=watch).start()
+    report, _ = ride(MemoryStore([url for host in hosts for url in host.urls(4)]))
+    assert (report.embedded, counted) == (12, [6])
+
+
+@pytest.mark.parametrize("what", ["host", "body"])
+def test_a_line_is_judged_by_bodies_alone(ride, answering, monkeypatch, what):
+    runs, whole = [], script.Run.start_find
+    monkeypatch.setattr(script.Run, "start_find", lambda run: (runs.append(run), whole(run)))
+    monkeypatch.setattr(script, "SLOW_SECONDS", 2.0)
+    monkeypatch.setattr(script, "TRIES", 1)
+    if what == "host":
+        host = answering(answering.ok, latency=3.0)
+    else:
+        host = answering(raw(length(9999), b"x", pause=0.2))
+    ride(MemoryStore(host.urls(4)), fetch_seconds=9.0 if what == "host" else 1.0)
+    assert (runs[0].line.window >= 16) == (what == "host")
 
 
 def test_images_of_a_host_that_rests_let_those_behind_them_pass(ride, answering, good, monkeypatch):

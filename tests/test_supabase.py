@@ -531,7 +531,7 @@ RENDERED = f"{PROJECT}/storage/v1/render/image"
     ("image", "where", "with_key"),
     [
         ("https://x.example.com/a.jpg", "https://x.example.com/a.jpg", False),
-        (" https://x.example.com/a.jpg\n", "https://x.example.com/a.jpg", False),
+        (" https://x.example.com/ü.jpg\n", "https://x.example.com/ü.jpg", False),
         ("//cdn.example.com/a.jpg", "https://cdn.example.com/a.jpg", False),
         ("data:image/png;base64,AAAA", "data:image/png;base64,AAAA", False),
         (f"{OBJECTS}/sign/shop/a.jpg?token=t", f"{OBJECTS}/sign/shop/a.jpg?token=t", False),
@@ -555,7 +555,8 @@ RENDERED = f"{PROJECT}/storage/v1/render/image"
     ],
 )
 def test_the_key_goes_to_a_named_bucket_of_the_own_storage_alone(image, where, with_key):
-    place = project_store("shop, my pictures").locate(Asset(1, image))
+    asset = Asset(1, image, size=len(image.encode()))
+    place = project_store("shop, my pictures").locate(asset)
     assert place.where == (where or image)
     assert place.headers == ({"apikey": KEY, "Authorization": f"Bearer {KEY}"} if with_key else {})
 

@@ -265,8 +265,7 @@ import os, sys
 sys.path.insert(0, {str(Path(script.__file__).parent)!r})
 import generate_embeddings as script
 if __name__ == "__main__":  # the decoders' processes import this file, too
-    script.Progress.EACH = 1
-    script.Progress.EACH_UNTIL = sys.maxsize
+    script.Progress.LINE_SECONDS = 0.0
     code = script.main()
     sys.stdout.flush()
     os._exit(code)  # as the script itself
@@ -421,7 +420,7 @@ def time_parts(folder):
             times = []
             for path in [*host.files] * 3:
                 steps = (
-                    lambda url: fetcher.fetch(script.Place(url, {})),
+                    lambda url: fetcher.fetch(script.Source(url, {}), script.Deadline(30)).data,
                     decoder.decode,
                     lambda levels: script.normalise(levels)[None],
                     encode,

@@ -21,10 +21,13 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/
+
 import psycopg  # noqa: F401 - what the tests import: see `failed`
 import pytest
 import supabase  # noqa: F401
 import torch  # noqa: F401
+import warm
 from transformers import CLIPModel, CLIPVisionModelWithProjection  # noqa: F401
 
 REPO = Path(__file__).resolve().parents[2]
@@ -118,6 +121,7 @@ def main():
     if flags.fit:
         print(f"{len(chosen) - len(bad)} of {len(chosen)} fit")
         return 1 if bad else 0
+    warm.server()  # else each test process makes one
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         copy_of_the_repository(folder)
