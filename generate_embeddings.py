@@ -164,7 +164,7 @@ from functools import cached_property, lru_cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple, Protocol, TypeVar
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
 INSTALL = (
@@ -1519,7 +1519,7 @@ NEW_KEY = "copy a secret key (sb_secret_...) from the dashboard, Settings > API 
 PASSING = re.compile(r"5\d\d|408|425|429|PGRST00\d|(08|40|53|57)...|55P03|XX000")
 TOO_LONG = "57014"  # passes, too; but a search that took too long would do so again
 SEARCHES = ("match_products", "similar_products", "duplicate_products", "embedding_copies")
-VANISHED = "23503"  # a product was deleted in the very moment; passes, but not for ever
+VANISHED = "23503"  # a product was deleted in that very moment: tried again, but not for ever
 # What the others mean. {said} are the database's own words.
 TROUBLES = {
     **dict.fromkeys(
@@ -1546,6 +1546,8 @@ NO_API = "{url} answers with HTTP {code}, {said}: check SUPABASE_URL"
 
 OBJECTS = "/storage/v1/object/"
 STORAGE = (OBJECTS, "/storage/v1/render/image/")  # an image that begins so is the project's own
+
+Read = TypeVar("Read")  # an answer of the database, as it was read
 
 
 class SupabaseStore:
@@ -1583,9 +1585,7 @@ class SupabaseStore:
     def status(self) -> Status:
         """As Store says. Checks that schema.sql is of this version, and that the client is
         there."""
-        status: Status = self._call(
-            "embedding_status", self._read_status, **self._catalog, **self._part
-        )
+        status = self._call("embedding_status", self._read_status, **self._catalog, **self._part)
         self._seconds = self._settings.db_retry_seconds
         return status
 
@@ -1694,26 +1694,22 @@ class SupabaseStore:
                 raise ValueError
             return set(answer["taken"])
 
-        taken: set[Id] = self._call(
+        return self._call(
             "store_embeddings",
             read,
             model_version=self._settings.model_version,
             vectors=vectors,
             failures=failures,
         )
-        return taken
 
     def search(self, vector: np.ndarray, wanted: int) -> list[Match]:
         """As Store says; the database gives 1,000 at most."""
         question = {"query_embedding": vector_text(vector), "match_count": wanted}
-        matches: list[Match] = self._call(
-            "match_products", read_matches, **question, **self._catalog
-        )
-        return matches
+        return self._call("match_products", read_matches, **question, **self._catalog)
 
     def catalog(self) -> Catalog:
         """As Store says; asked in pieces, each of which fits into the time of one call."""
-        embedded = self.status().done
+        embedded = self._call("embedding_status", self._read_status, **self._catalog).done
         pairs, sought_among = self._call(
             "embedding_copies", read_copies, min_similarity=SAME, **self._catalog
         )
@@ -1740,27 +1736,21 @@ class SupabaseStore:
         return pairs, embedded
 
     def _samples(self) -> list[Sample]:
-        """Some products, of as many clients as possible, each with those nearest to it. Chance
-        asks for them: these are the nearest to random vectors."""
-        chance = np.random.default_rng(0)  # the same for each page
-        chosen: dict[Id, Picture] = {}
+        """Some products, of as many clients as possible, each with those nearest to it, without
+        copies of it. They are what is found by random vectors."""
+        random_vectors = np.random.default_rng(0).standard_normal((SAMPLES, DIMENSIONS))
         clients: Counter[str] = Counter()
-        for _ in range(SAMPLES):
-            found = [match.picture for match in self.search(chance.standard_normal(512), SAMPLES)]
-            fresh = [picture for picture in found if picture.id not in chosen]
+        samples: dict[Id, Sample] = {}
+        question = {"client": self._settings.client, "match_count": 6, "max_similarity": SAME}
+        for vector in random_vectors:
+            found = [match.picture for match in self.search(vector, SAMPLES)]
+            fresh = [picture for picture in found if picture.id not in samples]
             if fresh:
-                picture = min(fresh, key=lambda picture: clients[picture.client])
-                chosen[picture.id] = picture
-                clients[picture.client] += 1
-        return [Sample(picture, self._nearest(picture)) for picture in chosen.values()]
-
-    def _nearest(self, picture: Picture) -> list[Match]:
-        """The pictures most like one, without copies of it."""
-        question = {"asset_id": picture.id, "match_count": 6, "max_similarity": SAME}
-        nearest: list[Match] = self._call(
-            "similar_products", read_matches, client=self._settings.client, **question
-        )
-        return nearest
+                one = min(fresh, key=lambda picture: clients[picture.client])
+                clients[one.client] += 1
+                near = self._call("similar_products", read_matches, asset_id=one.id, **question)
+                samples[one.id] = Sample(one, near)
+        return list(samples.values())
 
     def _typical(self, ids: list[Id]) -> float | None:
         """The median cosine of some products, which have little in common."""
@@ -1786,17 +1776,17 @@ class SupabaseStore:
             if last is not None:
                 query = query.gt("asset_id", last)
             query = query.order("asset_id").limit(FAILURES_AT_ONCE)
-            page: list[FailedPicture] = self._ask("embedding_failures", query, read)
+            page = self._ask("embedding_failures", query, read)
             if not page:  # a shorter one may be cut by the API
                 return
             yield from page
             last = page[-1].picture.id
 
-    def _call(self, function: str, read: Callable[[Any], Any], **arguments: Any) -> Any:
-        """What a function of schema.sql answers, see _ask."""
+    def _call(self, function: str, read: Callable[[Any], Read], **arguments: Any) -> Read:
+        """What a function of schema.sql answers: see _ask."""
         return self._ask(function, self._database.rpc(function, arguments), read)
 
-    def _ask(self, name: str, query: Any, read: Callable[[Any], Any]) -> Any:
+    def _ask(self, name: str, query: Any, read: Callable[[Any], Read]) -> Read:
         """The answer to a query as `read` takes it; asked again, with backoff, while trouble may
         pass. What `read` can't make sense of is no answer. Raises RunError."""
         import httpx

@@ -353,17 +353,6 @@ def test_known_failures_keep_no_others_waiting(stack, host, cli):
     assert run.counts == run.counts | {"embedded": 1, "failed": 5, "left": 0}
 
 
-def test_a_failure_is_that_of_an_image_and_a_model_version(stack, host):
-    (asset,) = add(stack, host, ["/a.jpg"])
-    store = open_store(stack)
-    assert store.save([Failed(*pending(store), "decode", script.BROKEN)]) == {str(asset)}
-    assert survey(store)[0].failed == 1
-    assert survey(open_store(stack, model_version="other"))[0].failed == 0
-    stack.sql("update assets set image_url = 'new'")
-    now, assets = survey(open_store(stack))
-    assert (now.failed, [a.image for a in assets]) == (0, ["new"])
-
-
 # What the database's answers mean
 
 
