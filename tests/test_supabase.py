@@ -104,7 +104,7 @@ def test_every_photograph_gets_a_vector(whole):
     assert whole.rows.keys() == whole.ids.keys()
 
 
-REDUCED_FROM = 2 * 3 * 224  # pixels of the shorter side; README, "Decisions"
+REDUCED_FROM = 2 * 3 * 224  # pixels of the shorter side: see decode
 
 
 def test_vectors_are_those_of_transformers(whole, of_transformers, photos):
