@@ -4056,29 +4056,25 @@ def pixels_of(head: bytes) -> tuple[int, ...]:
 def views_of(
     pictures: set[Picture], store: Store, settings: Settings
 ) -> dict[Id, tuple[str, File | None]]:
-    """How the page shows each picture, and what its file is like. All together they get the time
-    of one image: no host keeps the page waiting. Those that are late are left out."""
+    """Each picture as HTML, or why there is none; and what its file is like. All together they get
+    the time of one image: no host keeps the page waiting. Those that are late are left out."""
     loader = Loader(settings)
+
+    def view(picture: Picture) -> tuple[str, File | None]:
+        try:
+            source = store.locate(Asset(picture.id, picture.image))
+            data = loader.fetch(source, Deadline(settings.fetch_seconds)).data
+            levels = loader.decode(data)
+        except ImageError as error:
+            return NO_PICTURE.format(escaped(str(error), 100)), None
+        file = File(len(data), pixels_of(data[:HEAD_BYTES]), hashlib.sha256(data).digest())
+        return f'<img src="{thumbnail(levels)}" alt="{escaped(picture.name, 60)}">', file
+
     pool = ThreadPoolExecutor(settings.workers)
-    view = partial(view_of, store, loader, settings.fetch_seconds)
     futures = {picture.id: pool.submit(view, picture) for picture in pictures}
     done, _ = wait(futures.values(), settings.fetch_seconds + 1)
     pool.shutdown(wait=False, cancel_futures=True)
     return {asset: future.result() for asset, future in futures.items() if future in done}
-
-
-def view_of(
-    store: Store, loader: Loader, seconds: float, picture: Picture
-) -> tuple[str, File | None]:
-    """A picture as HTML, or why there is none."""
-    try:
-        source = store.locate(Asset(picture.id, picture.image))
-        data = loader.fetch(source, Deadline(seconds)).data
-        levels = loader.decode(data)
-    except ImageError as error:
-        return NO_PICTURE.format(escaped(str(error), 100)), None
-    file = File(len(data), pixels_of(data[:HEAD_BYTES]), hashlib.sha256(data).digest())
-    return f'<img src="{thumbnail(levels)}" alt="{escaped(picture.name, 60)}">', file
 
 
 def thumbnail(levels: np.ndarray) -> str:
@@ -4146,6 +4142,8 @@ PAGE = """<!doctype html>
 <main>{sections}</main>
 </html>
 """
+ABOUT_ASKED = f"Nearest first; the search printed them all. For words {NEAR_TO_WORDS}."
+ABOUT_ALIKE = "Some pictures from all over, each with the nearest to it, as a shop would show them."
 NO_PICTURE = '<span class="none">{}</span>'
 TABLE_COLUMNS = ["what", "group", "name", "client", "similarity", "copy", "keep"]
 TABLE_COLUMNS += ["width", "height", "bytes", "id", "image", "link", "reason", "advice"]
@@ -4180,9 +4178,9 @@ class Page:
     def __init__(self, store: Store, settings: Settings, answers: Sequence[Answer]) -> None:
         self._settings = settings
         self._catalog = store.catalog()
+        self._find_groups()
         self._answers = [(asked, found[:SHOWN_MATCHES]) for asked, found in answers]
         del self._answers[SHOWN_QUESTIONS:]
-        self._find_groups()
         self._samples = [self._without_copies(sample) for sample in self._catalog.samples]
         self._files: dict[Id, File] = {}
         if settings.local:
@@ -4206,13 +4204,14 @@ class Page:
         self._groups = joined(self._catalog.pairs)
         self._groups.sort(key=lambda group: -min(self._similarity[one.id] for one in group))
 
-    def _without_copies(self, sample: Sample) -> Sample:
-        """A sample and its nearest, one of each group: a copy is no look-alike."""
+    def _without_copies(self, sample: Sample) -> Answer:
+        """A sample's name, and its nearest behind it, one of each group: a copy is no
+        look-alike."""
         group_of = {one.id: group[0].id for group in self._groups for one in group}
-        seen: dict[Id, Match] = {}
-        for match in [Match(sample.picture, 1.0), *sample.nearest]:
-            seen.setdefault(group_of.get(match.picture.id, match.picture.id), match)
-        return Sample(sample.picture, list(seen.values())[1 : NEAREST + 1])
+        found: dict[Id, Match] = {}
+        for match in [Match(sample.picture, math.inf), *sample.nearest]:
+            found.setdefault(group_of.get(match.picture.id, match.picture.id), match)
+        return sample.picture.name, [*found.values()][: NEAREST + 1]
 
     def _listed(self) -> list[Picture]:
         """The pictures of the table, in its order."""
@@ -4222,9 +4221,8 @@ class Page:
     def _shown(self) -> set[Picture]:
         """The pictures of the page."""
         groups = [group[:SHOWN_MEMBERS] for group in self._groups[:SHOWN_GROUPS]]
-        samples = [sample.picture for sample in self._samples]
-        found = [found for _, found in self._answers] + [one.nearest for one in self._samples]
-        return {match.picture for match in itertools.chain(*found)}.union(samples, *groups)
+        found = itertools.chain(*(found for _, found in self._answers + self._samples))
+        return {match.picture for match in found}.union(*groups)
 
     def _compare(self) -> None:
         """Sorts each group, as far as files are known: the largest first, and of equal ones the
@@ -4285,7 +4283,10 @@ class Page:
         )
         if place != title:
             about += f" · {place}"
-        sections = [self._asked(), self._looks_same(), self._failed(), self._alike()]
+        sections = [self._looks_same(), self._failed()]
+        sections.append(self._nearest("alike", "Looks alike", ABOUT_ALIKE, self._samples))
+        if self._answers:
+            sections.insert(0, self._nearest("asked", "Asked", ABOUT_ASKED, self._answers))
         return PAGE.format(
             title=escaped(title, 200),
             style=STYLE,
@@ -4305,13 +4306,13 @@ class Page:
         groups = counted(sum(map(bool, counts)), "group")
         return f"; superfluous: {counted(sum(counts), noun)} in {groups}"
 
-    def _asked(self) -> str:
-        """Empty where nothing was asked."""
-        if not self._answers:
-            return ""
-        cards = [card(escaped(asked, 100), self._found(found)) for asked, found in self._answers]
-        text = f"Nearest first; the search printed them all. For words {NEAR_TO_WORDS}."
-        return section("asked", "Asked", text, cards)
+    def _nearest(self, name: str, title: str, text: str, answers: list[Answer]) -> str:
+        """A section of answers, or of samples."""
+        cards = []
+        for asked, found in answers:
+            figures = [self._figure(one.picture, similarity(one.similarity)) for one in found]
+            cards.append(card(escaped(asked, 100), figures))
+        return section(name, title, text, cards)
 
     def _looks_same(self) -> str:
         catalog = self._catalog
@@ -4380,19 +4381,6 @@ class Page:
         """A picture that can't be shown."""
         where = "Open it" if self._settings.local else escaped(picture.image, 100)
         return f"<figure>{self._name(picture)}{link(self._original(picture), where)}</figure>"
-
-    def _alike(self) -> str:
-        cards = []
-        for sample in self._samples:
-            figures = [self._figure(sample.picture), *self._found(sample.nearest)]
-            cards.append(card(escaped(sample.picture.name, 60), figures))
-        text = (
-            "Some pictures from all over, each with the nearest to it, as a shop would show them."
-        )
-        return section("alike", "Looks alike", text, cards)
-
-    def _found(self, matches: list[Match]) -> list[str]:
-        return [self._figure(match.picture, similarity(match.similarity)) for match in matches]
 
     def _figure(self, picture: Picture, note: str = "") -> str:
         """A picture, or why there is none, and what is said of it."""
@@ -4464,8 +4452,8 @@ def escaped(text: str, width: int) -> str:
 
 
 def similarity(cosine: float) -> str:
-    """Of pictures that are not the same: never 1.000."""
-    return f"<small>similarity {min(cosine, 0.999):.3f}</small>"
+    """To another picture, never 1.000: to be the same takes more. Empty of a picture to itself."""
+    return f"<small>similarity {min(cosine, 0.999):.3f}</small>" if cosine < math.inf else ""
 
 
 def cell(text: str) -> str:

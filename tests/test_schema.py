@@ -113,7 +113,7 @@ def test_the_last_select_says_what_there_is(stack):
 AMISS = {
     "no valid HNSW index": "drop index product_embeddings_embedding_hnsw; "
     "insert into assets select gen_random_uuid() from generate_series(1, 5001); "
-    f"insert into product_embeddings select id, '{ONES}', 'x', 1 from assets",
+    f"insert into product_embeddings select id, '{ONES}', 'x', now(), now(), 1 from assets",
     "a policy opens product_embeddings": "create policy mine on product_embeddings using (true)",
     "vectors that no new image replaces": "insert into assets values (gen_random_uuid()); "
     f"insert into product_embeddings select id, '{ONES}', 'x' from assets",
