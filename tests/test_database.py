@@ -8,7 +8,6 @@
 
 import io
 import json
-import re
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -18,21 +17,8 @@ from types import SimpleNamespace
 import numpy as np
 import psycopg
 import pytest
-from conftest import REPO, renew, wait_until
-from database import (
-    EMBEDDING,
-    ONES,
-    VERSION,
-    Api,
-    batch,
-    failures,
-    fill,
-    rows,
-    statements,
-    text,
-    unit,
-    user,
-)
+from conftest import renew, wait_until
+from database import EMBEDDING, ONES, VERSION, Api, batch, failures, fill, rows, text, unit, user
 from PIL import Image
 
 FAIL = """insert into product_embedding_failures
@@ -631,17 +617,3 @@ def test_a_function_may_take_longer_than_the_apis_usual_8_seconds(stack, api):
     stack.sql("grant execute on function slow to service_role")
     stack.reload_schema()
     api.call("slow")
-
-
-def test_the_readmes_sql_runs_as_it_stands(stack, api):
-    """On a catalog with an embedding of everything but one asset, which failed."""
-    fill(stack, 5)
-    *done, failed = api.pending()["assets"]
-    api.store(done, [failed])
-    readme = (REPO / "README.md").read_text()
-    blocks = re.findall(r"```sql\n(.*?)```", readme, re.DOTALL)
-    assert blocks
-    for block in blocks:
-        with psycopg.connect(stack.db_uri, autocommit=True) as connection:
-            for statement in statements(block):
-                connection.execute(statement)

@@ -98,7 +98,7 @@ def test_every_photograph_gets_a_row_with_a_vector_of_unit_length(whole):
         assert whole.before - second < row.created <= row.updated <= whole.after + second
 
 
-REDUCED_FROM = 2 * 3 * 224  # pixels of the shorter side; README, "Decisions"
+REDUCED_FROM = 2 * 3 * 224  # pixels of the shorter side: see decode
 
 
 def test_vectors_are_those_of_transformers(whole, of_transformers, photos):
