@@ -904,8 +904,8 @@ class Pace:
     downloads that were under way by then. Three strains in a row, or one in a window below three,
     leave one download at a time, with rests of 1, 2, 4, 8 and 16 s. A host that asks for a rest
     (Retry-After) gets that instead. It is given up after PATIENT_STRAINS in a row and
-    PATIENT_SECONDS without an image, rests that it asked for not counted, or where these come to
-    more than LONGEST_REST. tests/test_pace.py holds this against the habits of hosts.
+    PATIENT_SECONDS without an image. Rests that it asked for don't count, unless it asks again and
+    again; in all they come to LONGEST_REST at most. tests/test_pace.py holds this against the habits of hosts.
 
     Times are those of time.monotonic(). What a 503 with Retry-After: 5 does: the window is halved,
     no download of the host starts for 5 s, and Run puts the image at the end of its queue.
@@ -919,7 +919,8 @@ class Pace:
         self.given_up = False
         self._halved = 0.0  # when it was, the last time
         self._fastest = math.inf  # seconds of an image
-        self._strains = 0  # in a row
+        self._strains = 0  # in a row, in so many
+        self._rounds = 0  # rounds: those of one moment count as one
         self._row_began = 0.0
         self._rests = 0  # of our own, within the row
         self._rested = False  # since the window was halved
@@ -928,6 +929,7 @@ class Pace:
     def arrived(self, now: float, seconds: float) -> None:
         """An image came, after so many seconds."""
         self._strains = 0
+        self._rounds = 0
         self._rests = 0
         self._asked_for = 0.0
         self._fastest = min(self._fastest, seconds)
@@ -944,6 +946,7 @@ class Pace:
         self._strains += 1
         narrow = self.window < 3
         if self.slow_down(now, since):
+            self._rounds += 1
             self._rested = False
         if rest:
             until = now + rest
@@ -958,7 +961,9 @@ class Pace:
         else:
             until = now
         self.rest_until = max(self.rest_until, until)
-        patience = PATIENT_SECONDS + self._asked_for
+        patience = PATIENT_SECONDS
+        if self._rounds < PATIENT_STRAINS:
+            patience += self._asked_for
         if self._strains >= PATIENT_STRAINS and now - self._row_began > patience:
             self.given_up = True
 
@@ -3199,6 +3204,8 @@ def serve_as_decoder() -> int:
     # Fails where ulimit -v leaves less than an image may take.
     bytes(DECODE_MB * 2**20)
     load_codecs()
+    with contextlib.suppress(OSError):  # where memory is short, Linux ends a decoder, not the run
+        Path("/proc/self/oom_score_adj").write_text("1000")
     answers = os.fdopen(os.dup(1), "wb")
     for stream in (1, 2):  # where libraries print
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
