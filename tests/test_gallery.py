@@ -543,6 +543,14 @@ def test_a_page_that_can_not_be_written_is_refused_at_once(tmp_path, name):
         script.page_file(str(tmp_path / name))
 
 
+@pytest.mark.parametrize("ending", ["html", "csv"])
+def test_a_page_is_written_along_no_link(tmp_path, ending):
+    """Who prepared the folder may have put one there, to a file that is run one day."""
+    (tmp_path / f"page.{ending}").symlink_to(tmp_path / f"elsewhere.{ending}")
+    with pytest.raises(argparse.ArgumentTypeError, match=rf"page\.{ending}' is a link"):
+        script.page_file(str(tmp_path / "page.html"))
+
+
 def test_somebodys_own_table_is_not_overwritten_an_earlier_pages_is(album_page, album, tmp_path):
     (tmp_path / "products.csv").write_text("sku,price\n1,2\n")
     with pytest.raises(argparse.ArgumentTypeError, match=r"products\.csv' is yours"):

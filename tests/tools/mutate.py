@@ -87,8 +87,8 @@ MUTATIONS = [
     # Words
     Mutation(
         "words: the host of an image is its password's",
-        '.netloc.rpartition("@")[2]',
-        ".netloc",
+        "urllib3.util.parse_url(self.where).netloc",
+        "urlsplit(self.where).netloc",
         "tests/test_scheduling.py -k host_of_an_image",
     ),
     Mutation(
@@ -517,7 +517,7 @@ MUTATIONS = [
     ),
     Mutation(
         "fetching: a long URL is quoted",
-        "    if len(text) > LONGEST_URL:",
+        "    if len(url) > LONGEST_URL:",
         "    if False:",
         "tests/test_fetch.py -k hostile",
     ),
