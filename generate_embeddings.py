@@ -164,7 +164,7 @@ from functools import cached_property, lru_cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple, Protocol, TypeVar
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
 INSTALL = (
@@ -316,7 +316,7 @@ def say_what_would_be_done(store: Store, settings: Settings, report: Report) -> 
 
 
 class Report:
-    """The counts of a run. An asset was attempted once the store took or refused its result.
+    """The counts of a run. An asset was attempted once the store took its result.
 
     Always: attempted == embedded + failed.
     """
@@ -331,7 +331,7 @@ class Report:
         if not settings.retry_failed:
             self.waiting = status.waiting
         self.pending = status.assets - status.done - self.waiting  # to be tried now
-        self.found = 0  # pending assets that came by
+        self.found = 0  # pending assets that the store handed out
         self.found_all = False
         self.embedded = 0  # and stored
         self.not_taken = 0  # by the store: changed or gone meanwhile
@@ -351,7 +351,7 @@ class Report:
 
     @property
     def left(self) -> int:
-        """Assets that were to be tried, and were not, or came to nothing."""
+        """Pending assets without a result: not reached, of a host given up, or changed."""
         known = self.found
         if not self.found_all:
             known = max(self.pending, self.found)
@@ -835,9 +835,10 @@ def counted(count: int, noun: str) -> str:
 
 # ============================================================================== The run
 
-# A core embeds 10 (float32) to 40 images/s, more in batches; a host 300 ms away gives a download 3
+# A core embeds 10 (float32) to 40 images/s, more in batches. A connection to a host that is 300 ms
+# away brings 3 images/s.
 WORKERS_PER_CORE = 8
-MOST_WORKERS = 64  # downloads from one host; more few hosts like
+MOST_WORKERS = 64  # downloads from one host; few hosts like more
 MOST_DOWNLOADS = 64  # from all hosts together
 FIRST_WINDOW = 4  # downloads from a host that nothing is known of
 FIRST_WINDOW_OF_LINE = 16  # downloads from all hosts, until it is known what the line carries
@@ -846,16 +847,17 @@ SLOW_SECONDS = 8.0  # one that takes more for fewer
 TRIES = 4  # at one image, in a run
 PATIENT_STRAINS = 6  # in a row,
 PATIENT_SECONDS = 60.0  # and so long without an image: a host is given up
-LONGEST_REST = 900.0  # seconds that a host may ask for, until it sends an image
+LONGEST_REST = 900.0  # seconds of rest that a host may ask for in all, since its last image
 SILENT_SECONDS = 2.0  # a download that has brought nothing for so long does not use the line
 
 PAGE_ROWS = 250  # assets to a page
-MOST_WAITING = 20_000  # images that wait for their hosts
-MOST_WAITING_CHARACTERS = 2**25  # of their URLs, some of which are data: URLs
+MOST_WAITING = 20_000  # assets in work, most of which wait for their hosts
+MOST_CHARACTERS = 2**25  # of the URLs that wait, some of which are data: URLs
 WRITE_ROWS = 50  # results to a call: at a million rows far below the timeout of 8 s
-WRITE_SECONDS = 2.0  # a result waits no longer, but for the batch before its own
+WRITE_SECONDS = 2.0  # a result waits so long at most, and for the batch before it
 RESULTS_WAITING = 20_000  # 50 MB; more than a run embeds while it waits for a database
 RESULTS_KEPT = 10_000  # 20 MB: of images that further assets may share
+LONGEST_SHARED = 2000  # characters of a URL that is kept for that
 POLL_SECONDS = 0.2  # how soon Ctrl-C is noticed
 ECHO_SECONDS = 0.5  # signals that are this close count as one: timeout(1) sends each of its twice
 BACKGROUND_THREADS = 9999  # without end: a download that hangs keeps its thread
@@ -885,8 +887,10 @@ class Job:
 
     source: Source
     assets: list[Asset]
-    tries: int = 0  # that met strain
     since: float = 0.0  # when the last try began
+    tries: int = 0  # that met strain, but for those that were told to wait
+    strain: Strain | None = None  # the last one,
+    images_before: int = 0  # and how many images its host had sent by then
     pixels: np.ndarray | None = None  # while they wait for the model
     result: Result | None = None  # of the first asset, as soon as there is one
 
@@ -898,9 +902,12 @@ class Pace:
     and by one a round above it. Strain halves it, and puts the threshold there, once for all
     downloads that were under way by then. Three strains in a row, or one in a window below three,
     leave one download at a time, with rests of 1, 2, 4, 8 and 16 s. A host that asks for a rest
-    (Retry-After) gets that instead. tests/test_pace.py holds this against the habits of hosts.
+    (Retry-After) gets that instead. It is given up after PATIENT_STRAINS in a row and
+    PATIENT_SECONDS without an image, rests that it asked for not counted, or where these come to
+    more than LONGEST_REST. tests/test_pace.py holds this against the habits of hosts.
 
-    Times are those of time.monotonic().
+    Times are those of time.monotonic(). What a 503 with Retry-After: 5 does: the window is halved,
+    no download of the host starts for 5 s, and Run puts the image at the end of its queue.
     """
 
     def __init__(self, window: int, most: int) -> None:
@@ -955,8 +962,8 @@ class Pace:
             self.given_up = True
 
     def slow_down(self, now: float, since: float) -> bool:
-        """Halves the window, unless it was halved after the download that tells this began.
-        Returns whether it did."""
+        """Halves the window, unless it was halved since the download at fault began. Returns
+        whether it did."""
         if since < self._halved:
             return False
         self.window = max(1.0, self.window / 2)
@@ -972,8 +979,9 @@ class Host:
         self.name = name
         self.pace = Pace(FIRST_WINDOW, most)
         self.queue: deque[Job] = deque()
+        self.label = name or "this machine"
         self.downloads = 0  # under way
-        self.sent_an_image = False
+        self.images = 0  # that it sent
         self.reason = ""  # of the last strain
 
     def may_start(self, now: float) -> bool:
@@ -988,7 +996,8 @@ class Run:
 
     Each host has a queue and a Pace, and the line to the internet has a Pace, too: a host that is
     slow, or rests, delays its own images alone. An image that met strain goes to the end of its
-    host's queue, and has failed after TRIES tries; one that a Retry-After answered does not count.
+    host's queue, and has failed after TRIES tries. One that a Retry-After answered does not count,
+    unless the host then goes on with other images. Images that share a URL are loaded once.
     On CPUs each core embeds a batch of its own in one thread: threads that share an image wait for
     each other at every layer.
 
@@ -997,19 +1006,19 @@ class Run:
         somebody stops it (Stop): exit code 130, 143 or 129, whatever else went wrong;
         any step raises RunError, or find, embed, store or the model anything else (in fetch and
             decode anything else is that asset's failure): exit code 2;
-        all hosts were given up, and none ever sent an image: exit code 2.
+    A run in which all hosts were given up, and none ever sent an image, has exit code 2, too.
     At its end the code is 1 if images failed, or were left for the sake of a host that was given
     up, else 0.
 
-    What bounds memory, in MB, with D downloads at once (--workers of one host, MOST_DOWNLOADS of
-    all) and C cores (D is 16 and C is 2 on a small machine):
-        400             Python, its packages and what they keep
-        350             the model (float32)
-        50 D + 100 C    files: those under way, and 2 C that wait for a decoder (MAX_BYTES each)
+    What bounds memory, in MB, with C cores, B images to a batch, and D downloads at once: D is
+    --workers (8 C) where all images are of one host, and MOST_DOWNLOADS for many hosts
+        750             Python with its packages (400), and the model in float32 (350)
+        50 D + 100 C    files: under way, and 2 C that wait for a decoder, MAX_BYTES each
         DECODE_MB C     decoders, each a process of its own (Linux)
-        0.6 (3 D + 4 C B)   pixels that wait for the model, B to a batch
-        120             results, images that wait for their hosts, results that are kept
-    Not bounded: a folder's list of files, the hosts' names, and the Report's reasons.
+        0.6 (8 C + 2 C B)   pixels that wait for the model
+        120             results, assets that wait for their hosts, results that are kept
+    Files of that size are rare: photographs of 1 MB make it 750 + D + 4 C in the place of the first
+    two. Not bounded: a folder's list of files, the hosts' names, and the Report's reasons.
     """
 
     def __init__(self, store: Store, settings: Settings, report: Report, stop: Stop) -> None:
@@ -1025,8 +1034,8 @@ class Run:
         self.line = Pace(FIRST_WINDOW_OF_LINE, MOST_DOWNLOADS)
         self.hosts: dict[str, Host] = {}
         self.turns: deque[Host] = deque()  # hosts with images that wait, next one first
-        self.waiting = 0  # images, of all hosts,
-        self.waiting_characters = 0  # and the length of their URLs
+        self.characters = 0  # of the URLs that wait there
+        self.without_result = 0  # assets that were found, and neither have a result nor are left
         self.jobs: dict[str, Job] = {}  # by URL: those that further assets may share,
         self.kept: deque[str] = deque()  # of which these have a result, oldest first
         self.ready: list[Job] = []  # to be embedded
@@ -1050,10 +1059,11 @@ class Run:
                     self.start_find()
                     self.start_embeds()
                 self.start_store()
-                if not self.under_way(*self.awaited) and (self.ending or not self.waiting):
+                if not self.under_way(*self.awaited) and (self.ending or not self.turns):
                     break
                 self.take_what_finished()
                 self.give_up_what_hangs()
+        self.check_network()
         if self.trouble:
             raise self.trouble
 
@@ -1090,13 +1100,16 @@ class Run:
         if task is None:
             return  # it was given up before
         error = future.exception()
-        if isinstance(error, Exception):
-            task.fail(error)
-        else:
-            task.take(future.result())
+        try:
+            if isinstance(error, Exception):
+                task.fail(error)
+            else:
+                task.take(future.result())
+        except Exception as defect:  # ours, which shall cost nothing that is embedded
+            self.end(defect)
 
     def give_up_what_hangs(self) -> None:
-        """For what no deadline further down covers: headers that drip, a dead file system."""
+        """Gives up tasks that no time-out of a socket can end: headers that drip, a dead disk."""
         for future, task in list(self.tasks.items()):
             if task.deadline and task.deadline.overdue:
                 del self.tasks[future]
@@ -1118,12 +1131,13 @@ class Run:
         self.progress.restart_clock()
 
     def start_find(self) -> None:
-        """Finds more while little waits, or while there is room for downloads of other hosts than
-        those that wait."""
+        """Finds more while few assets are in work, or while there is room for downloads from other
+        hosts than those that are waited for."""
         if self.report.found_all or self.report.found >= self.limit or self.under_way("find"):
             return
         most = MOST_WAITING if self.room_for_fetches() > 0 else PAGE_ROWS
-        if self.waiting < most and self.waiting_characters < MOST_WAITING_CHARACTERS:
+        room_for_results = len(self.results) < RESULTS_WAITING
+        if self.without_result < most and self.characters < MOST_CHARACTERS and room_for_results:
             task = self.ask_store("find", self.take_page, self.end)
             self.start(task, next, self.pages, None)
 
@@ -1133,6 +1147,7 @@ class Run:
             return
         wanted = page[: self.limit - self.report.found]
         self.report.found += len(wanted)
+        self.without_result += len(wanted)
         for asset in wanted:
             self.take_asset(asset)
 
@@ -1151,7 +1166,7 @@ class Run:
             job.assets.append(asset)
         else:
             job = Job(source, [asset])
-            if isinstance(source.where, str) and len(url) < LONGEST_ADDRESS:
+            if isinstance(source.where, str) and len(url) < LONGEST_SHARED:
                 self.jobs[url] = job
             self.put_into_queue(job)
 
@@ -1171,21 +1186,19 @@ class Run:
         if not host.queue:
             self.turns.append(host)
         host.queue.append(job)
-        self.waiting += 1
-        self.waiting_characters += len(job.assets[0].image)
+        self.characters += len(job.assets[0].image)
 
     def take_from_queue(self, host: Host) -> Job:
         job = host.queue.popleft()
-        self.waiting -= 1
-        self.waiting_characters -= len(job.assets[0].image)
+        self.characters -= len(job.assets[0].image)
         return job
 
     def room_for_fetches(self) -> int:
         """How many more images may be fetched now, whichever host they are of."""
-        pixels = len(self.ready) + sum(task.images for task in self.under_way("embed"))
-        most_pixels = self.settings.workers + 2 * self.lanes * self.settings.batch_size
+        decoded = len(self.ready) + sum(task.images for task in self.under_way("embed"))
         files = len(self.under_way("decode"))
-        if pixels + files >= most_pixels or files >= 2 * self.lanes:
+        most = self.settings.workers + 2 * self.lanes * self.settings.batch_size
+        if decoded + files >= most or files >= 2 * cores():
             return 0
         if len(self.results) >= RESULTS_WAITING:
             return 0
@@ -1222,7 +1235,7 @@ class Run:
 
     def take_download(self, job: Job, host: Host, download: Download) -> None:
         host.downloads -= 1
-        host.sent_an_image = True
+        host.images += 1
         now = time.monotonic()
         host.pace.arrived(now, download.seconds)
         self.line.arrived(now, download.body_seconds)
@@ -1245,55 +1258,62 @@ class Run:
         """The image is tried again later, and its host gets fewer downloads, or rests."""
         pace = host.pace
         now = time.monotonic()
-        given_up_before = pace.given_up
         known_rest = pace.rest_until
+        known_given_up = pace.given_up
         pace.strained(now, job.since, strain.rest)
         if strain.first_byte is not None:
             self.line.slow_down(now, strain.first_byte)
         host.reason = str(strain)
         if strain.rest:
             host.reason = f"{strain}, asked to wait until {clock(now + strain.rest)}"
-        if not strain.rest:
+        # A host that goes on with others after its rest means this image.
+        if not strain.rest or (job.strain and host.images > job.images_before):
             job.tries += 1
-        if job.tries == TRIES or (job.tries and pace.given_up):
+        job.strain = strain
+        job.images_before = host.images
+        if job.tries == TRIES:
             self.take_failure(job, "fetch", strain)
         else:
             self.put_into_queue(job)
-        if pace.given_up:
-            if not given_up_before:
-                self.give_up(host)
+        if pace.given_up and not known_given_up:
+            self.give_up(host)
         elif pace.rest_until >= max(known_rest, now) + 1:
-            log.info("%s rests until %s: %s", host.name, clock(pace.rest_until), strain)
+            log.info("%s rests until %s: %s", host.label, clock(pace.rest_until), strain)
 
     def give_up(self, host: Host) -> None:
-        """What was tried of a host has failed; the rest is left."""
-        if host in self.turns:
+        """Images that were tried count as failed, the others are left."""
+        log.warning("%s is given up for this run: %s", host.label, host.reason)
+        if host.queue:
             self.turns.remove(host)
         while host.queue:
-            job = self.take_from_queue(host)
-            if job.tries:
-                self.take_failure(job, "fetch", Strain(host.reason))
-            else:
-                self.leave(job, host)
-        log.warning("%s is given up for this run: %s", host.name, host.reason)
-        hosts = [known for known in self.hosts.values() if known.name]
-        all_given_up = all(known.pace.given_up for known in hosts)
-        if all_given_up and not any(known.sent_an_image for known in hosts):
+            self.leave(self.take_from_queue(host), host)
+
+    def leave(self, job: Job, host: Host) -> None:
+        """Ends the work at an image of a host that was given up. One that was not tried, or only
+        told to wait, is left for the next run, with nothing noted."""
+        if job.tries:
+            self.take_failure(job, "fetch", job.strain or ImageError(host.reason))
+            return
+        self.jobs.pop(str(job.source.where), None)
+        self.without_result -= len(job.assets)
+        self.report.leave(host.label, host.reason, len(job.assets))
+
+    def check_network(self) -> None:
+        """Where all hosts were given up, and none ever sent an image, the network is gone."""
+        hosts = [host for host in self.hosts.values() if host.name]
+        gone = hosts and all(host.pace.given_up and not host.images for host in hosts)
+        if gone and self.report.found_all:
+            last = hosts[-1]
             self.end(
                 RunError(
-                    f"no image came from any host (the last was {host.name}: {host.reason}): "
+                    f"no image came from any host (the last was {last.name}: {last.reason}): "
                     "check this machine's network, then run again"
                 )
             )
 
-    def leave(self, job: Job, host: Host) -> None:
-        """Leaves an image for the next run, for its host's sake, with nothing noted."""
-        self.jobs.pop(str(job.source.where), None)
-        self.report.leave(host.name, host.reason, len(job.assets))
-
     def take_failure(self, job: Job, stage: str, error: Exception) -> None:
-        """Makes an error the failure of an image; RunError ends the run instead. What nobody
-        foresaw is a defect of ours, and not the image's."""
+        """Makes an error the failure of an image; RunError ends the run instead. An error that
+        nobody foresaw is noted, too, with its traceback at -v."""
         if isinstance(error, RunError):
             self.end(error)
             return
@@ -1301,7 +1321,7 @@ class Run:
         reason = str(error)
         if not isinstance(error, ImageError):
             log.debug("%s", first, exc_info=error)
-            reason = f"unexpected {type(error).__name__}"
+            reason = f"{DEFECT} ({type(error).__name__})"
         self.finish(job, Failed(first, stage, reason))
 
     # Embed
@@ -1310,7 +1330,7 @@ class Run:
         """Gives each lane a batch, and one to follow it. A batch that is not full is started only
         while no other is under way, or of the run's last images, which the lanes share."""
         size = self.settings.batch_size
-        if not self.waiting and not self.under_way("find", "fetch", "decode"):
+        if not self.turns and not self.under_way("find", "fetch", "decode"):
             share = math.ceil(len(self.ready) / self.lanes)
             size = max(1, min(size, share))
         while self.encoder and self.ready:
@@ -1346,6 +1366,7 @@ class Run:
 
     def take_result(self, result: Result) -> None:
         self.results.append(result)
+        self.without_result -= 1
         failed = isinstance(result, Failed)
         if failed:
             log.debug("%s: %s", result.asset, result)
@@ -1442,7 +1463,7 @@ class Progress:
             return
         self._line_due = now + self.LINE_SECONDS
         rate = self._done / max(0.001, now - self._since)
-        left = timedelta(seconds=math.ceil((self._goal - self._done) / rate))
+        left = timedelta(seconds=math.ceil(max(0, self._goal - self._done) / rate))
         log.info(
             f"{self._done:,}/{self._goal:,} done, {self._failed:,} failed, "
             f"{rate:.1f} images/s, {left} left"
@@ -1497,7 +1518,7 @@ NEW_KEY = "copy a secret key (sb_secret_...) from the dashboard, Settings > API 
 PASSING = re.compile(r"5\d\d|408|425|429|PGRST00\d|(08|40|53|57)...|55P03|XX000")
 TOO_LONG = "57014"  # passes, too; but a search that took too long would do so again
 SEARCHES = ("match_products", "similar_products", "duplicate_products", "embedding_copies")
-VANISHED = "23503"  # a product was deleted in the very moment; passes, but not for ever
+VANISHED = "23503"  # a product was deleted in that very moment: tried again, but not for ever
 # What the others mean. {said} are the database's own words.
 TROUBLES = {
     **dict.fromkeys(
@@ -1524,6 +1545,8 @@ NO_API = "{url} answers with HTTP {code}, {said}: check SUPABASE_URL"
 
 OBJECTS = "/storage/v1/object/"
 STORAGE = (OBJECTS, "/storage/v1/render/image/")  # an image that begins so is the project's own
+
+Read = TypeVar("Read")  # an answer of the database, as it was read
 
 
 class SupabaseStore:
@@ -1561,9 +1584,7 @@ class SupabaseStore:
     def status(self) -> Status:
         """As Store says. Checks that schema.sql is of this version, and that the client is
         there."""
-        status: Status = self._call(
-            "embedding_status", self._read_status, **self._catalog, **self._part
-        )
+        status = self._call("embedding_status", self._read_status, **self._catalog, **self._part)
         self._seconds = self._settings.db_retry_seconds
         return status
 
@@ -1674,26 +1695,22 @@ class SupabaseStore:
                 raise ValueError
             return set(answer["taken"])
 
-        taken: set[Id] = self._call(
+        return self._call(
             "store_embeddings",
             read,
             model_version=self._settings.model_version,
             vectors=vectors,
             failures=failures,
         )
-        return taken
 
     def search(self, vector: np.ndarray, wanted: int) -> list[Match]:
         """As Store says; the database gives 1,000 at most."""
         question = {"query_embedding": vector_text(vector), "match_count": wanted}
-        matches: list[Match] = self._call(
-            "match_products", read_matches, **question, **self._catalog
-        )
-        return matches
+        return self._call("match_products", read_matches, **question, **self._catalog)
 
     def catalog(self) -> Catalog:
         """As Store says; asked in pieces, each of which fits into the time of one call."""
-        embedded = self.status().done
+        embedded = self._call("embedding_status", self._read_status, **self._catalog).done
         pairs, sought_among = self._call(
             "embedding_copies", read_copies, min_similarity=SAME, **self._catalog
         )
@@ -1720,27 +1737,21 @@ class SupabaseStore:
         return pairs, embedded
 
     def _samples(self) -> list[Sample]:
-        """Some products, of as many clients as possible, each with those nearest to it. Chance
-        asks for them: these are the nearest to random vectors."""
-        chance = np.random.default_rng(0)  # the same for each page
-        chosen: dict[Id, Picture] = {}
+        """Some products, of as many clients as possible, each with those nearest to it, without
+        copies of it. They are what is found by random vectors."""
+        random_vectors = np.random.default_rng(0).standard_normal((SAMPLES, DIMENSIONS))
         clients: Counter[str] = Counter()
-        for _ in range(SAMPLES):
-            found = [match.picture for match in self.search(chance.standard_normal(512), SAMPLES)]
-            fresh = [picture for picture in found if picture.id not in chosen]
+        samples: dict[Id, Sample] = {}
+        question = {"client": self._settings.client, "match_count": 6, "max_similarity": SAME}
+        for vector in random_vectors:
+            found = [match.picture for match in self.search(vector, SAMPLES)]
+            fresh = [picture for picture in found if picture.id not in samples]
             if fresh:
-                picture = min(fresh, key=lambda picture: clients[picture.client])
-                chosen[picture.id] = picture
-                clients[picture.client] += 1
-        return [Sample(picture, self._nearest(picture)) for picture in chosen.values()]
-
-    def _nearest(self, picture: Picture) -> list[Match]:
-        """The pictures most like one, without copies of it."""
-        question = {"asset_id": picture.id, "match_count": 6, "max_similarity": SAME}
-        nearest: list[Match] = self._call(
-            "similar_products", read_matches, client=self._settings.client, **question
-        )
-        return nearest
+                one = min(fresh, key=lambda picture: clients[picture.client])
+                clients[one.client] += 1
+                near = self._call("similar_products", read_matches, asset_id=one.id, **question)
+                samples[one.id] = Sample(one, near)
+        return list(samples.values())
 
     def _typical(self, ids: list[Id]) -> float | None:
         """The median cosine of some products, which have little in common."""
@@ -1766,17 +1777,17 @@ class SupabaseStore:
             if last is not None:
                 query = query.gt("asset_id", last)
             query = query.order("asset_id").limit(FAILURES_AT_ONCE)
-            page: list[FailedPicture] = self._ask("embedding_failures", query, read)
+            page = self._ask("embedding_failures", query, read)
             if not page:  # a shorter one may be cut by the API
                 return
             yield from page
             last = page[-1].picture.id
 
-    def _call(self, function: str, read: Callable[[Any], Any], **arguments: Any) -> Any:
-        """What a function of schema.sql answers, see _ask."""
+    def _call(self, function: str, read: Callable[[Any], Read], **arguments: Any) -> Read:
+        """What a function of schema.sql answers: see _ask."""
         return self._ask(function, self._database.rpc(function, arguments), read)
 
-    def _ask(self, name: str, query: Any, read: Callable[[Any], Any]) -> Any:
+    def _ask(self, name: str, query: Any, read: Callable[[Any], Read]) -> Read:
         """The answer to a query as `read` takes it; asked again, with backoff, while trouble may
         pass. What `read` can't make sense of is no answer. Raises RunError."""
         import httpx
@@ -1802,7 +1813,8 @@ class SupabaseStore:
                 patience = min(patience, STOP_SECONDS)
             left = started + patience - time.monotonic()
             if left <= 0:
-                raise RunError(f"{SILENCE} for {patience:.0f} s ({trouble}): {CHECK_URL}")
+                waited = time.monotonic() - started
+                raise RunError(f"{SILENCE} for {waited:.0f} s ({trouble}): {CHECK_URL}")
             log.info("database: %s; trying again", trouble)
             pause = 2 ** min(attempt, 4) * random.uniform(0.25, 0.5)
             time.sleep(min(pause, left))
@@ -2222,7 +2234,7 @@ MAX_REDIRECTS = 5
 LONGEST_URL = 2**16  # characters; longer ones no host takes, and to quote them takes memory
 LIVELY_BYTES = 50_000  # arrived bytes that give a download one more second
 DEAD_SECONDS = 2.0  # for an address that does not answer, where its host has others
-A_YEAR = 366 * 86_400.0  # seconds; dates end with the year 9999
+A_YEAR = 366 * 86_400.0  # seconds; a date may be of the year 9999, where dates end
 HOSTS_KEPT = 64  # hosts whose connections stay open
 
 # The statuses by which a host says that it did not cope. Every other one is about its image alone:
@@ -2422,11 +2434,10 @@ def next_url(answer: requests.Response) -> str:
 def retry_after(headers: Mapping[str, str]) -> float:
     """The seconds that Retry-After asks for, as a number or a date; 0 where it makes no sense."""
     text = headers.get("Retry-After", "")
+    if re.fullmatch(r"\d{1,9}(\.\d+)?", text, re.ASCII):
+        return float(text)
     try:
-        if re.fullmatch(r"\d+(\.\d+)?", text, re.ASCII):
-            seconds = float(text)
-        else:
-            seconds = parsedate_to_datetime(text).timestamp() - time.time()
+        seconds = parsedate_to_datetime(text).timestamp() - time.time()
     except (ValueError, OverflowError):
         return 0.0
     return min(max(0.0, seconds), A_YEAR)
@@ -3098,7 +3109,9 @@ class Decoder:
     def decode(self, data: bytes) -> np.ndarray:
         """The levels (224, 224, 3) of an image file. Raises ImageError, and RunError where no
         process can be started."""
-        process = self._process or started_decoder()
+        process = self._process
+        if not process or process.poll() is not None:  # it may have died meanwhile
+            process = started_decoder()
         self._process = None  # an answer that was not read whole would be the next image's
         try:
             levels = levels_in(answer_to(data, process))
@@ -3908,8 +3921,7 @@ SHOWN_QUESTIONS = 4
 SHOWN_MATCHES = 24
 SHOWN_GROUPS = 60
 SHOWN_MEMBERS = 6
-SAMPLES = 16
-NEAREST = 6  # to a sample
+NEAREST = 6  # to each of the SAMPLES
 SHOWN_REASONS = 15
 SHOWN_NAMES = 8  # of pictures that failed for one reason
 THUMBNAIL = 160  # pixels a side
@@ -4072,29 +4084,25 @@ def pixels_of(head: bytes) -> tuple[int, ...]:
 def views_of(
     pictures: set[Picture], store: Store, settings: Settings
 ) -> dict[Id, tuple[str, File | None]]:
-    """How the page shows each picture, and what its file is like. All together they get the time
-    of one image: no host keeps the page waiting. Those that are late are left out."""
+    """Each picture as HTML, or why there is none; and what its file is like. All together they get
+    the time of one image: no host keeps the page waiting. Those that are late are left out."""
     loader = Loader(settings)
+
+    def view(picture: Picture) -> tuple[str, File | None]:
+        try:
+            source = store.locate(Asset(picture.id, picture.image))
+            data = loader.fetch(source, Deadline(settings.fetch_seconds)).data
+            levels = loader.decode(data)
+        except ImageError as error:
+            return NO_PICTURE.format(escaped(str(error), 100)), None
+        file = File(len(data), pixels_of(data[:HEAD_BYTES]), hashlib.sha256(data).digest())
+        return f'<img src="{thumbnail(levels)}" alt="{escaped(picture.name, 60)}">', file
+
     pool = ThreadPoolExecutor(settings.workers)
-    view = partial(view_of, store, loader, settings.fetch_seconds)
     futures = {picture.id: pool.submit(view, picture) for picture in pictures}
     done, _ = wait(futures.values(), settings.fetch_seconds + 1)
     pool.shutdown(wait=False, cancel_futures=True)
     return {asset: future.result() for asset, future in futures.items() if future in done}
-
-
-def view_of(
-    store: Store, loader: Loader, seconds: float, picture: Picture
-) -> tuple[str, File | None]:
-    """A picture as HTML, or why there is none."""
-    try:
-        source = store.locate(Asset(picture.id, picture.image))
-        data = loader.fetch(source, Deadline(seconds)).data
-        levels = loader.decode(data)
-    except ImageError as error:
-        return NO_PICTURE.format(escaped(str(error), 100)), None
-    file = File(len(data), pixels_of(data[:HEAD_BYTES]), hashlib.sha256(data).digest())
-    return f'<img src="{thumbnail(levels)}" alt="{escaped(picture.name, 60)}">', file
 
 
 def thumbnail(levels: np.ndarray) -> str:
@@ -4162,6 +4170,8 @@ PAGE = """<!doctype html>
 <main>{sections}</main>
 </html>
 """
+ABOUT_ASKED = f"Nearest first; the search printed them all. For words {NEAR_TO_WORDS}."
+ABOUT_ALIKE = "Some pictures from all over, each with the nearest to it, as a shop would show them."
 NO_PICTURE = '<span class="none">{}</span>'
 TABLE_COLUMNS = ["what", "group", "name", "client", "similarity", "copy", "keep"]
 TABLE_COLUMNS += ["width", "height", "bytes", "id", "image", "link", "reason", "advice"]
@@ -4196,9 +4206,9 @@ class Page:
     def __init__(self, store: Store, settings: Settings, answers: Sequence[Answer]) -> None:
         self._settings = settings
         self._catalog = store.catalog()
+        self._find_groups()
         self._answers = [(asked, found[:SHOWN_MATCHES]) for asked, found in answers]
         del self._answers[SHOWN_QUESTIONS:]
-        self._find_groups()
         self._samples = [self._without_copies(sample) for sample in self._catalog.samples]
         self._files: dict[Id, File] = {}
         if settings.local:
@@ -4222,13 +4232,14 @@ class Page:
         self._groups = joined(self._catalog.pairs)
         self._groups.sort(key=lambda group: -min(self._similarity[one.id] for one in group))
 
-    def _without_copies(self, sample: Sample) -> Sample:
-        """A sample and its nearest, one of each group: a copy is no look-alike."""
+    def _without_copies(self, sample: Sample) -> Answer:
+        """A sample's name, and its nearest behind it, one of each group: a copy is no
+        look-alike."""
         group_of = {one.id: group[0].id for group in self._groups for one in group}
-        seen: dict[Id, Match] = {}
-        for match in [Match(sample.picture, 1.0), *sample.nearest]:
-            seen.setdefault(group_of.get(match.picture.id, match.picture.id), match)
-        return Sample(sample.picture, list(seen.values())[1 : NEAREST + 1])
+        found: dict[Id, Match] = {}
+        for match in [Match(sample.picture, math.inf), *sample.nearest]:
+            found.setdefault(group_of.get(match.picture.id, match.picture.id), match)
+        return sample.picture.name, [*found.values()][: NEAREST + 1]
 
     def _listed(self) -> list[Picture]:
         """The pictures of the table, in its order."""
@@ -4238,9 +4249,8 @@ class Page:
     def _shown(self) -> set[Picture]:
         """The pictures of the page."""
         groups = [group[:SHOWN_MEMBERS] for group in self._groups[:SHOWN_GROUPS]]
-        samples = [sample.picture for sample in self._samples]
-        found = [found for _, found in self._answers] + [one.nearest for one in self._samples]
-        return {match.picture for match in itertools.chain(*found)}.union(samples, *groups)
+        found = itertools.chain(*(found for _, found in self._answers + self._samples))
+        return {match.picture for match in found}.union(*groups)
 
     def _compare(self) -> None:
         """Sorts each group, as far as files are known: the largest first, and of equal ones the
@@ -4301,7 +4311,10 @@ class Page:
         )
         if place != title:
             about += f" · {place}"
-        sections = [self._asked(), self._looks_same(), self._failed(), self._alike()]
+        sections = [self._looks_same(), self._failed()]
+        sections.append(self._nearest("alike", "Looks alike", ABOUT_ALIKE, self._samples))
+        if self._answers:
+            sections.insert(0, self._nearest("asked", "Asked", ABOUT_ASKED, self._answers))
         return PAGE.format(
             title=escaped(title, 200),
             style=STYLE,
@@ -4321,13 +4334,13 @@ class Page:
         groups = counted(sum(map(bool, counts)), "group")
         return f"; superfluous: {counted(sum(counts), noun)} in {groups}"
 
-    def _asked(self) -> str:
-        """Empty where nothing was asked."""
-        if not self._answers:
-            return ""
-        cards = [card(escaped(asked, 100), self._found(found)) for asked, found in self._answers]
-        text = f"Nearest first; the search printed them all. For words {NEAR_TO_WORDS}."
-        return section("asked", "Asked", text, cards)
+    def _nearest(self, name: str, title: str, text: str, answers: list[Answer]) -> str:
+        """A section of answers, or of samples."""
+        cards = []
+        for asked, found in answers:
+            figures = [self._figure(one.picture, similarity(one.similarity)) for one in found]
+            cards.append(card(escaped(asked, 100), figures))
+        return section(name, title, text, cards)
 
     def _looks_same(self) -> str:
         catalog = self._catalog
@@ -4396,19 +4409,6 @@ class Page:
         """A picture that can't be shown."""
         where = "Open it" if self._settings.local else escaped(picture.image, 100)
         return f"<figure>{self._name(picture)}{link(self._original(picture), where)}</figure>"
-
-    def _alike(self) -> str:
-        cards = []
-        for sample in self._samples:
-            figures = [self._figure(sample.picture), *self._found(sample.nearest)]
-            cards.append(card(escaped(sample.picture.name, 60), figures))
-        text = (
-            "Some pictures from all over, each with the nearest to it, as a shop would show them."
-        )
-        return section("alike", "Looks alike", text, cards)
-
-    def _found(self, matches: list[Match]) -> list[str]:
-        return [self._figure(match.picture, similarity(match.similarity)) for match in matches]
 
     def _figure(self, picture: Picture, note: str = "") -> str:
         """A picture, or why there is none, and what is said of it."""
@@ -4480,8 +4480,8 @@ def escaped(text: str, width: int) -> str:
 
 
 def similarity(cosine: float) -> str:
-    """Of pictures that are not the same: never 1.000."""
-    return f"<small>similarity {min(cosine, 0.999):.3f}</small>"
+    """To another picture, never 1.000: to be the same takes more. Empty of a picture to itself."""
+    return f"<small>similarity {min(cosine, 0.999):.3f}</small>" if cosine < math.inf else ""
 
 
 def cell(text: str) -> str:
@@ -4590,6 +4590,8 @@ def read_flags(argv: list[str] | None) -> dict[str, Any]:
     if unknown:
         hints = [f": did you mean --local {text}?" for text in unknown if Path(text).is_dir()]
         usage.error(f"unrecognized arguments: {' '.join(unknown)}{''.join(hints[:1])}")
+    if "shard" in flags and "gallery" in flags:
+        usage.error("--gallery shows a whole catalog: leave --shard out")
     if "shard" in flags and "local" in flags:
         usage.error("--shard is for a database; for a part of a folder there is --client SUBFOLDER")
     return flags

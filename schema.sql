@@ -53,9 +53,9 @@ create table if not exists public.product_embeddings (
   asset_id uuid primary key references public.assets (id) on delete cascade on update cascade,
   embedding vector(512) not null,
   model_version text not null,
-  embedded_image_hash bigint,  -- null, from an older program: of any image
   created_at timestamptz not null default now(),
-  updated_at timestamptz not null default now()
+  updated_at timestamptz not null default now(),
+  embedded_image_hash bigint  -- null, from an older program: of any image
 );
 alter table public.product_embeddings enable row level security;
 

@@ -25,7 +25,7 @@ sys.path.insert(0, str(REPO / "tests"))
 import models  # noqa: E402
 from stack import photographs  # noqa: E402
 
-WIDTH, HEIGHT = 1200, 1000  # pixels
+WIDTH, HEIGHT = 1200, 1020  # pixels
 PHOTOS = {
     "cat": "chelsea.png",
     "clock": "clock_motion.png",
@@ -69,7 +69,7 @@ def main() -> None:
         subprocess.run(
             [chromium, *look, size, page.as_uri()], check=True, stderr=subprocess.DEVNULL
         )
-        picture = Image.open(shot).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+        picture = Image.open(shot).convert("RGB").quantize(256)
         picture.save(REPO / ".github" / "page.png", optimize=True)
 
 

@@ -88,7 +88,7 @@ def test_the_first_command_makes_a_page_and_vectors_that_can_be_read(cli, small)
     (flags,) = re.findall(r"^python generate_embeddings\.py (--local .*)$", README, re.MULTILINE)
     run = cli(*shlex.split(flags.replace("DIR", str(small))))
     assert run.code == 0, run.err
-    assert (cli.folder / "gallery.html").stat().st_size > 10_000
+    assert "3 of 3 pictures can be found" in (cli.folder / "gallery.html").read_text()
     assert (cli.folder / "gallery.csv").exists()
     code = listing("python", "sqlite3").replace("DIR", str(small))
     shown = (

@@ -1,4 +1,8 @@
-"""How a run ends, and what it leaves behind: kills, Ctrl-C, a database or hosts that go away."""
+"""How a run ends, and what it leaves behind: kills, Ctrl-C, a database or hosts that go away.
+
+Promises: what is embedded is stored, once, and the report tells the truth; a stop ends the run at
+once but for that; a database is waited for, for a bounded time.
+"""
 
 import itertools
 import json
@@ -255,6 +259,14 @@ def test_a_stop_while_the_model_loads(cli, stack, gate, forty, full):
     assert end.counts["embedded"] == len(stack.embedded()) == 40 - end.counts["left"]
 
 
+def test_a_stop_while_the_page_is_made_ends_at_once(cli, stack, tmp_path):
+    stack.gateway.fault = lambda r: "hang" if r.function == "embedding_copies" else None
+    run = cli.start("--gallery", tmp_path / "x.html")
+    wait_until(lambda: any(r.function == "embedding_copies" for r in stack.gateway.requests))
+    run.send_signal(signal.SIGINT)
+    assert run.finish(30).code == 130
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_stop_during_the_first_question(cli, stack, name):
     stack.gateway.fault = lambda request: "hang"
@@ -492,13 +504,13 @@ def test_one_host_that_is_down_hides_no_other(cli, stack, host, tuned):
 
 def test_ctrl_c_while_all_hosts_rest_ends_at_once(cli, stack):
     with ImageHost(otherwise=status(429, ("Retry-After", "600"))) as host:
-        stack.add_images(host.urls(9))
+        stack.add_images([*host.urls(9), "data:,no"])
         run = cli.start()
         wait_until(lambda: "rests until" in run.err)
         run.send_signal(signal.SIGINT)
         end = run.finish(30)
     assert end.code == 130
-    assert end.counts == end.counts | {"attempted": 0, "left": 9}
+    assert end.counts == end.counts | {"failed": 1, "attempted": 1, "left": 9}
 
 
 def test_offline_is_the_networks_fault_and_exit_code_2(cli, stack, tuned):

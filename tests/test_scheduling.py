@@ -149,14 +149,17 @@ def test_the_report_says_what_was_left_of_which_host_and_why():
 
 
 def test_a_report_says_so_where_all_failed_for_one_reason():
-    def lines(*reasons):
+    def lines(*reasons, embedded=False):
         report = script.Report(Status(3, 0, 0), script.Settings())
+        if embedded:
+            report.count(Embedded(Asset(9, "x"), None), taken=True)
         for number, reason in enumerate(reasons):
             report.count(Failed(Asset(number, "x"), "fetch", reason), taken=True)
         return "\n".join(report.lines())
 
     said = "that were tried failed for the same reason: fetch: host not found"
     assert f"All 3 {said}" in lines(*["host not found"] * 3)
+    assert said not in lines(*["host not found"] * 3, embedded=True)
     assert said not in lines("host not found", "host not found", "HTTP 404")
     assert said not in lines("host not found")
 
@@ -251,7 +254,7 @@ def test_an_image_that_always_meets_strain_fails_after_four_tries(ride, answerin
     assert error is None
     assert (report.embedded, report.failed, report.left, report.exit_code) == (5, 1, 0, 1)
     assert store.saved[1][1:] == ("fetch", "HTTP 502")
-    assert host.asked()["/1"] == script.TRIES
+    assert host.asked()["/1"] == 4
 
 
 @pytest.mark.parametrize("code", [400, 401, 403, 404, 406, 410, 418])
@@ -287,6 +290,16 @@ def test_a_host_that_asks_for_a_rest_gets_it_and_other_hosts_go_on(ride, answeri
     assert time.monotonic() - began > 3
 
 
+def test_an_image_whose_host_goes_on_with_others_fails_in_spite_of_retry_after(ride, answering):
+    host = answering(answering.ok)
+    host.files["/0"] = status(503, ("Retry-After", "1"))
+    store = MemoryStore([host.url_of("/0"), *host.urls(200)[1:]])
+    slow, host.otherwise = answering.ok, lambda handler: (time.sleep(0.2), slow(handler))
+    report, error = ride(store, workers=2)
+    assert error is None
+    assert (report.embedded, report.failed, report.left) == (199, 1, 0)
+
+
 def test_a_try_that_ended_in_a_retry_after_does_not_count(ride, answering):
     busy = [status(429, ("Retry-After", "1"))] * 6
     host = answering(in_turn(*busy, answering.ok))
@@ -309,22 +322,26 @@ def test_a_host_that_asks_for_too_long_a_rest_is_left_and_nothing_is_noted(ride,
     report, error = ride(store)
     assert error is None
     assert (report.embedded, report.failed, report.left, report.exit_code) == (3, 0, 50, 1)
-    assert len(host.requests) <= script.FIRST_WINDOW
+    assert len(host.requests) <= 4
     assert re.search(r"50  of .*: HTTP 429, asked to wait until \S", "\n".join(report.lines()))
 
 
 def test_what_was_tried_of_a_host_that_is_given_up_has_failed_the_rest_is_left(
-    ride, answering, good, quick
+    ride, answering, good, quick, monkeypatch
 ):
+    for name in ("PAGE_ROWS", "MOST_WAITING"):  # most are found later
+        monkeypatch.setattr(script, name, 10)
     host = answering(status(503))
-    store = MemoryStore([*host.urls(50), *good.urls(20)])
+    urls = host.urls(50) * 2
+    store = MemoryStore([*good.urls(20), *urls])
     report, error = ride(store)
     assert error is None
-    tried = {int(path[1:]) for path in host.asked()}
-    assert store.failed() == tried
-    assert (report.embedded, report.failed, report.left) == (20, len(tried), 50 - len(tried))
-    assert len(tried) < 20
-    assert [*report.left_of.values()] == [50 - len(tried)]
+    tried = [20 + n for n, url in enumerate(urls) if url.removeprefix(host.url) in host.asked()]
+    assert len(tried) < 2 * 20
+    assert store.failed() == set(tried)
+    left = 100 - len(tried)
+    assert (report.embedded, report.failed, report.left) == (20, len(tried), left)
+    assert [*report.left_of.values()] == [left]
     assert report.exit_code == 1
 
 
@@ -417,6 +434,43 @@ def hang_until_stopped(handler):
     handler.connection.recv(1)
 
 
+def test_downloads_of_silent_hosts_are_bounded_too(ride, answering, monkeypatch):
+    monkeypatch.setattr(script, "SILENT_SECONDS", 0.1)
+    monkeypatch.setattr(script, "MOST_DOWNLOADS", 6)
+    hosts = [answering(hang_until_stopped) for _ in range(3)]
+    counted = []
+
+    def asked():
+        return sum(len(host.requests) for host in hosts)
+
+    def watch():
+        wait_until(lambda: asked() >= 6)
+        time.sleep(1)  # for more than there should be
+        counted.append(asked())
+        for host in hosts:
+            host.otherwise = answering.ok
+            host.stop()
+            host.start()
+
+    threading.Thread(target=watch).start()
+    report, _ = ride(MemoryStore([url for host in hosts for url in host.urls(4)]))
+    assert (report.embedded, counted) == (12, [6])
+
+
+@pytest.mark.parametrize("what", ["host", "body"])
+def test_a_line_is_judged_by_bodies_alone(ride, answering, monkeypatch, what):
+    runs, whole = [], script.Run.start_find
+    monkeypatch.setattr(script.Run, "start_find", lambda run: (runs.append(run), whole(run)))
+    monkeypatch.setattr(script, "SLOW_SECONDS", 2.0)
+    monkeypatch.setattr(script, "TRIES", 1)
+    if what == "host":
+        host = answering(answering.ok, latency=3.0)
+    else:
+        host = answering(raw(length(9999), b"x", pause=0.2))
+    ride(MemoryStore(host.urls(4)), fetch_seconds=9.0 if what == "host" else 1.0)
+    assert (runs[0].line.window >= 16) == (what == "host")
+
+
 def test_images_of_a_host_that_rests_let_those_behind_them_pass(ride, answering, good, monkeypatch):
     monkeypatch.setattr(script, "PAGE_ROWS", 10)
     host = answering(in_turn(*[status(503, ("Retry-After", "2"))] * 4, answering.ok))
@@ -460,12 +514,12 @@ def test_what_waits_for_hosts_is_bounded(ride, answering, good, monkeypatch):
 
 
 def test_what_waits_is_bounded_by_the_length_of_its_urls_too(ride, good, monkeypatch, photos):
-    monkeypatch.setattr(script, "MOST_WAITING_CHARACTERS", 1)
+    monkeypatch.setattr(script, "MOST_CHARACTERS", 1)
     monkeypatch.setattr(script, "PAGE_ROWS", 5)
     waiting, whole = [], script.Run.start_find
 
     def start_find(self):
-        waiting.append(self.waiting)
+        waiting.append(sum(len(host.queue) for host in self.hosts.values()))
         whole(self)
 
     monkeypatch.setattr(script.Run, "start_find", start_find)
@@ -570,6 +624,45 @@ def test_a_limit_bounds_what_is_asked_for(ride, good):
 
 
 # What ends a run, and what does not
+
+
+def test_a_defect_in_the_loop_ends_the_run_and_what_is_embedded_is_stored(ride, good, monkeypatch):
+    whole = script.Pace.arrived
+
+    def arrived(self, now, seconds):
+        if len(good.requests) > 20:
+            raise OverflowError("a defect")
+        whole(self, now, seconds)
+
+    monkeypatch.setattr(script.Pace, "arrived", arrived)
+    store = MemoryStore(good.urls(60))
+    report, error = ride(store)
+    assert isinstance(error, OverflowError)
+    assert report.embedded == len(store.embedded()) > 0
+
+
+@pytest.mark.parametrize("asked", ["999999999999", "9" * 400, "-5", "nan", "Fri, 31 Dec 9999"])
+def test_an_odd_retry_after_harms_no_other_host(ride, answering, good, asked):
+    host = answering(in_turn(status(503, ("Retry-After", asked)), answering.ok))
+    report, error = ride(MemoryStore([*host.urls(2), *good.urls(20)]))
+    assert error is None
+    assert report.embedded >= 20
+
+
+def test_files_on_a_disk_that_hangs_are_left_and_no_network_is_blamed(ride, tmp_path, quick):
+    paths = [str(tmp_path / f"{number}.jpg") for number in range(30)]
+    store = MemoryStore(paths)
+    store.locate = lambda asset: Source(tmp_path / asset.image, {})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script.Loader, "fetch", never)
+        report, error = ride(store, fetch_seconds=0.2)
+    assert error is None
+    assert report.exit_code == 1
+    assert "of this machine: not complete in time" in "\n".join(report.lines())
+
+
+def never(self, source, deadline):
+    time.sleep(PERSON)
 
 
 def test_numbers_that_are_not_finite_are_the_failure_of_their_image(ride, good, monkeypatch):

@@ -1,4 +1,6 @@
-"""Several workers on one catalog: --shard I/N, and workers that know nothing of each other."""
+"""Several workers on one catalog by --shard I/N: they share it exactly, and an asset stays with its
+shard. (test_soak.py: workers that know nothing of each other.)
+"""
 
 import uuid
 
@@ -63,18 +65,3 @@ def test_a_shard_does_not_depend_on_what_is_pending(stack, numbered):
     some = pending(store)[:40]
     store.save([Embedded(asset, vector(1)) for asset in some])
     assert share(stack, 2) == whole - {asset.id for asset in some}
-
-
-def test_more_shards_than_assets_leave_some_with_nothing(stack, numbered):
-    numbered(1)
-    assert sorted(len(share(stack, part)) for part in (1, 2, 3)) == [0, 0, 1]
-
-
-def test_two_unsharded_workers_at_once_lose_nothing(stack, host, cli, numbered):
-    ids = numbered(150)
-    runs = [run.finish() for run in [cli.start(), cli.start()]]
-    assert [(run.code, run.counts["failed"]) for run in runs] == [(0, 0), (0, 0)]
-    assert stack.embedded() == set(ids)
-    assert [run.counts["left"] for run in runs] == [0, 0]
-    third = cli()
-    assert (third.code, third.counts["attempted"], third.counts["left"]) == (0, 0, 0)

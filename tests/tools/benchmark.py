@@ -7,9 +7,6 @@ Starts the real stack and an image host that answers after 100 ms, and prints fr
        transformers' processor and model, one upsert each), the same with eight downloads at
        once, and ours
     4. a whole folder, from the command's start to its end: ours, fastembed and rclip
-and with --overhead
-    5. the script over the model alone, in turns: with a host 300 ms away and with larger
-       photographs, too
 Figures are medians; contenders take turns, so that a machine's moods hit all of them. Peak memory
 is that of a command's largest process. bfloat16 is left out where the processor has no arithmetic
 for it. On 2 cores 1 to 4 take some six minutes, one or two more with the peers.
@@ -45,7 +42,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the script
 
 import numpy as np
-import psutil
 import torch
 from models import full_model
 from PIL import Image
@@ -55,8 +51,6 @@ import generate_embeddings as script
 
 EAGER = "transformers, float32"
 SEQUENTIAL = "sequential, libraries' defaults"
-ALL_CORES = "ours, float32, one image on all cores"
-EACH_CORE = "ours, float32, one on each core"  # what the script does
 PEERS = Path(script.__file__).parent / ".cache" / "peers" / "bin" / "python"
 NAMES = ["astronaut.png", "chelsea.png", "coffee.png", "china.jpg", "flower.jpg", "rocket.jpg"]
 
@@ -133,13 +127,13 @@ def exported(model):
     return made
 
 
-def time_model(run, batch, lanes, repeats=2):
+def time_model(run, batch, lanes):
     """Milliseconds per image."""
     pixels = np.random.default_rng(0).normal(size=(8, 3, 224, 224)).astype(np.float32)
     torch.set_num_threads(script.cores() // lanes)
     with ThreadPoolExecutor(lanes) as pool:  # new threads: they keep that number
-        jobs = [pixels[:batch]] * lanes * repeats
-        list(pool.map(run, jobs[: 2 * lanes]))  # what oneDNN prepares, it keeps for each thread
+        jobs = [pixels[:batch]] * lanes * 2
+        list(pool.map(run, jobs))  # what oneDNN prepares, it keeps for each thread
         began = time.perf_counter()
         list(pool.map(run, jobs))
         seconds = time.perf_counter() - began
@@ -265,8 +259,7 @@ import os, sys
 sys.path.insert(0, {str(Path(script.__file__).parent)!r})
 import generate_embeddings as script
 if __name__ == "__main__":  # the decoders' processes import this file, too
-    script.Progress.EACH = 1
-    script.Progress.EACH_UNTIL = sys.maxsize
+    script.Progress.LINE_SECONDS = 0.0
     code = script.main()
     sys.stdout.flush()
     os._exit(code)  # as the script itself
@@ -364,47 +357,6 @@ def time_folders(count, rounds, peers):
         print("(fastembed and rclip: requirements-peers.txt says how to have them here)")
 
 
-# ------------------------------------------------------------------ the script over the model
-
-
-CASES = {
-    "1,500 px, host 100 ms away": ({"longer_side": 1500}, 0.1),
-    "1,500 px, host 300 ms away": ({"longer_side": 1500}, 0.3),
-    "4 megapixels, host 100 ms away": ({"megapixels": 4}, 0.1),
-    "12 megapixels, host 100 ms away": ({"megapixels": 12}, 0.1),
-}
-
-
-def time_of_hosts():
-    """Seconds of processor time so far, on each core, of what stands in for other machines: the
-    image host and the gateway (in this process), PostgREST and PostgreSQL."""
-    here = psutil.Process()
-    others = [p for p in psutil.process_iter() if p.name().startswith("postgre")]
-    spent = [process.cpu_times() for process in (here, *others)]
-    return sum(time.user + time.system for time in spent) / script.cores()
-
-
-def time_overhead(stack, host, program, models, count, rounds):
-    """Prints the whole job's time over that of the model alone, measured right before it."""
-    found = {name: [] for name in CASES}
-    for _ in range(rounds):
-        for name, (photos, latency) in CASES.items():
-            alone = [time_model(*models[which], repeats=20) for which in (ALL_CORES, EACH_CORE)]
-            fill(stack, host, jpegs(**photos), count)
-            host.latency = latency
-            before = time_of_hosts()
-            each = time_job(stack, our_job(program))[0]
-            hosts = (time_of_hosts() - before) / len(host.files) * 1000
-            found[name].append((each, hosts, *(each / model for model in alone)))
-    table(
-        "Whole job (default) over the model alone",
-        ["", "ms an image", "hosts' part", "over all cores", "over each core"],
-    )
-    for name, runs in found.items():
-        each, hosts, *ratios = (statistics.median(values) for values in zip(*runs, strict=True))
-        row(name, f"{each:.0f}", f"{hosts:.1f}", *(f"{ratio:.2f}" for ratio in ratios))
-
-
 def time_parts(folder):
     """Prints where an image's time goes, one part at a time, one thread."""
     encode = script.ClipEncoder(script.Settings(clip_model=str(folder))).encode
@@ -421,7 +373,7 @@ def time_parts(folder):
             times = []
             for path in [*host.files] * 3:
                 steps = (
-                    lambda url: fetcher.fetch(script.Place(url, {})),
+                    lambda url: fetcher.fetch(script.Source(url, {}), script.Deadline(30)).data,
                     decoder.decode,
                     lambda levels: script.normalise(levels)[None],
                     encode,
@@ -468,7 +420,6 @@ def main():
     )
     usage.add_argument("--rounds", type=int, default=3, help="runs of each contender (3)")
     usage.add_argument("--model", action="store_true", help="time the model alone")
-    usage.add_argument("--overhead", action="store_true", help="the script over the model, too")
     usage.add_argument(
         "--peers", type=Path, default=PEERS, metavar="PYTHON", help="that has fastembed and rclip"
     )
@@ -487,8 +438,6 @@ def main():
     with Stack() as stack, ImageHost(latency=0.1) as host, tempfile.TemporaryDirectory() as folder:
         stack.reset(old_grants=True)  # the stand-in reads and writes tables
         time_jobs(stack, host, program(folder), count, args.rounds)
-        if args.overhead:
-            time_overhead(stack, host, program(folder), models, count, args.rounds)
     time_folders(args.images, args.rounds, args.peers if args.peers.exists() else None)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"\n(this program itself: {peak:.0f} MB)")

@@ -188,13 +188,13 @@ class Soak:
                     self._act(card, self._one_at_work())
                 elif card in STORMS:
                     self.storm = STORMS[card]
-                    time.sleep(self.rng.uniform(0.5, 2.5))
+                    time.sleep(self.rng.uniform(0.5, 1.5))
                     self.storm = None
                 else:
                     self.parts[card].stop()
                     time.sleep(self.rng.uniform(0.1, 2.5))
                     self.parts[card].start()
-                time.sleep(self.rng.uniform(0.1, 1))
+                time.sleep(self.rng.uniform(0.1, 0.5))
             self._look_at_vectors()
 
     def _act(self, card, key):
