@@ -78,7 +78,7 @@ Where the answers to other questions stand
 What an upgrade of a package may break, as no documentation promises it
     urllib3     connection._new_conn, response_class, pool_classes_by_scheme,
                 util.connection.create_connection (guarded_adapter, Guard)
-    http.client _MAXHEADERS, response.fp (guarded_adapter)
+    http.client _MAXHEADERS, response.fp, _read_and_discard_trailer (guarded_adapter)
     requests    adapter.cert_verify, proxy_manager, utils.select_proxy, utils.get_environ_proxies
                 (Fetcher); brings certifi, which is used here
     huggingface_hub    the cache's layout, `*.incomplete`, tqdm_class, httpx2's errors, the texts of
@@ -336,7 +336,7 @@ class Report:
         self.embedded = 0  # and stored
         self.not_taken = 0  # by the store: changed or gone meanwhile
         self.reasons: Counter[str] = Counter()  # of what failed
-        self.examples: dict[str, list[Asset]] = {}  # by reason
+        self.examples: dict[str, list[str]] = {}  # by reason; assets may hold data: URLs
         self.left_of: Counter[str] = Counter()  # what was not tried, by the host given up
         self.why_left: dict[str, str] = {}  # by the host
         self.started = time.monotonic()
@@ -373,7 +373,7 @@ class Report:
             self.reasons[reason] += 1
             examples = self.examples.setdefault(reason, [])
             if len(examples) < self.MOST_EXAMPLES:
-                examples.append(result.asset)
+                examples.append(str(result.asset))
 
     def leave(self, host: str, reason: str, assets: int) -> None:
         """Takes assets that were not tried, as their host was given up."""
@@ -410,8 +410,8 @@ class Report:
             what_to_do = advice(reason.partition(": ")[2])
             if what_to_do:
                 yield f"          {what_to_do}"
-            for asset in self.examples[reason]:
-                yield f"          {asset}"
+            for example in self.examples[reason]:
+                yield f"          {example}"
         if self.waiting:
             when = f"tried again {from_when(self.status)}; --retry-failed: now"
             yield f"Waiting  {self.waiting:>9,}  failed before, {when}"
@@ -591,12 +591,11 @@ class Source(NamedTuple):
     @property
     def host(self) -> str:
         """The image host; empty for files, data: URLs and what is no URL."""
-        if isinstance(self.where, Path):
+        if isinstance(self.where, Path) or not re.match("(?i)https?://", self.where):
             return ""
+        # As requests reads it: else http://one\@other/ would strain another host than it asks.
         with contextlib.suppress(ValueError):
-            host = urlsplit(self.where[:2000]).netloc.rpartition("@")[2].lower()
-            if re.fullmatch(r"[\w.:\[\]-]+", host):
-                return host
+            return urllib3.util.parse_url(self.where).netloc or ""
         return ""
 
 
@@ -1646,6 +1645,8 @@ class SupabaseStore:
         """As Store says. The key goes to the project's own Storage only, and there to the
         buckets of STORAGE_BUCKETS: whoever may type an image's URL must not read all others."""
         image = asset.image.strip()
+        if image[:5].lower() != "data:":
+            refuse_long(image)
         if len(asset.image) < asset.size // 4:  # a character has at most 4 bytes: it was cut
             raise ImageError(f"{LONG_DATA_URL} ({asset.size // 2**20} MB)")
         if not image:
@@ -1679,7 +1680,7 @@ class SupabaseStore:
             return Source(f"{own}authenticated/{object_path}", headers)
         if access == "public":
             return Source(own + path, {})
-        raise ImageError(f"{PRIVATE_BUCKET} ({bucket})")
+        raise ImageError(f"{PRIVATE_BUCKET} ({shorten(bucket)})")
 
     def save(self, results: list[Result]) -> set[Id]:
         """As Store says."""
@@ -1994,7 +1995,8 @@ class FolderStore:
         if not mine:
             self._explain_nothing(files)
         with self._database() as database:
-            query = "select asset_id, modified, model_version, reason is not null from images"
+            query = """select asset_id, modified, model_version, reason is not null from images
+                where typeof(asset_id) = 'text'"""
             known = {path: KnownImage(*row) for path, *row in database.execute(query)}
             if not self._settings.dry_run:
                 gone = known.keys() - files.keys()
@@ -2237,6 +2239,7 @@ MAX_REDIRECTS = 5
 LONGEST_URL = 2**16  # characters; longer ones no host takes, and to quote them takes memory
 LIVELY_BYTES = 50_000  # arrived bytes that give a download one more second
 DEAD_SECONDS = 2.0  # for an address that does not answer, where its host has others
+A_YEAR = 366 * 86_400.0  # seconds; a date may be of the year 9999, where dates end
 HOSTS_KEPT = 64  # hosts whose connections stay open
 
 # The statuses by which a host says that it did not cope. Every other one is about its image alone:
@@ -2337,7 +2340,7 @@ class Fetcher:
         if b"Bucket not found" in page and url.startswith(self._settings.url):
             path = unquote(url).partition("/public/")[2]
             bucket = path.partition("/")[0]
-            raise ImageError(f"{PRIVATE_BUCKET} ({bucket})")
+            raise ImageError(f"{PRIVATE_BUCKET} ({shorten(bucket)})")
 
 
 class Deadline:
@@ -2439,10 +2442,10 @@ def retry_after(headers: Mapping[str, str]) -> float:
     if re.fullmatch(r"\d{1,9}(\.\d+)?", text, re.ASCII):
         return float(text)
     try:
-        when = parsedate_to_datetime(text).timestamp()
-        return max(0.0, when - time.time())
+        seconds = parsedate_to_datetime(text).timestamp() - time.time()
     except (ValueError, OverflowError):
         return 0.0
+    return min(max(0.0, seconds), A_YEAR)
 
 
 # What goes wrong on the way
@@ -2492,11 +2495,16 @@ def failure_of(error: Exception, deadline: Deadline) -> ImageError:
 # What is no answer of a host
 
 
+def refuse_long(url: str) -> None:
+    """Raises ImageError for a URL that is too long."""
+    if len(url) > LONGEST_URL:
+        raise ImageError(f"{NOT_A_URL} (longer than {LONGEST_URL:,} characters)")
+
+
 def read_url(text: str) -> str:
     """The URL that a text of the catalog is. Raises ImageError with what the text is instead."""
     text = text.strip()
-    if len(text) > LONGEST_URL:
-        raise ImageError(f"{NOT_A_URL} (longer than {LONGEST_URL:,} characters)")
+    refuse_long(text)
     if re.match(r"[\[{]|.*[\s,;|]https?://", text, re.IGNORECASE | re.DOTALL):
         raise ImageError(MANY_URLS)
     if not re.match(r"[\w!+.-]{2,}:(?!\d+/)", text):  # host:80 and C:\ are no schemes
@@ -2653,10 +2661,17 @@ def guarded_adapter(guard: Guard, workers: int) -> requests.adapters.HTTPAdapter
 
     class Answer(http.client.HTTPResponse):
         def begin(self) -> None:
+            self._bounded(super().begin)
+
+        def _read_and_discard_trailer(self) -> None:
+            """The headers behind a body in chunks, which may have no end, either."""
+            self._bounded(super()._read_and_discard_trailer)  # type: ignore[misc]
+
+        def _bounded(self, read: Callable[[], None]) -> None:
             stream = self.fp
             self.fp = Headers(stream)  # type: ignore[assignment]
             try:
-                super().begin()
+                read()
             finally:
                 self.fp = stream
 
@@ -4490,11 +4505,13 @@ def table_beside(page: Path) -> Path:
 def page_file(text: str) -> Path:
     """A flag's path of a page; raises ArgumentTypeError where that, or the table beside it, can't
     be written, or where the table would take the place of somebody's own."""
-    page = full_path(text)
+    page = full_path(str(Path(text).parent)) / Path(text).name
     if page.suffix != ".html":
         raise argparse.ArgumentTypeError(f"{text!r} does not end in .html")
     table = table_beside(page)
     for path in (page, table):
+        if is_link(path):  # somebody else may have made it, and it may lead anywhere
+            raise argparse.ArgumentTypeError(f"'{path}' is a link")
         if path.exists() and not path.is_file():  # a pipe would wait for somebody who reads it
             raise argparse.ArgumentTypeError(f"'{path}' is no file")
         if not os.access(path if path.exists() else path.parent, os.W_OK):

@@ -164,6 +164,13 @@ def test_a_report_says_so_where_all_failed_for_one_reason():
     assert said not in lines("host not found")
 
 
+def test_a_report_keeps_no_data_urls():
+    report = script.Report(Status(1, 0, 0), script.Settings())
+    failed = Failed(Asset(1, "data:" + "x" * 10**6), "decode", "too few pixels (1 x 1)")
+    report.count(failed, taken=True)
+    assert len(str(report.examples)) < 1000
+
+
 @pytest.mark.parametrize(
     ("image", "host"),
     [
@@ -172,6 +179,10 @@ def test_a_report_says_so_where_all_failed_for_one_reason():
         ("data:image/png;base64,AAAA", ""),
         ("folder/a.jpg", ""),
         ("https://[::1/a.jpg", ""),
+        # Nobody names another host than the one that is asked: that one would be given up.
+        ("https://one.example\\@shop.example/a.jpg", "one.example"),
+        (f"https://{'u' * 1980}@shop.example.one.example/a.jpg", "shop.example.one.example"),
+        ("https://SHOP.example/a.jpg", "shop.example"),
     ],
 )
 def test_the_host_of_an_image_is_whom_its_url_leads_to(image, host):

@@ -573,6 +573,14 @@ def test_an_image_that_is_not_to_be_had_is_said_to_be(image, reason):
     assert str(error.value) == reason
 
 
+@pytest.mark.parametrize("path", ["shop/" + "%" * 10**6, "b" * 60_000])
+def test_a_long_storage_path_is_refused_in_few_words(path):
+    """To unquote 8 MB of percent signs takes 1.4 GB and 20 s, in the loop."""
+    with pytest.raises(script.ImageError) as refused:
+        project_store("shop").locate(script.Asset(1, f"{OBJECTS}/{path}"))
+    assert len(str(refused.value)) < 200
+
+
 KEY = "sb_secret_x"
 
 
