@@ -78,7 +78,7 @@ Where the answers to other questions stand
 What an upgrade of a package may break, as no documentation promises it
     urllib3     connection._new_conn, response_class, pool_classes_by_scheme,
                 util.connection.create_connection (guarded_adapter, Guard)
-    http.client _MAXHEADERS, response.fp (guarded_adapter)
+    http.client _MAXHEADERS, response.fp, _read_and_discard_trailer (guarded_adapter)
     requests    adapter.cert_verify, proxy_manager, utils.select_proxy, utils.get_environ_proxies
                 (Fetcher); brings certifi, which is used here
     huggingface_hub    the cache's layout, `*.incomplete`, tqdm_class, httpx2's errors, the texts of
@@ -164,7 +164,7 @@ from functools import cached_property, lru_cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple, Protocol, TypeVar
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
 INSTALL = (
@@ -316,7 +316,7 @@ def say_what_would_be_done(store: Store, settings: Settings, report: Report) -> 
 
 
 class Report:
-    """The counts of a run. An asset was attempted once the store took or refused its result.
+    """The counts of a run. An asset was attempted once the store took its result.
 
     Always: attempted == embedded + failed.
     """
@@ -331,12 +331,12 @@ class Report:
         if not settings.retry_failed:
             self.waiting = status.waiting
         self.pending = status.assets - status.done - self.waiting  # to be tried now
-        self.found = 0  # pending assets that came by
+        self.found = 0  # pending assets that the store handed out
         self.found_all = False
         self.embedded = 0  # and stored
         self.not_taken = 0  # by the store: changed or gone meanwhile
         self.reasons: Counter[str] = Counter()  # of what failed
-        self.examples: dict[str, list[Asset]] = {}  # by reason
+        self.examples: dict[str, list[str]] = {}  # by reason; assets may hold data: URLs
         self.left_of: Counter[str] = Counter()  # what was not tried, by the host given up
         self.why_left: dict[str, str] = {}  # by the host
         self.started = time.monotonic()
@@ -351,7 +351,7 @@ class Report:
 
     @property
     def left(self) -> int:
-        """Assets that were to be tried, and were not, or came to nothing."""
+        """Pending assets without a result: not reached, of a host given up, or changed."""
         known = self.found
         if not self.found_all:
             known = max(self.pending, self.found)
@@ -373,7 +373,7 @@ class Report:
             self.reasons[reason] += 1
             examples = self.examples.setdefault(reason, [])
             if len(examples) < self.MOST_EXAMPLES:
-                examples.append(result.asset)
+                examples.append(str(result.asset))
 
     def leave(self, host: str, reason: str, assets: int) -> None:
         """Takes assets that were not tried, as their host was given up."""
@@ -410,8 +410,8 @@ class Report:
             what_to_do = advice(reason.partition(": ")[2])
             if what_to_do:
                 yield f"          {what_to_do}"
-            for asset in self.examples[reason]:
-                yield f"          {asset}"
+            for example in self.examples[reason]:
+                yield f"          {example}"
         if self.waiting:
             when = f"tried again {from_when(self.status)}; --retry-failed: now"
             yield f"Waiting  {self.waiting:>9,}  failed before, {when}"
@@ -591,12 +591,11 @@ class Source(NamedTuple):
     @property
     def host(self) -> str:
         """The image host; empty for files, data: URLs and what is no URL."""
-        if isinstance(self.where, Path):
+        if isinstance(self.where, Path) or not re.match("(?i)https?://", self.where):
             return ""
+        # As requests reads it: else http://one\@other/ would strain another host than it asks.
         with contextlib.suppress(ValueError):
-            host = urlsplit(self.where[:2000]).netloc.rpartition("@")[2]
-            if re.fullmatch(r"[\w.:\[\]-]+", host):
-                return host
+            return urllib3.util.parse_url(self.where).netloc or ""
         return ""
 
 
@@ -836,9 +835,10 @@ def counted(count: int, noun: str) -> str:
 
 # ============================================================================== The run
 
-# A core embeds 10 (float32) to 40 images/s, more in batches; a host 300 ms away gives a download 3
+# A core embeds 10 (float32) to 40 images/s, more in batches. A connection to a host that is 300 ms
+# away brings 3 images/s.
 WORKERS_PER_CORE = 8
-MOST_WORKERS = 64  # downloads from one host; more few hosts like
+MOST_WORKERS = 64  # downloads from one host; few hosts like more
 MOST_DOWNLOADS = 64  # from all hosts together
 FIRST_WINDOW = 4  # downloads from a host that nothing is known of
 FIRST_WINDOW_OF_LINE = 16  # downloads from all hosts, until it is known what the line carries
@@ -847,16 +847,17 @@ SLOW_SECONDS = 8.0  # one that takes more for fewer
 TRIES = 4  # at one image, in a run
 PATIENT_STRAINS = 6  # in a row,
 PATIENT_SECONDS = 60.0  # and so long without an image: a host is given up
-LONGEST_REST = 900.0  # seconds that a host may ask for, until it sends an image
+LONGEST_REST = 900.0  # seconds of rest that a host may ask for in all, since its last image
 SILENT_SECONDS = 2.0  # a download that has brought nothing for so long does not use the line
 
 PAGE_ROWS = 250  # assets to a page
-MOST_WAITING = 20_000  # images that wait for their hosts
-MOST_WAITING_CHARACTERS = 2**25  # of their URLs, some of which are data: URLs
+MOST_WAITING = 20_000  # assets in work, most of which wait for their hosts
+MOST_CHARACTERS = 2**25  # of the URLs that wait, some of which are data: URLs
 WRITE_ROWS = 50  # results to a call: at a million rows far below the timeout of 8 s
-WRITE_SECONDS = 2.0  # a result waits no longer, but for the batch before its own
+WRITE_SECONDS = 2.0  # a result waits so long at most, and for the batch before it
 RESULTS_WAITING = 20_000  # 50 MB; more than a run embeds while it waits for a database
 RESULTS_KEPT = 10_000  # 20 MB: of images that further assets may share
+LONGEST_SHARED = 2000  # characters of a URL that is kept for that
 POLL_SECONDS = 0.2  # how soon Ctrl-C is noticed
 ECHO_SECONDS = 0.5  # signals that are this close count as one: timeout(1) sends each of its twice
 BACKGROUND_THREADS = 9999  # without end: a download that hangs keeps its thread
@@ -886,8 +887,10 @@ class Job:
 
     source: Source
     assets: list[Asset]
-    tries: int = 0  # that met strain
     since: float = 0.0  # when the last try began
+    tries: int = 0  # that met strain, but for those that were told to wait
+    strain: Strain | None = None  # the last one,
+    images_before: int = 0  # and how many images its host had sent by then
     pixels: np.ndarray | None = None  # while they wait for the model
     result: Result | None = None  # of the first asset, as soon as there is one
 
@@ -899,9 +902,12 @@ class Pace:
     and by one a round above it. Strain halves it, and puts the threshold there, once for all
     downloads that were under way by then. Three strains in a row, or one in a window below three,
     leave one download at a time, with rests of 1, 2, 4, 8 and 16 s. A host that asks for a rest
-    (Retry-After) gets that instead. tests/test_pace.py holds this against the habits of hosts.
+    (Retry-After) gets that instead. It is given up after PATIENT_STRAINS in a row and
+    PATIENT_SECONDS without an image. Rests that it asked for don't count, unless it asks again and
+    again; in all they come to LONGEST_REST at most. tests/test_pace.py holds this against the habits of hosts.
 
-    Times are those of time.monotonic().
+    Times are those of time.monotonic(). What a 503 with Retry-After: 5 does: the window is halved,
+    no download of the host starts for 5 s, and Run puts the image at the end of its queue.
     """
 
     def __init__(self, window: int, most: int) -> None:
@@ -912,7 +918,8 @@ class Pace:
         self.given_up = False
         self._halved = 0.0  # when it was, the last time
         self._fastest = math.inf  # seconds of an image
-        self._strains = 0  # in a row
+        self._strains = 0  # in a row, in so many
+        self._rounds = 0  # rounds: those of one moment count as one
         self._row_began = 0.0
         self._rests = 0  # of our own, within the row
         self._rested = False  # since the window was halved
@@ -921,6 +928,7 @@ class Pace:
     def arrived(self, now: float, seconds: float) -> None:
         """An image came, after so many seconds."""
         self._strains = 0
+        self._rounds = 0
         self._rests = 0
         self._asked_for = 0.0
         self._fastest = min(self._fastest, seconds)
@@ -937,6 +945,7 @@ class Pace:
         self._strains += 1
         narrow = self.window < 3
         if self.slow_down(now, since):
+            self._rounds += 1
             self._rested = False
         if rest:
             until = now + rest
@@ -951,13 +960,15 @@ class Pace:
         else:
             until = now
         self.rest_until = max(self.rest_until, until)
-        patience = PATIENT_SECONDS + self._asked_for
+        patience = PATIENT_SECONDS
+        if self._rounds < PATIENT_STRAINS:
+            patience += self._asked_for
         if self._strains >= PATIENT_STRAINS and now - self._row_began > patience:
             self.given_up = True
 
     def slow_down(self, now: float, since: float) -> bool:
-        """Halves the window, unless it was halved after the download that tells this began.
-        Returns whether it did."""
+        """Halves the window, unless it was halved since the download at fault began. Returns
+        whether it did."""
         if since < self._halved:
             return False
         self.window = max(1.0, self.window / 2)
@@ -973,8 +984,9 @@ class Host:
         self.name = name
         self.pace = Pace(FIRST_WINDOW, most)
         self.queue: deque[Job] = deque()
+        self.label = name or "this machine"
         self.downloads = 0  # under way
-        self.sent_an_image = False
+        self.images = 0  # that it sent
         self.reason = ""  # of the last strain
 
     def may_start(self, now: float) -> bool:
@@ -989,7 +1001,8 @@ class Run:
 
     Each host has a queue and a Pace, and the line to the internet has a Pace, too: a host that is
     slow, or rests, delays its own images alone. An image that met strain goes to the end of its
-    host's queue, and has failed after TRIES tries; one that a Retry-After answered does not count.
+    host's queue, and has failed after TRIES tries. One that a Retry-After answered does not count,
+    unless the host then goes on with other images. Images that share a URL are loaded once.
     On CPUs each core embeds a batch of its own in one thread: threads that share an image wait for
     each other at every layer.
 
@@ -998,19 +1011,19 @@ class Run:
         somebody stops it (Stop): exit code 130, 143 or 129, whatever else went wrong;
         any step raises RunError, or find, embed, store or the model anything else (in fetch and
             decode anything else is that asset's failure): exit code 2;
-        all hosts were given up, and none ever sent an image: exit code 2.
+    A run in which all hosts were given up, and none ever sent an image, has exit code 2, too.
     At its end the code is 1 if images failed, or were left for the sake of a host that was given
     up, else 0.
 
-    What bounds memory, in MB, with D downloads at once (--workers of one host, MOST_DOWNLOADS of
-    all) and C cores (D is 16 and C is 2 on a small machine):
-        400             Python, its packages and what they keep
-        350             the model (float32)
-        50 D + 100 C    files: those under way, and 2 C that wait for a decoder (MAX_BYTES each)
+    What bounds memory, in MB, with C cores, B images to a batch, and D downloads at once: D is
+    --workers (8 C) where all images are of one host, and MOST_DOWNLOADS for many hosts
+        750             Python with its packages (400), and the model in float32 (350)
+        50 D + 100 C    files: under way, and 2 C that wait for a decoder, MAX_BYTES each
         DECODE_MB C     decoders, each a process of its own (Linux)
-        0.6 (3 D + 4 C B)   pixels that wait for the model, B to a batch
-        120             results, images that wait for their hosts, results that are kept
-    Not bounded: a folder's list of files, the hosts' names, and the Report's reasons.
+        0.6 (8 C + 2 C B)   pixels that wait for the model
+        120             results, assets that wait for their hosts, results that are kept
+    Files of that size are rare: photographs of 1 MB make it 750 + D + 4 C in the place of the first
+    two. Not bounded: a folder's list of files, the hosts' names, and the Report's reasons.
     """
 
     def __init__(self, store: Store, settings: Settings, report: Report, stop: Stop) -> None:
@@ -1026,8 +1039,8 @@ class Run:
         self.line = Pace(FIRST_WINDOW_OF_LINE, MOST_DOWNLOADS)
         self.hosts: dict[str, Host] = {}
         self.turns: deque[Host] = deque()  # hosts with images that wait, next one first
-        self.waiting = 0  # images, of all hosts,
-        self.waiting_characters = 0  # and the length of their URLs
+        self.characters = 0  # of the URLs that wait there
+        self.without_result = 0  # assets that were found, and neither have a result nor are left
         self.jobs: dict[str, Job] = {}  # by URL: those that further assets may share,
         self.kept: deque[str] = deque()  # of which these have a result, oldest first
         self.ready: list[Job] = []  # to be embedded
@@ -1051,10 +1064,11 @@ class Run:
                     self.start_find()
                     self.start_embeds()
                 self.start_store()
-                if not self.under_way(*self.awaited) and (self.ending or not self.waiting):
+                if not self.under_way(*self.awaited) and (self.ending or not self.turns):
                     break
                 self.take_what_finished()
                 self.give_up_what_hangs()
+        self.check_network()
         if self.trouble:
             raise self.trouble
 
@@ -1091,13 +1105,16 @@ class Run:
         if task is None:
             return  # it was given up before
         error = future.exception()
-        if isinstance(error, Exception):
-            task.fail(error)
-        else:
-            task.take(future.result())
+        try:
+            if isinstance(error, Exception):
+                task.fail(error)
+            else:
+                task.take(future.result())
+        except Exception as defect:  # ours, which shall cost nothing that is embedded
+            self.end(defect)
 
     def give_up_what_hangs(self) -> None:
-        """For what no deadline further down covers: headers that drip, a dead file system."""
+        """Gives up tasks that no time-out of a socket can end: headers that drip, a dead disk."""
         for future, task in list(self.tasks.items()):
             if task.deadline and task.deadline.overdue:
                 del self.tasks[future]
@@ -1119,12 +1136,13 @@ class Run:
         self.progress.restart_clock()
 
     def start_find(self) -> None:
-        """Finds more while little waits, or while there is room for downloads of other hosts than
-        those that wait."""
+        """Finds more while few assets are in work, or while there is room for downloads from other
+        hosts than those that are waited for."""
         if self.report.found_all or self.report.found >= self.limit or self.under_way("find"):
             return
         most = MOST_WAITING if self.room_for_fetches() > 0 else PAGE_ROWS
-        if self.waiting < most and self.waiting_characters < MOST_WAITING_CHARACTERS:
+        room_for_results = len(self.results) < RESULTS_WAITING
+        if self.without_result < most and self.characters < MOST_CHARACTERS and room_for_results:
             task = self.ask_store("find", self.take_page, self.end)
             self.start(task, next, self.pages, None)
 
@@ -1134,6 +1152,7 @@ class Run:
             return
         wanted = page[: self.limit - self.report.found]
         self.report.found += len(wanted)
+        self.without_result += len(wanted)
         for asset in wanted:
             self.take_asset(asset)
 
@@ -1152,7 +1171,7 @@ class Run:
             job.assets.append(asset)
         else:
             job = Job(source, [asset])
-            if isinstance(source.where, str) and len(url) < LONGEST_ADDRESS:
+            if isinstance(source.where, str) and len(url) < LONGEST_SHARED:
                 self.jobs[url] = job
             self.put_into_queue(job)
 
@@ -1172,21 +1191,19 @@ class Run:
         if not host.queue:
             self.turns.append(host)
         host.queue.append(job)
-        self.waiting += 1
-        self.waiting_characters += len(job.assets[0].image)
+        self.characters += len(job.assets[0].image)
 
     def take_from_queue(self, host: Host) -> Job:
         job = host.queue.popleft()
-        self.waiting -= 1
-        self.waiting_characters -= len(job.assets[0].image)
+        self.characters -= len(job.assets[0].image)
         return job
 
     def room_for_fetches(self) -> int:
         """How many more images may be fetched now, whichever host they are of."""
-        pixels = len(self.ready) + sum(task.images for task in self.under_way("embed"))
-        most_pixels = self.settings.workers + 2 * self.lanes * self.settings.batch_size
+        decoded = len(self.ready) + sum(task.images for task in self.under_way("embed"))
         files = len(self.under_way("decode"))
-        if pixels + files >= most_pixels or files >= 2 * self.lanes:
+        most = self.settings.workers + 2 * self.lanes * self.settings.batch_size
+        if decoded + files >= most or files >= 2 * cores():
             return 0
         if len(self.results) >= RESULTS_WAITING:
             return 0
@@ -1223,7 +1240,7 @@ class Run:
 
     def take_download(self, job: Job, host: Host, download: Download) -> None:
         host.downloads -= 1
-        host.sent_an_image = True
+        host.images += 1
         now = time.monotonic()
         host.pace.arrived(now, download.seconds)
         self.line.arrived(now, download.body_seconds)
@@ -1246,55 +1263,62 @@ class Run:
         """The image is tried again later, and its host gets fewer downloads, or rests."""
         pace = host.pace
         now = time.monotonic()
-        given_up_before = pace.given_up
         known_rest = pace.rest_until
+        known_given_up = pace.given_up
         pace.strained(now, job.since, strain.rest)
         if strain.first_byte is not None:
             self.line.slow_down(now, strain.first_byte)
         host.reason = str(strain)
         if strain.rest:
             host.reason = f"{strain}, asked to wait until {clock(now + strain.rest)}"
-        if not strain.rest:
+        # A host that goes on with others after its rest means this image.
+        if not strain.rest or (job.strain and host.images > job.images_before):
             job.tries += 1
-        if job.tries == TRIES or (job.tries and pace.given_up):
+        job.strain = strain
+        job.images_before = host.images
+        if job.tries == TRIES:
             self.take_failure(job, "fetch", strain)
         else:
             self.put_into_queue(job)
-        if pace.given_up:
-            if not given_up_before:
-                self.give_up(host)
+        if pace.given_up and not known_given_up:
+            self.give_up(host)
         elif pace.rest_until >= max(known_rest, now) + 1:
-            log.info("%s rests until %s: %s", host.name, clock(pace.rest_until), strain)
+            log.info("%s rests until %s: %s", host.label, clock(pace.rest_until), strain)
 
     def give_up(self, host: Host) -> None:
-        """What was tried of a host has failed; the rest is left."""
-        if host in self.turns:
+        """Images that were tried count as failed, the others are left."""
+        log.warning("%s is given up for this run: %s", host.label, host.reason)
+        if host.queue:
             self.turns.remove(host)
         while host.queue:
-            job = self.take_from_queue(host)
-            if job.tries:
-                self.take_failure(job, "fetch", Strain(host.reason))
-            else:
-                self.leave(job, host)
-        log.warning("%s is given up for this run: %s", host.name, host.reason)
-        hosts = [known for known in self.hosts.values() if known.name]
-        all_given_up = all(known.pace.given_up for known in hosts)
-        if all_given_up and not any(known.sent_an_image for known in hosts):
+            self.leave(self.take_from_queue(host), host)
+
+    def leave(self, job: Job, host: Host) -> None:
+        """Ends the work at an image of a host that was given up. One that was not tried, or only
+        told to wait, is left for the next run, with nothing noted."""
+        if job.tries:
+            self.take_failure(job, "fetch", job.strain or ImageError(host.reason))
+            return
+        self.jobs.pop(str(job.source.where), None)
+        self.without_result -= len(job.assets)
+        self.report.leave(host.label, host.reason, len(job.assets))
+
+    def check_network(self) -> None:
+        """Where all hosts were given up, and none ever sent an image, the network is gone."""
+        hosts = [host for host in self.hosts.values() if host.name]
+        gone = hosts and all(host.pace.given_up and not host.images for host in hosts)
+        if gone and self.report.found_all:
+            last = hosts[-1]
             self.end(
                 RunError(
-                    f"no image came from any host (the last was {host.name}: {host.reason}): "
+                    f"no image came from any host (the last was {last.name}: {last.reason}): "
                     "check this machine's network, then run again"
                 )
             )
 
-    def leave(self, job: Job, host: Host) -> None:
-        """Leaves an image for the next run, for its host's sake, with nothing noted."""
-        self.jobs.pop(str(job.source.where), None)
-        self.report.leave(host.name, host.reason, len(job.assets))
-
     def take_failure(self, job: Job, stage: str, error: Exception) -> None:
-        """Makes an error the failure of an image; RunError ends the run instead. What nobody
-        foresaw is a defect of ours, and not the image's."""
+        """Makes an error the failure of an image; RunError ends the run instead. An error that
+        nobody foresaw is noted, too, with its traceback at -v."""
         if isinstance(error, RunError):
             self.end(error)
             return
@@ -1302,7 +1326,7 @@ class Run:
         reason = str(error)
         if not isinstance(error, ImageError):
             log.debug("%s", first, exc_info=error)
-            reason = f"unexpected {type(error).__name__}"
+            reason = f"{DEFECT} ({type(error).__name__})"
         self.finish(job, Failed(first, stage, reason))
 
     # Embed
@@ -1311,7 +1335,7 @@ class Run:
         """Gives each lane a batch, and one to follow it. A batch that is not full is started only
         while no other is under way, or of the run's last images, which the lanes share."""
         size = self.settings.batch_size
-        if not self.waiting and not self.under_way("find", "fetch", "decode"):
+        if not self.turns and not self.under_way("find", "fetch", "decode"):
             share = math.ceil(len(self.ready) / self.lanes)
             size = max(1, min(size, share))
         while self.encoder and self.ready:
@@ -1347,6 +1371,7 @@ class Run:
 
     def take_result(self, result: Result) -> None:
         self.results.append(result)
+        self.without_result -= 1
         failed = isinstance(result, Failed)
         if failed:
             log.debug("%s: %s", result.asset, result)
@@ -1443,7 +1468,7 @@ class Progress:
             return
         self._line_due = now + self.LINE_SECONDS
         rate = self._done / max(0.001, now - self._since)
-        left = timedelta(seconds=math.ceil((self._goal - self._done) / rate))
+        left = timedelta(seconds=math.ceil(max(0, self._goal - self._done) / rate))
         log.info(
             f"{self._done:,}/{self._goal:,} done, {self._failed:,} failed, "
             f"{rate:.1f} images/s, {left} left"
@@ -1498,7 +1523,7 @@ NEW_KEY = "copy a secret key (sb_secret_...) from the dashboard, Settings > API 
 PASSING = re.compile(r"5\d\d|408|425|429|PGRST00\d|(08|40|53|57)...|55P03|XX000")
 TOO_LONG = "57014"  # passes, too; but a search that took too long would do so again
 SEARCHES = ("match_products", "similar_products", "duplicate_products", "embedding_copies")
-VANISHED = "23503"  # a product was deleted in the very moment; passes, but not for ever
+VANISHED = "23503"  # a product was deleted in that very moment: tried again, but not for ever
 # What the others mean. {said} are the database's own words.
 TROUBLES = {
     **dict.fromkeys(
@@ -1525,6 +1550,8 @@ NO_API = "{url} answers with HTTP {code}, {said}: check SUPABASE_URL"
 
 OBJECTS = "/storage/v1/object/"
 STORAGE = (OBJECTS, "/storage/v1/render/image/")  # an image that begins so is the project's own
+
+Read = TypeVar("Read")  # an answer of the database, as it was read
 
 
 class SupabaseStore:
@@ -1562,9 +1589,7 @@ class SupabaseStore:
     def status(self) -> Status:
         """As Store says. Checks that schema.sql is of this version, and that the client is
         there."""
-        status: Status = self._call(
-            "embedding_status", self._read_status, **self._catalog, **self._part
-        )
+        status = self._call("embedding_status", self._read_status, **self._catalog, **self._part)
         self._seconds = self._settings.db_retry_seconds
         return status
 
@@ -1620,6 +1645,8 @@ class SupabaseStore:
         """As Store says. The key goes to the project's own Storage only, and there to the
         buckets of STORAGE_BUCKETS: whoever may type an image's URL must not read all others."""
         image = asset.image.strip()
+        if image[:5].lower() != "data:":
+            refuse_long(image)
         if len(asset.image) < asset.size // 4:  # a character has at most 4 bytes: it was cut
             raise ImageError(f"{LONG_DATA_URL} ({asset.size // 2**20} MB)")
         if not image:
@@ -1653,7 +1680,7 @@ class SupabaseStore:
             return Source(f"{own}authenticated/{object_path}", headers)
         if access == "public":
             return Source(own + path, {})
-        raise ImageError(f"{PRIVATE_BUCKET} ({bucket})")
+        raise ImageError(f"{PRIVATE_BUCKET} ({shorten(bucket)})")
 
     def save(self, results: list[Result]) -> set[Id]:
         """As Store says."""
@@ -1673,26 +1700,22 @@ class SupabaseStore:
                 raise ValueError
             return set(answer["taken"])
 
-        taken: set[Id] = self._call(
+        return self._call(
             "store_embeddings",
             read,
             model_version=self._settings.model_version,
             vectors=vectors,
             failures=failures,
         )
-        return taken
 
     def search(self, vector: np.ndarray, wanted: int) -> list[Match]:
         """As Store says; the database gives 1,000 at most."""
         question = {"query_embedding": vector_text(vector), "match_count": wanted}
-        matches: list[Match] = self._call(
-            "match_products", read_matches, **question, **self._catalog
-        )
-        return matches
+        return self._call("match_products", read_matches, **question, **self._catalog)
 
     def catalog(self) -> Catalog:
         """As Store says; asked in pieces, each of which fits into the time of one call."""
-        embedded = self.status().done
+        embedded = self._call("embedding_status", self._read_status, **self._catalog).done
         pairs, sought_among = self._call(
             "embedding_copies", read_copies, min_similarity=SAME, **self._catalog
         )
@@ -1719,27 +1742,21 @@ class SupabaseStore:
         return pairs, embedded
 
     def _samples(self) -> list[Sample]:
-        """Some products, of as many clients as possible, each with those nearest to it. Chance
-        asks for them: these are the nearest to random vectors."""
-        chance = np.random.default_rng(0)  # the same for each page
-        chosen: dict[Id, Picture] = {}
+        """Some products, of as many clients as possible, each with those nearest to it, without
+        copies of it. They are what is found by random vectors."""
+        random_vectors = np.random.default_rng(0).standard_normal((SAMPLES, DIMENSIONS))
         clients: Counter[str] = Counter()
-        for _ in range(SAMPLES):
-            found = [match.picture for match in self.search(chance.standard_normal(512), SAMPLES)]
-            fresh = [picture for picture in found if picture.id not in chosen]
+        samples: dict[Id, Sample] = {}
+        question = {"client": self._settings.client, "match_count": 6, "max_similarity": SAME}
+        for vector in random_vectors:
+            found = [match.picture for match in self.search(vector, SAMPLES)]
+            fresh = [picture for picture in found if picture.id not in samples]
             if fresh:
-                picture = min(fresh, key=lambda picture: clients[picture.client])
-                chosen[picture.id] = picture
-                clients[picture.client] += 1
-        return [Sample(picture, self._nearest(picture)) for picture in chosen.values()]
-
-    def _nearest(self, picture: Picture) -> list[Match]:
-        """The pictures most like one, without copies of it."""
-        question = {"asset_id": picture.id, "match_count": 6, "max_similarity": SAME}
-        nearest: list[Match] = self._call(
-            "similar_products", read_matches, client=self._settings.client, **question
-        )
-        return nearest
+                one = min(fresh, key=lambda picture: clients[picture.client])
+                clients[one.client] += 1
+                near = self._call("similar_products", read_matches, asset_id=one.id, **question)
+                samples[one.id] = Sample(one, near)
+        return list(samples.values())
 
     def _typical(self, ids: list[Id]) -> float | None:
         """The median cosine of some products, which have little in common."""
@@ -1765,17 +1782,17 @@ class SupabaseStore:
             if last is not None:
                 query = query.gt("asset_id", last)
             query = query.order("asset_id").limit(FAILURES_AT_ONCE)
-            page: list[FailedPicture] = self._ask("embedding_failures", query, read)
+            page = self._ask("embedding_failures", query, read)
             if not page:  # a shorter one may be cut by the API
                 return
             yield from page
             last = page[-1].picture.id
 
-    def _call(self, function: str, read: Callable[[Any], Any], **arguments: Any) -> Any:
-        """What a function of schema.sql answers, see _ask."""
+    def _call(self, function: str, read: Callable[[Any], Read], **arguments: Any) -> Read:
+        """What a function of schema.sql answers: see _ask."""
         return self._ask(function, self._database.rpc(function, arguments), read)
 
-    def _ask(self, name: str, query: Any, read: Callable[[Any], Any]) -> Any:
+    def _ask(self, name: str, query: Any, read: Callable[[Any], Read]) -> Read:
         """The answer to a query as `read` takes it; asked again, with backoff, while trouble may
         pass. What `read` can't make sense of is no answer. Raises RunError."""
         import httpx
@@ -1801,7 +1818,8 @@ class SupabaseStore:
                 patience = min(patience, STOP_SECONDS)
             left = started + patience - time.monotonic()
             if left <= 0:
-                raise RunError(f"{SILENCE} for {patience:.0f} s ({trouble}): {CHECK_URL}")
+                waited = time.monotonic() - started
+                raise RunError(f"{SILENCE} for {waited:.0f} s ({trouble}): {CHECK_URL}")
             log.info("database: %s; trying again", trouble)
             pause = 2 ** min(attempt, 4) * random.uniform(0.25, 0.5)
             time.sleep(min(pause, left))
@@ -1977,7 +1995,8 @@ class FolderStore:
         if not mine:
             self._explain_nothing(files)
         with self._database() as database:
-            query = "select asset_id, modified, model_version, reason is not null from images"
+            query = """select asset_id, modified, model_version, reason is not null from images
+                where typeof(asset_id) = 'text'"""
             known = {path: KnownImage(*row) for path, *row in database.execute(query)}
             if not self._settings.dry_run:
                 gone = known.keys() - files.keys()
@@ -2220,6 +2239,7 @@ MAX_REDIRECTS = 5
 LONGEST_URL = 2**16  # characters; longer ones no host takes, and to quote them takes memory
 LIVELY_BYTES = 50_000  # arrived bytes that give a download one more second
 DEAD_SECONDS = 2.0  # for an address that does not answer, where its host has others
+A_YEAR = 366 * 86_400.0  # seconds; a date may be of the year 9999, where dates end
 HOSTS_KEPT = 64  # hosts whose connections stay open
 
 # The statuses by which a host says that it did not cope. Every other one is about its image alone:
@@ -2320,7 +2340,7 @@ class Fetcher:
         if b"Bucket not found" in page and url.startswith(self._settings.url):
             path = unquote(url).partition("/public/")[2]
             bucket = path.partition("/")[0]
-            raise ImageError(f"{PRIVATE_BUCKET} ({bucket})")
+            raise ImageError(f"{PRIVATE_BUCKET} ({shorten(bucket)})")
 
 
 class Deadline:
@@ -2419,13 +2439,13 @@ def next_url(answer: requests.Response) -> str:
 def retry_after(headers: Mapping[str, str]) -> float:
     """The seconds that Retry-After asks for, as a number or a date; 0 where it makes no sense."""
     text = headers.get("Retry-After", "")
-    if re.fullmatch(r"\d+(\.\d+)?", text, re.ASCII):
+    if re.fullmatch(r"\d{1,9}(\.\d+)?", text, re.ASCII):
         return float(text)
     try:
-        when = parsedate_to_datetime(text).timestamp()
-        return max(0.0, when - time.time())
+        seconds = parsedate_to_datetime(text).timestamp() - time.time()
     except (ValueError, OverflowError):
         return 0.0
+    return min(max(0.0, seconds), A_YEAR)
 
 
 # What goes wrong on the way
@@ -2475,11 +2495,16 @@ def failure_of(error: Exception, deadline: Deadline) -> ImageError:
 # What is no answer of a host
 
 
+def refuse_long(url: str) -> None:
+    """Raises ImageError for a URL that is too long."""
+    if len(url) > LONGEST_URL:
+        raise ImageError(f"{NOT_A_URL} (longer than {LONGEST_URL:,} characters)")
+
+
 def read_url(text: str) -> str:
     """The URL that a text of the catalog is. Raises ImageError with what the text is instead."""
     text = text.strip()
-    if len(text) > LONGEST_URL:
-        raise ImageError(f"{NOT_A_URL} (longer than {LONGEST_URL:,} characters)")
+    refuse_long(text)
     if re.match(r"[\[{]|.*[\s,;|]https?://", text, re.IGNORECASE | re.DOTALL):
         raise ImageError(MANY_URLS)
     if not re.match(r"[\w!+.-]{2,}:(?!\d+/)", text):  # host:80 and C:\ are no schemes
@@ -2636,10 +2661,17 @@ def guarded_adapter(guard: Guard, workers: int) -> requests.adapters.HTTPAdapter
 
     class Answer(http.client.HTTPResponse):
         def begin(self) -> None:
+            self._bounded(super().begin)
+
+        def _read_and_discard_trailer(self) -> None:
+            """The headers behind a body in chunks, which may have no end, either."""
+            self._bounded(super()._read_and_discard_trailer)  # type: ignore[misc]
+
+        def _bounded(self, read: Callable[[], None]) -> None:
             stream = self.fp
             self.fp = Headers(stream)  # type: ignore[assignment]
             try:
-                super().begin()
+                read()
             finally:
                 self.fp = stream
 
@@ -3082,7 +3114,9 @@ class Decoder:
     def decode(self, data: bytes) -> np.ndarray:
         """The levels (224, 224, 3) of an image file. Raises ImageError, and RunError where no
         process can be started."""
-        process = self._process or started_decoder()
+        process = self._process
+        if not process or process.poll() is not None:  # it may have died meanwhile
+            process = started_decoder()
         self._process = None  # an answer that was not read whole would be the next image's
         try:
             levels = levels_in(answer_to(data, process))
@@ -3185,6 +3219,8 @@ def serve_as_decoder() -> int:
     # Fails where ulimit -v leaves less than an image may take.
     bytes(DECODE_MB * 2**20)
     load_codecs()
+    with contextlib.suppress(OSError):  # where memory is short, Linux ends a decoder, not the run
+        Path("/proc/self/oom_score_adj").write_text("1000")
     answers = os.fdopen(os.dup(1), "wb")
     for stream in (1, 2):  # where libraries print
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
@@ -4469,11 +4505,13 @@ def table_beside(page: Path) -> Path:
 def page_file(text: str) -> Path:
     """A flag's path of a page; raises ArgumentTypeError where that, or the table beside it, can't
     be written, or where the table would take the place of somebody's own."""
-    page = full_path(text)
+    page = full_path(str(Path(text).parent)) / Path(text).name
     if page.suffix != ".html":
         raise argparse.ArgumentTypeError(f"{text!r} does not end in .html")
     table = table_beside(page)
     for path in (page, table):
+        if is_link(path):  # somebody else may have made it, and it may lead anywhere
+            raise argparse.ArgumentTypeError(f"'{path}' is a link")
         if path.exists() and not path.is_file():  # a pipe would wait for somebody who reads it
             raise argparse.ArgumentTypeError(f"'{path}' is no file")
         if not os.access(path if path.exists() else path.parent, os.W_OK):
@@ -4559,6 +4597,8 @@ def read_flags(argv: list[str] | None) -> dict[str, Any]:
     if unknown:
         hints = [f": did you mean --local {text}?" for text in unknown if Path(text).is_dir()]
         usage.error(f"unrecognized arguments: {' '.join(unknown)}{''.join(hints[:1])}")
+    if "shard" in flags and "gallery" in flags:
+        usage.error("--gallery shows a whole catalog: leave --shard out")
     if "shard" in flags and "local" in flags:
         usage.error("--shard is for a database; for a part of a folder there is --client SUBFOLDER")
     return flags

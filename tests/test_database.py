@@ -8,7 +8,6 @@
 
 import io
 import json
-import re
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -18,21 +17,8 @@ from types import SimpleNamespace
 import numpy as np
 import psycopg
 import pytest
-from conftest import REPO, renew, wait_until
-from database import (
-    EMBEDDING,
-    ONES,
-    VERSION,
-    Api,
-    batch,
-    failures,
-    fill,
-    rows,
-    statements,
-    text,
-    unit,
-    user,
-)
+from conftest import renew, wait_until
+from database import EMBEDDING, ONES, VERSION, Api, batch, failures, fill, rows, text, unit, user
 from PIL import Image
 
 FAIL = """insert into product_embedding_failures
@@ -324,7 +310,7 @@ def test_nothing_waits_for_an_app_that_changes_an_image(stack, api, other):
     assert api.store([pending]) == [asset]
 
 
-def storing(stack, api, pool, assets, waiting=True):
+def storing(stack, api, pool, assets):
     """A call of store_embeddings that has begun, and waits for a lock."""
     call = pool.submit(api, "POST", "rpc/store_embeddings", batch(assets))
     wait_until(lambda: stack.sql("select 1 from pg_stat_activity where wait_event_type = 'Lock'"))
@@ -620,12 +606,6 @@ def test_a_long_or_narrow_search_still_finds_all_it_was_asked_for(crowd, argumen
     assert len(crowd.sql(query, [text(crowd.vectors[0])]).fetchall()) == wanted
 
 
-def test_vectors_of_another_model_are_not_compared(crowd):
-    query = "select asset_id from similar_products(%s, 10)"
-    of_older = {str(row[0]) for row in crowd.sql(query, [crowd.ids[7]])}
-    assert of_older == {crowd.ids[8], crowd.ids[9]}
-
-
 def test_a_function_may_take_longer_than_the_apis_usual_8_seconds(stack, api):
     """PostgREST takes statement_timeout over from the function, before it calls it."""
     (settings,) = stack.sql(
@@ -637,17 +617,3 @@ def test_a_function_may_take_longer_than_the_apis_usual_8_seconds(stack, api):
     stack.sql("grant execute on function slow to service_role")
     stack.reload_schema()
     api.call("slow")
-
-
-def test_the_readmes_sql_runs_as_it_stands(stack, api):
-    """On a catalog with an embedding of everything but one asset, which failed."""
-    fill(stack, 5)
-    *done, failed = api.pending()["assets"]
-    api.store(done, [failed])
-    readme = (REPO / "README.md").read_text()
-    blocks = re.findall(r"```sql\n(.*?)```", readme, re.DOTALL)
-    assert blocks
-    for block in blocks:
-        with psycopg.connect(stack.db_uri, autocommit=True) as connection:
-            for statement in statements(block):
-                connection.execute(statement)

@@ -269,6 +269,7 @@ def in_seconds(seconds):
 # Retry-After, and the seconds of rest that it means, at least and at most
 RESTS = {"21": (21, 21), "0.5": (0.5, 0.5), "3600": (3600, 3600), in_seconds(1000): (900, 1000)}
 PAST = "Mon, 01 Jan 2001 00:00:00 GMT"
+RESTS["Fri, 31 Dec 9999 23:59:59 -1100"] = (366 * 86_400,) * 2
 RESTS |= dict.fromkeys([PAST, "soon", "-5", "", "nan", "²", "Mon, 99 GMT"], (0, 0))
 
 
@@ -276,6 +277,7 @@ def test_retry_after_says_for_how_long_the_host_rests(host):
     ends = all_at_once(host, {text: status(429, ("Retry-After", text)) for text in RESTS})
     for text, (least, most) in RESTS.items():
         assert least <= ends[text].rest <= most, text
+        assert script.clock(time.monotonic() + ends[text].rest), text  # as the log says it
 
 
 @pytest.mark.parametrize("code", [103, 204, 304])
@@ -429,6 +431,10 @@ NO_BASE64 = "a data: URL that is broken, or not in base64"
 HOSTILE = {
     "a gzip bomb": (packed(gzip.compress(bytes(2**28))), TOO_LARGE),  # 256 MB in 260 KB
     "headers of 26 MB": (raw(OK, LONG_LINE * 399, end=hang_up), "an answer with too many headers"),
+    "headers without end behind a body": (
+        raw(CHUNKED + chunk(IMAGE) + b"0\r\n", b"X: y\r\n" * 999),
+        "an answer with too many headers",
+    ),
     "hints of 26 MB": (raw(HINT * 399, end=hang_up), "an answer with too many headers"),
     "cookies along redirects": (cookies_without_end, NO_END),
     "percent signs": ("data:,", NO_BASE64),

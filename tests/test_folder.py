@@ -466,6 +466,10 @@ def test_rows_of_files_that_the_walk_did_not_find_are_not_believed(small, tmp_pa
     for path in ("../secret.jpg", str(tmp_path / "secret.jpg"), ".hidden.jpg"):
         folder_query(small, copy.format(path, "embedding, stage, reason"))
         folder_query(small, copy.format(f"{path}.png", "null, 'fetch', 'HTTP 404'"))
+    for no_text in ("null", "x'ff'"):
+        folder_query(
+            small, f"insert into images values ({no_text}, 0, '', null, null, null, '', '')"
+        )
     folder_query(small, "update images set embedding = x'00' where asset_id = 'rocket.jpg'")
     store = open_folder(small, dry_run=True)  # which deletes no row
     store.status()
@@ -473,6 +477,7 @@ def test_rows_of_files_that_the_walk_did_not_find_are_not_believed(small, tmp_pa
     assert (catalog.embedded, catalog.pairs, catalog.failures) == (2, [], [])
     found = {match.picture.id for match in store.search(vector(1), 9)}
     assert found == {"china.jpg", "flower.jpg"}
+    open_folder(small).status()  # which deletes rows
 
 
 # Several runs

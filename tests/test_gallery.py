@@ -525,7 +525,12 @@ def test_a_page_that_can_not_be_written_is_refused_at_once(album_page, album, tm
     os.mkfifo(tmp_path / "pipe.html")
     os.mkfifo(tmp_path / "piped.csv")
     (tmp_path / "mine.csv").write_text("sku,price\n1,2\n")
-    for name in ("there/is/none.html", "page.txt", ".", "pipe.html", "piped.html", "mine.html"):
+    # Who prepared the folder may have put a link there, to a file that is run one day.
+    (tmp_path / "link.html").symlink_to(tmp_path / "elsewhere.html")
+    (tmp_path / "linked.csv").symlink_to(tmp_path / "elsewhere.csv")
+    links = ("link.html", "linked.html")
+    bad = ("there/is/none.html", "page.txt", ".", "pipe.html", "piped.html", "mine.html", *links)
+    for name in bad:
         with pytest.raises(argparse.ArgumentTypeError):
             script.page_file(str(tmp_path / name))
     page = album[0] / "gallery.html"  # an earlier one

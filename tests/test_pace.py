@@ -252,12 +252,20 @@ def test_a_host_is_given_up_after_six_strains_and_a_minute_without_an_image():
 
 
 def test_the_rests_that_a_host_asks_for_are_no_minute_without_an_image():
-    pace = script.Pace(4, 16)
-    for round in range(10):
-        strained(pace, 40.0 * round, rest=40.0)
+    pace = strained(script.Pace(16, 16), 0.0, times=16, rest=70.0)
+    strained(pace, 100.0)
     assert not pace.given_up
-    strained(pace, 461.0)
+    strained(pace, 131.0)
     assert pace.given_up
+
+
+def test_a_host_that_asks_for_a_rest_again_and_again_is_given_up_after_a_minute():
+    pace = script.Pace(4, 16)
+    rounds = 0
+    while not pace.given_up:
+        strained(pace, 5.0 * rounds, rest=5.0)
+        rounds += 1
+    assert rounds == 14  # 65 s
 
 
 def test_a_few_strains_give_no_host_up():

@@ -164,6 +164,13 @@ def test_a_report_says_so_where_all_failed_for_one_reason():
     assert said not in lines("host not found")
 
 
+def test_a_report_keeps_no_data_urls():
+    report = script.Report(Status(1, 0, 0), script.Settings())
+    failed = Failed(Asset(1, "data:" + "x" * 10**6), "decode", "too few pixels (1 x 1)")
+    report.count(failed, taken=True)
+    assert len(str(report.examples)) < 1000
+
+
 @pytest.mark.parametrize(
     ("image", "host"),
     [
@@ -172,6 +179,10 @@ def test_a_report_says_so_where_all_failed_for_one_reason():
         ("data:image/png;base64,AAAA", ""),
         ("folder/a.jpg", ""),
         ("https://[::1/a.jpg", ""),
+        # Nobody names another host than the one that is asked: that one would be given up.
+        ("https://one.example\\@shop.example/a.jpg", "one.example"),
+        (f"https://{'u' * 1980}@shop.example.one.example/a.jpg", "shop.example.one.example"),
+        ("https://SHOP.example/a.jpg", "shop.example"),
     ],
 )
 def test_the_host_of_an_image_is_whom_its_url_leads_to(image, host):
@@ -277,6 +288,16 @@ def test_a_host_that_asks_for_a_rest_gets_it_and_other_hosts_go_on(ride, answeri
     assert in_rest == []
     assert len(host.requests) <= 9 + script.FIRST_WINDOW
     assert time.monotonic() - began > 3
+
+
+def test_an_image_that_is_told_to_wait_while_others_come_fails_in_the_end(ride, answering, quick):
+    host = answering(answering.ok)
+    host.files["/0"] = status(503, ("Retry-After", "1"))
+    store = MemoryStore(host.urls(40))
+    report, error = ride(store)
+    assert error is None
+    assert (report.embedded, report.failed, report.left) == (39, 1, 0)
+    assert store.saved[0].reason == "HTTP 503"
 
 
 def test_a_try_that_ended_in_a_retry_after_does_not_count(ride, answering):
@@ -491,12 +512,12 @@ def test_what_waits_for_hosts_is_bounded(ride, answering, good, monkeypatch):
 
 
 def test_what_waits_is_bounded_by_the_length_of_its_urls_too(ride, good, monkeypatch, photos):
-    monkeypatch.setattr(script, "MOST_WAITING_CHARACTERS", 1)
+    monkeypatch.setattr(script, "MOST_CHARACTERS", 1)
     monkeypatch.setattr(script, "PAGE_ROWS", 5)
     waiting, whole = [], script.Run.start_find
 
     def start_find(self):
-        waiting.append(self.waiting)
+        waiting.append(sum(len(host.queue) for host in self.hosts.values()))
         whole(self)
 
     monkeypatch.setattr(script.Run, "start_find", start_find)
@@ -601,6 +622,45 @@ def test_a_limit_bounds_what_is_asked_for(ride, good):
 
 
 # What ends a run, and what does not
+
+
+def test_a_defect_in_the_loop_ends_the_run_and_what_is_embedded_is_stored(ride, good, monkeypatch):
+    whole = script.Pace.arrived
+
+    def arrived(self, now, seconds):
+        if len(good.requests) > 20:
+            raise OverflowError("a defect")
+        whole(self, now, seconds)
+
+    monkeypatch.setattr(script.Pace, "arrived", arrived)
+    store = MemoryStore(good.urls(60))
+    report, error = ride(store)
+    assert isinstance(error, OverflowError)
+    assert report.embedded == len(store.embedded()) > 0
+
+
+@pytest.mark.parametrize("asked", ["999999999999", "9" * 400, "-5", "nan", "Fri, 31 Dec 9999"])
+def test_an_odd_retry_after_harms_no_other_host(ride, answering, good, asked):
+    host = answering(in_turn(status(503, ("Retry-After", asked)), answering.ok))
+    report, error = ride(MemoryStore([*host.urls(2), *good.urls(20)]))
+    assert error is None
+    assert report.embedded >= 20
+
+
+def test_files_on_a_disk_that_hangs_are_left_and_no_network_is_blamed(ride, tmp_path, quick):
+    paths = [str(tmp_path / f"{number}.jpg") for number in range(30)]
+    store = MemoryStore(paths)
+    store.locate = lambda asset: Source(tmp_path / asset.image, {})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script.Loader, "fetch", never)
+        report, error = ride(store, fetch_seconds=0.2)
+    assert error is None
+    assert report.exit_code == 1
+    assert "of this machine: not complete in time" in "\n".join(report.lines())
+
+
+def never(self, source, deadline):
+    time.sleep(PERSON)
 
 
 def test_numbers_that_are_not_finite_are_the_failure_of_their_image(ride, good, monkeypatch):

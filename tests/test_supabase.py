@@ -98,7 +98,7 @@ def test_every_photograph_gets_a_row_with_a_vector_of_unit_length(whole):
         assert whole.before - second < row.created <= row.updated <= whole.after + second
 
 
-REDUCED_FROM = 2 * 3 * 224  # pixels of the shorter side; README, "Decisions"
+REDUCED_FROM = 2 * 3 * 224  # pixels of the shorter side: see decode
 
 
 def test_vectors_are_those_of_transformers(whole, of_transformers, photos):
@@ -353,17 +353,6 @@ def test_known_failures_keep_no_others_waiting(stack, host, cli):
     assert run.counts == run.counts | {"embedded": 1, "failed": 5, "left": 0}
 
 
-def test_a_failure_is_that_of_an_image_and_a_model_version(stack, host):
-    (asset,) = add(stack, host, ["/a.jpg"])
-    store = open_store(stack)
-    assert store.save([Failed(*pending(store), "decode", script.BROKEN)]) == {str(asset)}
-    assert survey(store)[0].failed == 1
-    assert survey(open_store(stack, model_version="other"))[0].failed == 0
-    stack.sql("update assets set image_url = 'new'")
-    now, assets = survey(open_store(stack))
-    assert (now.failed, [a.image for a in assets]) == (0, ["new"])
-
-
 # What the database's answers mean
 
 
@@ -582,6 +571,14 @@ def test_an_image_that_is_not_to_be_had_is_said_to_be(image, reason):
     with pytest.raises(script.ImageError) as error:
         project_store("shop, my pictures").locate(Asset(1, image, size=size))
     assert str(error.value) == reason
+
+
+@pytest.mark.parametrize("path", ["shop/" + "%" * 10**6, "b" * 60_000])
+def test_a_long_storage_path_is_refused_in_few_words(path):
+    """To unquote 8 MB of percent signs takes 1.4 GB and 20 s, in the loop."""
+    with pytest.raises(script.ImageError) as refused:
+        project_store("shop").locate(script.Asset(1, f"{OBJECTS}/{path}"))
+    assert len(str(refused.value)) < 200
 
 
 KEY = "sb_secret_x"

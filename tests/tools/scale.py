@@ -187,8 +187,8 @@ def time_stores(stack, host, when, batches=120):
             [{"id": i, "image_hash": image_hash} for i in ids], seed=1_000_000 + number
         )
         if number % 2:
-            taken = caller.call("store_embeddings", model_version=TINY_VERSION, vectors=vectors)
-            if len(taken) != len(vectors):
+            answer = caller.call("store_embeddings", model_version=TINY_VERSION, vectors=vectors)
+            if len(answer["taken"]) != len(vectors):
                 raise SystemExit("rows were left")
         else:
             for vector in vectors:
