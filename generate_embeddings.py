@@ -904,7 +904,7 @@ class Pace:
     leave one download at a time, with rests of 1, 2, 4, 8 and 16 s. A host that asks for a rest
     (Retry-After) gets that instead. It is given up after PATIENT_STRAINS in a row and
     PATIENT_SECONDS without an image. Rests that it asked for don't count, unless it asks again and
-    again; in all they come to LONGEST_REST at most. tests/test_pace.py holds this against the habits of hosts.
+    again; in all they come to LONGEST_REST at most. tests/test_pace.py tries it on habits of hosts.
 
     Times are those of time.monotonic(). What a 503 with Retry-After: 5 does: the window is halved,
     no download of the host starts for 5 s, and Run puts the image at the end of its queue.
