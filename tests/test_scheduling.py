@@ -409,19 +409,16 @@ def test_what_goes_wrong_after_the_download_is_no_fault_of_the_host(ride, good, 
 
 def test_silent_hosts_keep_no_other_host_waiting(ride, answering, good, monkeypatch):
     monkeypatch.setattr(script, "SILENT_SECONDS", 0.3)
-    silent = [answering(hang_until_stopped) for _ in range(8)]
+    opened = threading.Event()
+    silent = [answering(silent_until(opened, answering.ok)) for _ in range(8)]
     urls = [url for host in silent for url in host.urls(4)] + good.urls(40)
     store = MemoryStore(urls)
     done = []
 
     def watch():
-        wait_until(lambda: len(good.requests) == 40, PERSON)
         wait_until(lambda: len(store.embedded()) == 40, PERSON)
         done.append(True)
-        for host in silent:
-            host.otherwise = answering.ok
-            host.stop()
-            host.start()
+        opened.set()
 
     threading.Thread(target=watch).start()
     report, error = ride(store, fetch_seconds=60.0)
@@ -430,14 +427,15 @@ def test_silent_hosts_keep_no_other_host_waiting(ride, answering, good, monkeypa
     assert report.embedded == len(urls)
 
 
-def hang_until_stopped(handler):
-    handler.connection.recv(1)
+def silent_until(opened, answer):
+    return lambda handler: (opened.wait(PERSON), answer(handler))
 
 
 def test_downloads_of_silent_hosts_are_bounded_too(ride, answering, monkeypatch):
     monkeypatch.setattr(script, "SILENT_SECONDS", 0.1)
     monkeypatch.setattr(script, "MOST_DOWNLOADS", 6)
-    hosts = [answering(hang_until_stopped) for _ in range(3)]
+    opened = threading.Event()
+    hosts = [answering(silent_until(opened, answering.ok)) for _ in range(3)]
     counted = []
 
     def asked():
@@ -447,18 +445,17 @@ def test_downloads_of_silent_hosts_are_bounded_too(ride, answering, monkeypatch)
         wait_until(lambda: asked() >= 6)
         time.sleep(1)  # for more than there should be
         counted.append(asked())
-        for host in hosts:
-            host.otherwise = answering.ok
-            host.stop()
-            host.start()
+        opened.set()
 
     threading.Thread(target=watch).start()
-    report, _ = ride(MemoryStore([url for host in hosts for url in host.urls(4)]))
+    report, _ = ride(
+        MemoryStore([url for host in hosts for url in host.urls(4)]), fetch_seconds=60.0
+    )
     assert (report.embedded, counted) == (12, [6])
 
 
 @pytest.mark.parametrize("what", ["host", "body"])
-def test_a_line_is_judged_by_bodies_alone(ride, answering, monkeypatch, what):
+def test_a_line_is_judged_by_bodies_alone(ride, answering, good, monkeypatch, what):
     runs, whole = [], script.Run.start_find
     monkeypatch.setattr(script.Run, "start_find", lambda run: (runs.append(run), whole(run)))
     monkeypatch.setattr(script, "SLOW_SECONDS", 2.0)
@@ -467,7 +464,8 @@ def test_a_line_is_judged_by_bodies_alone(ride, answering, monkeypatch, what):
         host = answering(answering.ok, latency=3.0)
     else:
         host = answering(raw(length(9999), b"x", pause=0.2))
-    ride(MemoryStore(host.urls(4)), fetch_seconds=9.0 if what == "host" else 1.0)
+    urls = [*good.urls(1), *host.urls(4)]
+    ride(MemoryStore(urls), fetch_seconds=9.0 if what == "host" else 1.0)
     assert (runs[0].line.window >= 16) == (what == "host")
 
 
