@@ -3841,7 +3841,7 @@ def get_file(path: Path) -> None:
         if is_whole(path):
             return
     delete_damaged(path)
-    raise ImageError(f"the hub serves another {path.name}")
+    raise OSError(f"the hub serves another {path.name}")
 
 
 def delete_damaged(path: Path) -> None:
@@ -3913,7 +3913,7 @@ def hub_trouble(error: BaseException) -> str:
     response = getattr(error, "response", None)
     if response is not None:
         return f"HTTP {response.status_code} {response.reason_phrase}".strip()
-    if isinstance(error, (OSError, ImageError, NetworkError, TimeoutException)):
+    if isinstance(error, (OSError, NetworkError, TimeoutException)):
         return shorten(without_urls(str(error)), 200)
     return type(error).__name__  # texts of others may quote the token, or a part of HF_ENDPOINT
 
