@@ -35,7 +35,7 @@ stopped or could not go on.
 Words
     asset     one product image to embed: an id, and where its image is
     pending   without an embedding of this image and model version, and due: an asset that failed
-              is tried again in the next run, then ever more rarely (--retry-failed: at once)
+              is tried again in the next run, then ever more rarely (a folder's in each run)
     store     where assets and embeddings are: a Supabase database, or a folder
     host      who serves images; strain is a host's sign that it does not cope
     levels    a uint8 array (224, 224, 3), what CLIP sees of an image
@@ -110,8 +110,8 @@ def end_at_once(number: int, _: object) -> None:
 
 
 def handle_stops(handler: Any) -> None:
-    """Sets the handler of Ctrl-C, SIGTERM and SIGHUP. Who ignores one from the start (a background
-    job, nohup) goes on doing so."""
+    """Sets the handler of Ctrl-C, SIGTERM and SIGHUP. A signal that is ignored from the start (in a
+    background job, by nohup) stays ignored."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
         if number and signal.getsignal(number) != signal.SIG_IGN:
@@ -292,7 +292,8 @@ def open_store(settings: Settings, stop: Stop) -> Store:
 
 
 def status_in_time(store: Store) -> Status:
-    """The store's status; raises RunError where it does not come, as a database may drip."""
+    """The store's status. Raises RunError where it takes longer than the store's patience: a
+    connection may stay open and bring nothing."""
     try:
         return ThreadPoolExecutor(1).submit(store.status).result(store.patience)
     except TimeoutError:
@@ -522,23 +523,21 @@ CONNECTION_LOST = reason("connection lost", _LATER)
 BAD_COMPRESSION = reason("a broken compression", _LATER)
 BAD_HEADERS = reason("an answer with too many headers", _LATER)
 BAD_REDIRECT = reason("a redirect that leads nowhere", _CORRECT)
-HTTP = {
-    status: reason(f"HTTP {status}", words)
-    for statuses, words in (
-        (range(100, 500), "The host does not give us the image: see whether the address is right."),
-        (range(500, 600), _LATER),
-        ((401, 402, 403, 451), _CLOSED),
-        ((404, 410), "Nothing is at this address: correct it, or upload the image again."),
-        ((407,), "Ask your developer: the proxy wants a name and a password."),
-        ((408, 425), _LATER),
-        (
-            (202, 423),
-            "The host has not made the image yet, or checks for robots. Later runs try again.",
-        ),
-        ((420, 429, 430), _BUSY),
-    )
-    for status in statuses
-}
+for _statuses, _words in (
+    (range(100, 500), "The host does not give us the image: see whether the address is right."),
+    (range(500, 600), _LATER),
+    ((401, 402, 403, 451), _CLOSED),
+    ((404, 410), "Nothing is at this address: correct it, or upload the image again."),
+    ((407,), "Ask your developer: the proxy wants a name and a password."),
+    ((408, 425), _LATER),
+    (
+        (202, 423),
+        "The host has not made the image yet, or checks for robots. Later runs try again.",
+    ),
+    ((420, 429, 430), _BUSY),
+):
+    for _status in _statuses:
+        reason(f"HTTP {_status}", _words)
 
 EMPTY = reason("an empty file", _DAMAGED)
 WEB_PAGE = reason(
@@ -701,9 +700,9 @@ class Catalog:
     """What a store tells the page."""
 
     pairs: list[Pair]
-    embedded: int  # pictures, of which
-    sought_among: int  # so many were looked through for copies,
-    compared: int  # and so many were compared with all others
+    embedded: int  # pictures
+    sought_among: int  # how many of these were searched for exact copies
+    compared: int  # how many of these were compared with all others
     samples: list[Sample]
     typical: float | None  # the median cosine of the samples, which have little in common
     failures: list[FailedPicture]
@@ -858,6 +857,7 @@ WRITE_SECONDS = 2.0  # a result waits so long at most, and for the batch before 
 RESULTS_WAITING = 20_000  # 50 MB; more than a run embeds while it waits for a database
 RESULTS_KEPT = 10_000  # 20 MB: of images that further assets may share
 LONGEST_SHARED = 2000  # characters of a URL that is kept for that
+LONGEST_DECODE = 600.0  # seconds, the wait for a free decoder included
 POLL_SECONDS = 0.2  # how soon Ctrl-C is noticed
 ECHO_SECONDS = 0.5  # signals that are this close count as one: timeout(1) sends each of its twice
 BACKGROUND_THREADS = 9999  # without end: a download that hangs keeps its thread
@@ -904,7 +904,7 @@ class Pace:
     leave one download at a time, with rests of 1, 2, 4, 8 and 16 s. A host that asks for a rest
     (Retry-After) gets that instead. It is given up after PATIENT_STRAINS in a row and
     PATIENT_SECONDS without an image. Rests that it asked for don't count, unless it asks again and
-    again; in all they come to LONGEST_REST at most. tests/test_pace.py holds this against the habits of hosts.
+    again; in all they come to LONGEST_REST at most. tests/test_pace.py tries it on habits of hosts.
 
     Times are those of time.monotonic(). What a 503 with Retry-After: 5 does: the window is halved,
     no download of the host starts for 5 s, and Run puts the image at the end of its queue.
@@ -1245,7 +1245,10 @@ class Run:
         host.pace.arrived(now, download.seconds)
         self.line.arrived(now, download.body_seconds)
         fail = partial(self.take_failure, job, "decode")
-        task = Task("decode", partial(self.take_pixels, job), fail)
+        # A decoder that was taken over may keep its pipe open for ever.
+        late = partial(ImageError, DECODER_LOST)
+        deadline = Deadline(LONGEST_DECODE)
+        task = Task("decode", partial(self.take_pixels, job), fail, deadline, late)
         self.start(task, self.loader.load, download.data)
 
     def take_pixels(self, job: Job, pixels: np.ndarray) -> None:
@@ -1747,7 +1750,8 @@ class SupabaseStore:
         random_vectors = np.random.default_rng(0).standard_normal((SAMPLES, DIMENSIONS))
         clients: Counter[str] = Counter()
         samples: dict[Id, Sample] = {}
-        question = {"client": self._settings.client, "match_count": 6, "max_similarity": SAME}
+        question = {"client": self._settings.client, "max_similarity": SAME}
+        question["match_count"] = 4 * NEAREST  # variants share a picture, which is shown once
         for vector in random_vectors:
             found = [match.picture for match in self.search(vector, SAMPLES)]
             fresh = [picture for picture in found if picture.id not in samples]
@@ -2233,7 +2237,7 @@ def unreadable(error: OSError) -> None:
 
 MAX_BYTES = 50 * 2**20  # of one image file
 HEADER_BYTES = 2**17  # of an answer, all its headers together
-MOST_HEADERS = 400  # of an answer; some shops send 120, and Python takes 100
+MOST_HEADERS = 400  # of an answer; some shops send 120, Python's limit is 100
 PAGE_BYTES = 2**16  # that are read of an answer without an image
 MAX_REDIRECTS = 5
 LONGEST_URL = 2**16  # characters; longer ones no host takes, and to quote them takes memory
@@ -2249,11 +2253,10 @@ STRAINED = frozenset((408, 420, 425, 429, 430, *range(500, 600)))
 
 # A host's admin finds this name in the log, and can let it in. Words that many hosts refuse are
 # not in it: python-requests, bot, openai.
-AGENT = "generate-embeddings"
 # Firewalls refuse requests without Accept. WebP and AVIF are not named in it: hosts that make them
 # on demand then send the JPEG that they have, which is decoded in a third of the time.
 HEADERS = {
-    "User-Agent": f"{AGENT}/{VERSION} (product images for visual search; CLIP ViT-B/32)",
+    "User-Agent": f"generate-embeddings/{VERSION} (product images for visual search)",
     "Accept": "image/jpeg,image/png,image/*;q=0.9,*/*;q=0.8",
 }
 PORTS = {"http": 80, "https": 443}
@@ -2563,7 +2566,7 @@ class Guard:
     def __init__(self, settings: Settings) -> None:
         self._all = settings.private_hosts
         self._own = host_and_port(settings.url)
-        self._failing: set[str] = set()  # addresses, when they were last tried
+        self._failing: set[str] = set()  # addresses that failed when last tried
 
     def connect(self, connection: urllib3.connection.HTTPConnection) -> socket.socket:
         """A socket to the first of a host's addresses that answers. Raises OSError, ImageError."""
@@ -2701,7 +2704,7 @@ def guarded_adapter(guard: Guard, workers: int) -> requests.adapters.HTTPAdapter
 
 
 def certificates() -> str:
-    """The file with whose certificates are trusted, for images, the database and the hub alike:
+    """The file of trusted certificates, for images, the database and the hub alike:
     the one that REQUESTS_CA_BUNDLE or SSL_CERT_FILE names, else certifi's."""
     for name in ("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE"):
         path = os.environ.get(name)
@@ -3838,7 +3841,7 @@ def get_file(path: Path) -> None:
         if is_whole(path):
             return
     delete_damaged(path)
-    raise ImageError(f"the hub serves another {path.name}")
+    raise OSError(f"the hub serves another {path.name}")
 
 
 def delete_damaged(path: Path) -> None:
@@ -3910,7 +3913,7 @@ def hub_trouble(error: BaseException) -> str:
     response = getattr(error, "response", None)
     if response is not None:
         return f"HTTP {response.status_code} {response.reason_phrase}".strip()
-    if isinstance(error, (OSError, ImageError, NetworkError, TimeoutException)):
+    if isinstance(error, (OSError, NetworkError, TimeoutException)):
         return shorten(without_urls(str(error)), 200)
     return type(error).__name__  # texts of others may quote the token, or a part of HF_ENDPOINT
 
@@ -3921,7 +3924,7 @@ def hub_trouble(error: BaseException) -> str:
 # detection takes a distance of 0.01. What unrelated pictures have depends on the catalog, and is
 # said on the page.
 SAME = 0.99
-LOOK_SECONDS = 4.0  # in search of those; as long at a folder's files. The page may take 10 there
+LOOK_SECONDS = 4.0  # for that search, and as many for a look at a folder's files
 MATCHES = 12  # pictures for a question; --limit says another number
 # With these numbers a page has at most 3 MB, which mail programs and phones take.
 SHOWN_QUESTIONS = 4
@@ -3934,7 +3937,7 @@ SHOWN_NAMES = 8  # of pictures that failed for one reason
 THUMBNAIL = 160  # pixels a side
 THUMBNAIL_BYTES = 2700
 LONGEST_LINK = 800  # bytes of HTML
-LONGEST_ADDRESS = 2000  # characters, and of any cell; spreadsheets take 32,767
+LONGEST_ADDRESS = 2000  # characters of a table's cell; spreadsheets take 32,767
 HEAD_BYTES = 2**20  # of a file: its width and height stand there
 # Where a cell, or what a spreadsheet that splits at semicolons takes for one, begins a formula.
 FORMULA = re.compile(r"""(?:^|[;\t\r\n])[\s"]*(?=[=+\-@\uff1d\uff0b\uff0d\uff20])""")
@@ -4519,7 +4522,9 @@ def page_file(text: str) -> Path:
     if table.exists():
         with table.open(encoding="utf-8-sig", errors="replace") as lines:
             if not lines.readline(500).startswith("what,group,name,"):
-                raise argparse.ArgumentTypeError(f"'{table}' is yours: take another name")
+                raise argparse.ArgumentTypeError(
+                    f"'{table}' was not made by this script: take another name"
+                )
     return page
 
 
@@ -4572,7 +4577,7 @@ def parser() -> argparse.ArgumentParser:
     what("--client", metavar="NAME", help="only this client's (with --local: subfolder's) images")
     what("--local", type=full_path, metavar="DIR", help="embed a folder's images; needs no account")
     what("--shard", type=shard, metavar="I/N", help="only part I of N parts of a database")
-    what("--retry-failed", action="store_true", help="also try failures that wait")
+    what("--retry-failed", action="store_true", help="also try failures that are not due yet")
 
     speed = usage.add_argument_group("how fast").add_argument
     speed("--workers", type=positive_number, default=most, metavar="N", help=workers)
