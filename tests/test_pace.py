@@ -252,10 +252,10 @@ def test_a_host_is_given_up_after_six_strains_and_a_minute_without_an_image():
 
 
 def test_the_rests_that_a_host_asks_for_are_no_minute_without_an_image():
-    pace = strained(script.Pace(16, 16), 0.0, times=16, rest=70.0)
+    pace = strained(script.Pace(16, 16), 1.0, times=16, rest=70.0, since=0.5)
     strained(pace, 100.0)
     assert not pace.given_up
-    strained(pace, 131.0)
+    strained(pace, 132.0)
     assert pace.given_up
 
 
