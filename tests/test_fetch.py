@@ -267,7 +267,12 @@ def in_seconds(seconds):
 
 
 # Retry-After, and the seconds of rest that it means, at least and at most
-RESTS = {"21": (21, 21), "0.5": (0.5, 0.5), "3600": (3600, 3600), in_seconds(1000): (900, 1000)}
+RESTS = {
+    "21": (21, 21),
+    "0.5": (0.5, 0.5),
+    "3600": (3600, 3600),
+    in_seconds(90_000): (70_000, 90_000),
+}
 PAST = "Mon, 01 Jan 2001 00:00:00 GMT"
 RESTS["Fri, 31 Dec 9999 23:59:59 -1100"] = (366 * 86_400,) * 2
 RESTS |= dict.fromkeys([PAST, "soon", "-5", "", "nan", "²", "Mon, 99 GMT"], (0, 0))
