@@ -358,10 +358,8 @@ def test_a_run_to_which_no_host_sent_an_image_ends_with_the_network_as_its_reaso
 
 @pytest.mark.parametrize("first", ["an image", "a 404"])
 def test_a_host_that_once_did_its_work_shows_that_the_network_is_there(
-    ride, answering, quick, first, monkeypatch
+    ride, answering, quick, first
 ):
-    for name in ("PAGE_ROWS", "MOST_WAITING"):  # the last images are found late
-        monkeypatch.setattr(script, name, 10)
     begins = {"an image": answering.ok, "a 404": status(404)}[first]
     host = answering(in_turn(begins, status(503)))
     images = host.urls(30)
