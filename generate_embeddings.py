@@ -1010,7 +1010,7 @@ class Run:
     reported, when
         somebody stops it (Stop): exit code 130, 143 or 129, whatever else went wrong;
         any step raises RunError, or find, embed, store or the model anything else (in fetch and
-            decode anything else is that asset's failure): exit code 2;
+            decode anything else is that asset's failure): exit code 2.
     A run in which all hosts were given up, and none ever sent an image, has exit code 2, too.
     At its end the code is 1 if images failed, or were left for the sake of a host that was given
     up, else 0.
@@ -1308,7 +1308,7 @@ class Run:
         """Where all hosts were given up, and none ever sent an image, the network is gone."""
         hosts = [host for host in self.hosts.values() if host.name]
         gone = hosts and all(host.pace.given_up and not host.images for host in hosts)
-        if gone and self.report.found_all:
+        if gone and not self.stop.code:
             last = hosts[-1]
             self.end(
                 RunError(

@@ -345,11 +345,13 @@ def test_what_was_tried_of_a_host_that_is_given_up_has_failed_the_rest_is_left(
     assert report.exit_code == 1
 
 
+@pytest.mark.parametrize("limit", [None, 50])
 def test_a_run_to_which_no_host_sent_an_image_ends_with_the_network_as_its_reason(
-    ride, answering, quick
+    ride, answering, quick, limit
 ):
     hosts = [answering(status(503)), answering(raw(end=cut))]
-    report, error = ride(MemoryStore([url for host in hosts for url in host.urls(30)]))
+    images = [url for host in hosts for url in host.urls(30)]
+    report, error = ride(MemoryStore(images), limit=limit)
     assert isinstance(error, RunError)
     assert "no image came from any host" in str(error)
     assert "check this machine's network" in str(error)
