@@ -838,7 +838,7 @@ def counted(count: int, noun: str) -> str:
 # away brings 3 images/s.
 WORKERS_PER_CORE = 8
 MOST_WORKERS = 64  # downloads from one host; few hosts like more
-MOST_DOWNLOADS = 64  # from all hosts together
+MOST_LOADS = 64  # downloads from all hosts together, and files that are decoded
 FIRST_WINDOW = 4  # downloads from a host that nothing is known of
 FIRST_WINDOW_OF_LINE = 16  # downloads from all hosts, until it is known what the line carries
 QUICK_SECONDS = 2.0  # an image that takes less asks for more downloads at once,
@@ -985,14 +985,14 @@ class Host:
         self.pace = Pace(FIRST_WINDOW, most)
         self.queue: deque[Job] = deque()
         self.label = name or "this machine"
-        self.downloads = 0  # under way
+        self.loads = 0  # downloads under way, and files that are decoded
         self.images = 0  # that it sent
         self.reason = ""  # of the last strain
 
     def may_start(self, now: float) -> bool:
         """Whether one more of its images may be fetched."""
         pace = self.pace
-        return bool(self.queue) and self.downloads < int(pace.window) and now >= pace.rest_until
+        return bool(self.queue) and self.loads < int(pace.window) and now >= pace.rest_until
 
 
 class Run:
@@ -1015,15 +1015,15 @@ class Run:
     At its end the code is 1 if images failed, or were left for the sake of a host that was given
     up, else 0.
 
-    What bounds memory, in MB, with C cores, B images to a batch, and D downloads at once: D is
-    --workers (8 C) where all images are of one host, and MOST_DOWNLOADS for many hosts
+    What bounds memory, in MB, with C cores, B images to a batch, and L loads at once: L is
+    --workers (8 C) where all images are of one host, and MOST_LOADS for many hosts
         750             Python with its packages (400), and the model in float32 (350)
-        50 D + 100 C    files: under way, and 2 C that wait for a decoder, MAX_BYTES each
+        50 L            files: under way, or on their way through a decoder, MAX_BYTES each
         DECODE_MB C     decoders, each a process of its own (Linux)
-        0.6 (8 C + 2 C B)   pixels that wait for the model
+        0.6 (L + 8 C + 2 C B)   pixels that wait for the model
         120             results, assets that wait for their hosts, results that are kept
-    Files of that size are rare: photographs of 1 MB make it 750 + D + 4 C in the place of the first
-    two. Not bounded: a folder's list of files, the hosts' names, and the Report's reasons.
+    Files of that size are rare: photographs of 1 MB make it 750 + L in the place of the first two.
+    Not bounded: a folder's list of files, the hosts' names, and the Report's reasons.
     """
 
     def __init__(self, store: Store, settings: Settings, report: Report, stop: Stop) -> None:
@@ -1036,7 +1036,7 @@ class Run:
         self.loader = Loader(settings)
         self.pages = store.pages()
         self.encoder: ClipEncoder | None = None  # until the model is loaded
-        self.line = Pace(FIRST_WINDOW_OF_LINE, MOST_DOWNLOADS)
+        self.line = Pace(FIRST_WINDOW_OF_LINE, MOST_LOADS)
         self.hosts: dict[str, Host] = {}
         self.turns: deque[Host] = deque()  # hosts with images that wait, next one first
         self.characters = 0  # of the URLs that wait there
@@ -1201,15 +1201,13 @@ class Run:
     def room_for_fetches(self) -> int:
         """How many more images may be fetched now, whichever host they are of."""
         decoded = len(self.ready) + sum(task.images for task in self.under_way("embed"))
-        files = len(self.under_way("decode"))
-        most = self.settings.workers + 2 * self.lanes * self.settings.batch_size
-        if decoded + files >= most or files >= 2 * cores():
-            return 0
-        if len(self.results) >= RESULTS_WAITING:
+        most_decoded = self.settings.workers + 2 * self.lanes * self.settings.batch_size
+        if decoded >= most_decoded or len(self.results) >= RESULTS_WAITING:
             return 0
         fetches = self.under_way("fetch")
         using_line = [task for task in fetches if not is_silent(task)]
-        return min(int(self.line.window) - len(using_line), MOST_DOWNLOADS - len(fetches))
+        loads = self.under_way("fetch", "decode")
+        return min(int(self.line.window) - len(using_line), MOST_LOADS - len(loads))
 
     def start_fetches(self) -> None:
         """Starts what the line and the hosts allow; the hosts take turns."""
@@ -1230,37 +1228,37 @@ class Run:
             passed = 0
 
     def start_fetch(self, job: Job, host: Host) -> None:
-        host.downloads += 1
+        host.loads += 1
         job.since = time.monotonic()
         deadline = Deadline(self.settings.fetch_seconds)
         take = partial(self.take_download, job, host)
-        fail = partial(self.take_failed_fetch, job, host)
+        fail = partial(self.take_failed_load, job, host, "fetch")
         task = Task("fetch", take, fail, deadline, late=deadline.missed)
         self.start(task, self.loader.fetch, job.source, deadline)
 
     def take_download(self, job: Job, host: Host, download: Download) -> None:
-        host.downloads -= 1
         host.images += 1
         now = time.monotonic()
         host.pace.arrived(now, download.seconds)
         self.line.arrived(now, download.body_seconds)
-        fail = partial(self.take_failure, job, "decode")
+        take = partial(self.take_pixels, job, host)
+        fail = partial(self.take_failed_load, job, host, "decode")
         # A decoder that was taken over may keep its pipe open for ever.
         late = partial(ImageError, DECODER_LOST)
-        deadline = Deadline(LONGEST_DECODE)
-        task = Task("decode", partial(self.take_pixels, job), fail, deadline, late)
+        task = Task("decode", take, fail, Deadline(LONGEST_DECODE), late)
         self.start(task, self.loader.load, download.data)
 
-    def take_pixels(self, job: Job, pixels: np.ndarray) -> None:
+    def take_pixels(self, job: Job, host: Host, pixels: np.ndarray) -> None:
+        host.loads -= 1
         job.pixels = pixels
         self.ready.append(job)
 
-    def take_failed_fetch(self, job: Job, host: Host, error: Exception) -> None:
-        host.downloads -= 1
+    def take_failed_load(self, job: Job, host: Host, stage: str, error: Exception) -> None:
+        host.loads -= 1
         if isinstance(error, Strain):
             self.take_strain(job, host, error)
         else:
-            self.take_failure(job, "fetch", error)
+            self.take_failure(job, stage, error)
 
     def take_strain(self, job: Job, host: Host, strain: Strain) -> None:
         """The image is tried again later, and its host gets fewer downloads, or rests."""

@@ -435,7 +435,7 @@ def silent_until(opened, answer):
 
 def test_downloads_of_silent_hosts_are_bounded_too(ride, answering, monkeypatch):
     monkeypatch.setattr(script, "SILENT_SECONDS", 0.1)
-    monkeypatch.setattr(script, "MOST_DOWNLOADS", 6)
+    monkeypatch.setattr(script, "MOST_LOADS", 6)
     opened = threading.Event()
     hosts = [answering(silent_until(opened, answering.ok)) for _ in range(3)]
     counted = []
