@@ -60,6 +60,11 @@ def test_help_explains_every_flag_and_exit_code():
     assert re.search(r"(?is)exit codes?\b.*\b0\b.*\b1\b.*\b2\b.*\b130\b.*\b143\b", text)
 
 
+def test_many_cores_ask_no_host_for_hundreds_of_images(monkeypatch):
+    monkeypatch.setattr(script, "cores", lambda: 99)
+    assert script.read_flags([])["workers"] == 64
+
+
 def test_version_says_what_a_bug_report_needs(cli):
     run = cli("--version", CLIP_MODEL=None)
     assert run.code == 0

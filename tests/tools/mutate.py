@@ -121,6 +121,8 @@ def main():
     if flags.fit:
         print(f"{len(chosen) - len(bad)} of {len(chosen)} fit")
         return 1 if bad else 0
+    for number in (signal.SIGINT, signal.SIGHUP):  # as conftest.py
+        signal.signal(number, signal.SIG_DFL)
     warm.server()  # else each test process makes one
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
