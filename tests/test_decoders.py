@@ -189,9 +189,28 @@ def test_a_decoder_that_lies_or_breaks_off_is_done_without(tmp_path, capfd, name
         (signal.SIGILL, DECODER_LOST),  # a library that is not for this processor
     ],
 )
-def test_a_crash_is_the_images_fault_and_a_machines_trouble_is_not(decoder, number, reason):
-    process_of(decoder).send_signal(number)
-    assert refused(decoder) == reason
+def test_a_crash_is_the_images_fault_and_a_machines_trouble_is_not(
+    decoder, monkeypatch, number, reason
+):
+    process, send = process_of(decoder), script.send
+
+    def send_and_strike(pipe, data):
+        send(pipe, data)
+        process.send_signal(number)
+        process.resume()
+
+    process.suspend()
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "send", send_and_strike)
+        assert refused(decoder) == reason
+    assert is_well(decoder)
+
+
+@LINUX
+def test_a_decoder_that_died_while_it_was_idle_costs_no_image(decoder):
+    process = process_of(decoder)
+    process.kill()
+    decoder._process.wait()
     assert is_well(decoder)
 
 
