@@ -183,7 +183,7 @@ class Cli:
             )
 
         def start_warm(out, err):
-            return warm.server().start(command[1:], folder, environment, out, err)
+            return warm.Run(command[1:], folder, environment, out, err)
 
         start = start_cold if cold or warm.needs_cold(environment) else start_warm
         run = Started(start, self.folder, keys)
@@ -218,11 +218,15 @@ def renew(stack, **options):
     """The stack as if just started: everything runs, nothing is in it but schema.sql."""
     gateway = stack.gateway
     gateway.fault = None
-    gateway.stop()  # also cuts what still hangs
-    gateway.start()
+    if not gateway.running:
+        gateway.start()
+    gateway.cut()  # what still hangs
     if stack._postgrest.poll() is not None or stack._max_rows != 1000:
         stack.set_max_rows(1000)
-    stack.reset(**options)
+    if options:
+        stack.reset(**options)
+    else:
+        stack.empty()
     gateway.requests.clear()
     gateway.storage.clear()
     gateway.public_buckets.clear()

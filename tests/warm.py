@@ -1,66 +1,55 @@
 """Starts Python scripts as processes of their own that need not import torch again.
 
 Most of a short run of generate_embeddings.py is importing packages, which the tests would pay some
-hundreds of times. A server imports them once and forks for each run. The script itself begins anew
-in each, as `__main__`, with arguments, environment, folder and output of its own; it can be
-signalled and killed as any process.
+hundreds of times. A server imports them once for all processes of the tests, and forks for each
+run. The script itself begins anew in each, as `__main__`, with arguments, environment, folder and
+output of its own; it can be signalled and killed as any process.
 
 Used as a program this is the server.
 """
 
-import array
+import gc
 import json
 import os
 import runpy
 import select
+import shutil
 import signal
 import socket
 import subprocess
 import sys
-import threading
+import tempfile
 from functools import cache
 from pathlib import Path
 
 PACKAGES = ("torch", "numpy", "PIL.Image", "requests", "supabase", "tqdm", "dotenv", "safetensors")
 # What Python, glibc and OpenMP read when a process starts: a fork would not heed them.
 READ_AT_START = ("PYTHON", "MALLOC_", "LD_PRELOAD", "OMP_", "LANG", "LC_")
-
-
-class Server:
-    """A process that has the packages. It ends with this one."""
-
-    def __init__(self):
-        self._lock = threading.Lock()
-        self._control, theirs = socket.socketpair()
-        command = [sys.executable, __file__, str(theirs.fileno())]
-        kept = {
-            name: text
-            for name, text in os.environ.items()
-            if name.startswith(("LANG", "LC_")) or not name.startswith(READ_AT_START)
-        }
-        # numpy would start threads, which no fork takes along
-        environment = kept | {"OPENBLAS_NUM_THREADS": "1"}
-        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment)
-        theirs.close()
-
-    def start(self, argv, folder, environment, out, err):
-        """Runs a script with its arguments; its Run."""
-        request = {"argv": argv, "folder": str(folder), "environment": environment}
-        events, theirs = os.pipe()
-        files = array.array("i", [out.fileno(), err.fileno(), theirs])
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, files)]
-        data = json.dumps(request).encode()
-        with self._lock:
-            self._control.sendmsg([len(data).to_bytes(4, "big")], rights)
-            self._control.sendall(data)
-        os.close(theirs)
-        return Run(events)
+ADDRESS = "TESTS_WARM_SERVER"  # in the environment: the path of its socket
+REQUEST_BYTES = 2**17
 
 
 @cache
-def server():
-    """This process's Server."""
-    return Server()
+def start():
+    """Starts the server, for this process and those that it starts; it ends with this one."""
+    if ADDRESS in os.environ or sys.platform != "linux":
+        return None
+    folder = tempfile.mkdtemp(prefix="warm-")
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(f"{folder}/socket")
+    listener.listen(64)  # whoever asks before it has imported all waits
+    kept = {
+        name: text
+        for name, text in os.environ.items()
+        if name.startswith(("LANG", "LC_")) or not name.startswith(READ_AT_START)
+    }
+    os.environ[ADDRESS] = f"{folder}/socket"
+    return subprocess.Popen(
+        [sys.executable, __file__, str(listener.fileno()), folder],
+        pass_fds=[listener.fileno()],
+        stdin=subprocess.PIPE,  # closes with this process
+        env=kept | {"OPENBLAS_NUM_THREADS": "1"},  # numpy's threads would be in no fork
+    )
 
 
 def needs_cold(environment):
@@ -74,17 +63,22 @@ def needs_cold(environment):
 
 
 class Run:
-    """A process that a Server started, with what is needed here of subprocess.Popen."""
+    """A process that the server starts, with what is needed here of subprocess.Popen."""
 
-    def __init__(self, events):
-        self._events = os.fdopen(events, "rb", buffering=0)
+    def __init__(self, argv, folder, environment, out, err):
+        start()
+        self._server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._server.connect(os.environ[ADDRESS])
+        request = json.dumps([argv, str(folder), environment]).encode()
+        assert len(request) < REQUEST_BYTES
+        socket.send_fds(self._server, [request], [out.fileno(), err.fileno()])
         self.returncode = None
-        self.pid = self._event()
+        self.pid = self._number()
 
-    def _event(self):
-        event = self._events.read(4)
-        assert len(event) == 4, "the process between this one and the run's is gone"
-        return int.from_bytes(event, "big", signed=True)
+    def _number(self):
+        number = self._server.recv(16)
+        assert number, "the process between this one and the run's is gone"
+        return int(number)
 
     def poll(self):
         return self._look(0)
@@ -95,9 +89,9 @@ class Run:
         return self.returncode
 
     def _look(self, timeout):
-        if self.returncode is None and select.select([self._events], [], [], timeout)[0]:
-            self.returncode = self._event()
-            self._events.close()
+        if self.returncode is None and select.select([self._server], [], [], timeout)[0]:
+            self.returncode = self._number()
+            self._server.close()
         return self.returncode
 
     def send_signal(self, number):
@@ -108,52 +102,52 @@ class Run:
         self.send_signal(signal.SIGKILL)
 
 
-def serve(control):
-    """Forks for each request until the tests are over; returns what to run, in a forked process."""
+def serve(listener, folder):
+    """Forks for each request until the tests are over; returns in each run's process."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those in between
-    while True:
-        head, rights, _, _ = control.recvmsg(4, socket.CMSG_SPACE(3 * array.array("i").itemsize))
-        if not head:
-            sys.exit()
-        data = b""
-        length = int.from_bytes(head, "big")
-        while len(data) < length:
-            data += control.recv(length - len(data))
-        files = array.array("i")
-        files.frombytes(rights[0][2])
+    while 0 not in select.select([listener, 0], [], [])[0]:
+        connection, _ = listener.accept()
         if os.fork() == 0:
-            control.close()
+            listener.close()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            return stand_between(json.loads(data), *files)
+            return stand_between(connection)
+        connection.close()
+    shutil.rmtree(folder)
+    sys.exit()
+
+
+def stand_between(connection):
+    """Forks the run's process, where it returns, and says how that process ends."""
+    request, files, _, _ = socket.recv_fds(connection, REQUEST_BYTES, 2)
+    pid = os.fork()
+    if pid:
         for file in files:
             os.close(file)
-
-
-def stand_between(request, out, err, events):
-    """Forks the run's process, where it returns the request, and says how that process ends."""
-    pid = os.fork()
-    if pid == 0:
-        os.close(events)
-        for number, file in ((1, out), (2, err)):
-            os.dup2(file, number)
-            os.close(file)
-        return request
-    os.write(events, pid.to_bytes(4, "big", signed=True))
-    for file in (0, 1, 2, out, err):
+        connection.send(str(pid).encode())
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        connection.send(str(code).encode())
+        os._exit(0)
+    connection.close()
+    for number, file in enumerate([os.open(os.devnull, os.O_RDONLY), *files]):
+        os.dup2(file, number)
         os.close(file)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    os.write(events, code.to_bytes(4, "big", signed=True))
-    os._exit(0)
+    sys.argv[:], folder, environment = json.loads(request)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
 
 
 if __name__ == "__main__":
     for package in PACKAGES:
         __import__(package)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    request = serve(socket.socket(fileno=int(sys.argv[1])))
-    os.environ.clear()
-    os.environ.update(request["environment"])
-    os.chdir(request["folder"])
-    sys.argv[:] = request["argv"]
+    gc.freeze()  # else each fork copies what its garbage collector looks at
+    serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2])
     sys.path[0] = str(Path(sys.argv[0]).parent)
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        if end.code is not None and not isinstance(end.code, int):
+            print(end.code, file=sys.stderr)
+            end.code = 1
+        sys.stdout.flush()
+        os._exit(end.code or 0)  # Python's own end takes seconds where torch was imported

@@ -123,7 +123,7 @@ def main():
         return 1 if bad else 0
     for number in (signal.SIGINT, signal.SIGHUP):  # as conftest.py
         signal.signal(number, signal.SIG_DFL)
-    warm.server()  # else each test process makes one
+    warm.start()  # else each test process makes one
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         copy_of_the_repository(folder)
