@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -117,7 +118,7 @@ class Started:
         number = len(list(folder.glob("*.out")))
         self.out_path, self.err_path = folder / f"{number}.out", folder / f"{number}.err"
         with self.out_path.open("wb") as out, self.err_path.open("wb") as err:
-            self._process = start(out, err)
+            self._process = start(out.fileno(), err.fileno())
 
     def __getattr__(self, name):
         return getattr(self._process, name)
@@ -165,27 +166,22 @@ class Cli:
     def __call__(self, *args, timeout=TIMEOUT, **options):
         return self.start(*args, **options).finish(timeout)
 
-    def start(self, *args, env=None, cwd=None, script=SCRIPT, cold=False, **overrides):
-        """The same, without waiting for its end."""
+    def start(
+        self, *args, env=None, cwd=None, script=SCRIPT, cold=False, terminal=None, **overrides
+    ):
+        """The same, without waiting for its end; its output goes to a terminal, if there is one."""
         environment = self.environment(env, **overrides)
         keys = {*self.keys, environment.get("SUPABASE_SERVICE_ROLE_KEY")} - {None, ""}
-        folder = cwd or self.folder
-        command = self.command(args, script)
+        command, folder = self.command(args, script), cwd or self.folder
 
-        def start_cold(out, err):
-            return subprocess.Popen(
-                command,
-                cwd=folder,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=err,
-            )
-
-        def start_warm(out, err):
+        def start(out, err):
+            if terminal is not None:
+                out = err = terminal
+            if cold or warm.needs_cold(environment):
+                options = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": err}
+                return subprocess.Popen(command, cwd=folder, env=environment, **options)
             return warm.Run(command[1:], folder, environment, out, err)
 
-        start = start_cold if cold or warm.needs_cold(environment) else start_warm
         run = Started(start, self.folder, keys)
         self.started.append(run)
         return run
@@ -323,13 +319,31 @@ def wait_until(condition, seconds=60):
         time.sleep(0.02)
 
 
-SLOWEST = ("test_run", "test_supabase", "test_soak", "test_fetch", "test_shards", "test_gallery")
+def pytest_configure():
+    warm.start()  # before the workers, which use the same
+
+
+@cache
+def is_whole(file):
+    """Whether one worker gets a file's tests together: they share what takes long to make."""
+    return 'scope="module"' in (REPO / file).read_text()
 
 
 def pytest_collection_modifyitems(items):
-    """The slowest files first: they are given out whole, and one that came last would run alone."""
-    places = {name: place for place, name in enumerate(SLOWEST)}
-    items.sort(key=lambda item: places.get(item.path.stem, len(SLOWEST)))
+    """What is long comes first, so that none is left over at the end."""
+    items.sort(key=lambda item: (item.path.stem != "test_soak", not is_whole(item.path)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadScopeScheduling
+
+    class FilesOrTests(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return file if is_whole(file) else nodeid.partition("[")[0]
+
+    return FilesOrTests(config, log)
 
 
 @pytest.fixture(scope="session")

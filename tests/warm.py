@@ -71,7 +71,7 @@ class Run:
         self._server.connect(os.environ[ADDRESS])
         request = json.dumps([argv, str(folder), environment]).encode()
         assert len(request) < REQUEST_BYTES
-        socket.send_fds(self._server, [request], [out.fileno(), err.fileno()])
+        socket.send_fds(self._server, [request], [out, err])
         self.returncode = None
         self.pid = self._number()
 
