@@ -19,12 +19,17 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
+import database
+import models
 import numpy as np
 import psycopg
 import pytest
 import warm
 from PIL import Image
+from samples import saved
 from stack import ImageHost, Stack, photographs
+
+import generate_embeddings as script
 
 # A shell starts background jobs with Ctrl-C ignored, nohup its own with SIGHUP, and every process
 # started here inherits that
@@ -40,19 +45,6 @@ CLOSED = "http://127.0.0.1:9"  # nothing listens there
 FOLDER_FILE = "product_embeddings.sqlite3"  # what --local writes
 SMALL = ("flower.jpg", "china.jpg", "rocket.jpg")  # photographs that are quickly decoded
 
-# Runs the script with other constants: NAME=value ... -- arguments
-TUNED = f"""
-import os, sys
-sys.path.insert(0, {str(REPO)!r})
-import generate_embeddings as script
-end = sys.argv.index("--")
-for name, value in (pair.split("=") for pair in sys.argv[1:end]):
-    assert hasattr(script, name), name
-    setattr(script, name, type(getattr(script, name))(value))
-code = script.main(sys.argv[end + 1:])
-sys.stdout.flush()
-os._exit(code)  # as the script itself
-"""
 # Runs the script after some statements of a test
 PATCHED = f"""
 import os, signal, sys, time
@@ -64,6 +56,17 @@ code = script.main()
 sys.stdout.flush()
 os._exit(code)  # as the script itself
 """
+# With other constants: NAME=value ... -- arguments
+TUNED = PATCHED.replace("BEFORE", "").replace(
+    "AFTER",
+    """
+end = sys.argv.index("--")
+for name, value in (pair.split("=") for pair in sys.argv[1:end]):
+    assert hasattr(script, name), name
+    setattr(script, name, type(getattr(script, name))(value))
+del sys.argv[1:end + 1]
+""",
+)
 
 STAMPED = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")  # how a line of the log begins
 COUNTS = re.compile(r"embedded=\d+ failed=\d+ left=\d+ attempted=\d+( \w+=[\d.]+)*")
@@ -144,7 +147,6 @@ class Cli:
     """Runs generate_embeddings.py as a process of its own, with nothing of the developer's
     environment: only `settings`, and per call `env` instead of those, and single settings on
     top (None leaves one out). The current folder is an empty one unless `cwd` says otherwise.
-
     Its packages are imported already (see warm.py); `cold` starts it without.
     """
 
@@ -230,16 +232,12 @@ def renew(stack, **options):
 
 def open_store(stack, **settings):
     """The script's store of this stack, in this process."""
-    import generate_embeddings as script
-
     given = {"url": stack.url, "key": stack.service_key, "model_version": TINY_VERSION}
     return script.SupabaseStore(script.Settings(**given | settings), script.Stop())
 
 
 def open_folder(folder, **settings):
     """The script's store of a folder, in this process."""
-    import generate_embeddings as script
-
     given = {"local": folder, "model_version": TINY_VERSION} | settings
     return script.FolderStore(script.Settings(**given))
 
@@ -251,7 +249,7 @@ def survey(store):
 
 
 def pending(store):
-    """The assets that a store says are pending; once, as in a run."""
+    """The pending assets alone."""
     return survey(store)[1]
 
 
@@ -363,17 +361,10 @@ def stack(_stack):
 def photos():
     """The photographs, name -> bytes."""
     made = photographs()
-    for name in ("rocket.jpg", "page.png"):
-        made[name] = without_profile(made[name])
+    for name in ("rocket.jpg", "page.png"):  # they have ICC profiles, which transformers ignores
+        image = Image.open(io.BytesIO(made[name]))
+        made[name] = saved(image, image.format, quality=95, icc_profile=None)
     return made
-
-
-def without_profile(data):
-    """An image file without the ICC profile that transformers would not heed."""
-    image = Image.open(io.BytesIO(data))
-    file = io.BytesIO()
-    image.save(file, image.format, quality=95, icc_profile=None)
-    return file.getvalue()
 
 
 @pytest.fixture(scope="session")
@@ -402,16 +393,12 @@ def small(photos, tmp_path):
 @pytest.fixture(scope="session")
 def tiny():
     """A folder with a small model of CLIP's kind: 512 numbers from 224 pixels in no time."""
-    import models  # and torch with it: three seconds
-
     return models.tiny_model()
 
 
 @pytest.fixture(scope="session")
 def full():
     """A folder with a model of the architecture of ViT-B/32; its weights are random."""
-    import models
-
     return models.full_model()
 
 
@@ -419,8 +406,6 @@ def full():
 def of_transformers(full, photos, tmp_path_factory):
     """What transformers itself makes of the photographs with the full model, name -> vector;
     made once, also where the session has several processes."""
-    import models
-
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent  # the same for all workers
@@ -471,8 +456,6 @@ def cli(request, tiny, tmp_path_factory):
 @pytest.fixture
 def api(stack):
     """schema.sql's functions, called as the script calls them."""
-    import database
-
     return database.Api(stack, stack.service_key)
 
 
