@@ -19,7 +19,6 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
-import database
 import models
 import numpy as np
 import psycopg
@@ -404,8 +403,10 @@ def full():
 
 @pytest.fixture(scope="session")
 def of_transformers(full, photos, tmp_path_factory):
-    """What transformers itself makes of the photographs with the full model, name -> vector;
+    """What transformers itself makes of SMALL with the full model, name -> vector;
     made once, also where the session has several processes."""
+    import models
+
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent  # the same for all workers
@@ -413,9 +414,9 @@ def of_transformers(full, photos, tmp_path_factory):
     with file.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not file.exists():
-            images = [Image.open(io.BytesIO(data)).convert("RGB") for data in photos.values()]
+            images = [Image.open(io.BytesIO(photos[name])).convert("RGB") for name in SMALL]
             np.save(file, models.reference(full, images))
-    return dict(zip(photos, np.load(file), strict=True))
+    return dict(zip(SMALL, np.load(file), strict=True))
 
 
 @pytest.fixture
@@ -456,6 +457,8 @@ def cli(request, tiny, tmp_path_factory):
 @pytest.fixture
 def api(stack):
     """schema.sql's functions, called as the script calls them."""
+    import database
+
     return database.Api(stack, stack.service_key)
 
 

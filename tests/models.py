@@ -5,7 +5,7 @@ Both have random weights from a fixed seed. `full_model` has the architecture of
 .cache/test-models/ in the format of transformers, as a folder for CLIP_MODEL. Their tokenizer is
 that of CLIP, but knows only the letters a to z and two words.
 
-transformers is imported only where a model is made or asked: that takes seconds.
+transformers takes 8 seconds of a core to import, so only what needs it imports it.
 """
 
 import shutil
@@ -23,25 +23,23 @@ TINY_TOWER = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
 }
+TINY_TEXT = {**TINY_TOWER, "vocab_size": 64, "bos_token_id": 62, "eos_token_id": 63}
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 MERGES = [("r", "e"), ("re", "d</w>"), ("m", "u"), ("mu", "g</w>")]
-TINY_TEXT = {**TINY_TOWER, "vocab_size": 64, "bos_token_id": 62, "eos_token_id": 63}
 
 
 @cache
 def transformers():
-    """The package, told to be quiet."""
     import transformers
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()  # it would report the text tower's weights as not expected
-    logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()  # it would report the other tower's weights
+    transformers.logging.disable_progress_bar()
     return transformers
 
 
 def full_model():
     """Path of a CLIPModel with both towers of ViT-B/32: 151 M parameters, 605 MB."""
-    return _saved("full")  # the defaults of CLIPConfig are openai/clip-vit-base-patch32
+    return _saved("full")  # the defaults are openai/clip-vit-base-patch32
 
 
 def tiny_model():
@@ -52,10 +50,8 @@ def tiny_model():
 def other_model(folder, projection_dim=512, change=lambda model: None, **tower):
     """Makes `folder` a model like the tiny one but for these settings of its image tower, or for
     what `change` does to it."""
-    config = transformers().CLIPConfig(
-        text_config=TINY_TEXT, vision_config=TINY_TOWER | tower, projection_dim=projection_dim
-    )
-    model = transformers().CLIPModel(config)
+    vision = TINY_TOWER | tower
+    model = _made(text_config=TINY_TEXT, vision_config=vision, projection_dim=projection_dim)
     change(model)
     _save(model, folder)
     return folder
@@ -68,13 +64,14 @@ def hub_cache(folder):
     holds position ids as well.
     """
     import torch
+    from safetensors.torch import load_file
 
     snapshot = folder / f"models--{REPOSITORY.replace('/', '--')}" / "snapshots" / REVISION
     snapshot.mkdir(parents=True)
     source = tiny_model()
     for name in ("config.json", "tokenizer.json"):
         shutil.copy(source / name, snapshot)
-    weights = transformers().CLIPModel.from_pretrained(source).state_dict()
+    weights = load_file(source / "model.safetensors")
     for tower in ("text_model", "vision_model"):
         positions = len(weights[f"{tower}.embeddings.position_embedding.weight"])
         weights[f"{tower}.embeddings.position_ids"] = torch.arange(positions)[None]
@@ -82,13 +79,18 @@ def hub_cache(folder):
     return snapshot
 
 
-def reference(model_folder, images):
-    """What transformers itself makes of PIL RGB images: float32 (n, 512), unit length."""
+def image_processor():
+    """What transformers makes pixels with."""
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    processor = CLIPImageProcessorPil()
+    return CLIPImageProcessorPil()
+
+
+def reference(model_folder, images):
+    """What transformers itself makes of PIL RGB images: float32 (n, 512), unit length."""
+    processor = image_processor()
     inputs = [processor(image, return_tensors="pt") for image in images]
-    return _embedded(transformers().CLIPVisionModelWithProjection, model_folder, inputs)
+    return _vectors("CLIPVisionModelWithProjection", "image_embeds", model_folder, inputs)
 
 
 def reference_of_words(model_folder, texts):
@@ -96,17 +98,16 @@ def reference_of_words(model_folder, texts):
     tokenizer = transformers().CLIPTokenizer.from_pretrained(model_folder)
     options = {"return_tensors": "pt", "truncation": True, "max_length": 77}
     inputs = [tokenizer(text, **options) for text in texts]
-    return _embedded(transformers().CLIPTextModelWithProjection, model_folder, inputs)
+    return _vectors("CLIPTextModelWithProjection", "text_embeds", model_folder, inputs)
 
 
-def _embedded(kind, model_folder, inputs):
+def _vectors(tower, output, folder, inputs):
     import torch
 
-    loading = {"dtype": torch.float32, "attn_implementation": "eager"}
-    model = kind.from_pretrained(model_folder, **loading).eval()
+    options = {"dtype": torch.float32, "attn_implementation": "eager"}
+    model = getattr(transformers(), tower).from_pretrained(folder, **options).eval()
     with torch.inference_mode():
-        # The embeddings are the first of what it answers
-        vectors = [model(**given)[0][0] for given in inputs]
+        vectors = [model(**one)[output][0] for one in inputs]
         return torch.nn.functional.normalize(torch.stack(vectors)).numpy()
 
 
@@ -114,19 +115,23 @@ def _saved(name, **config):
     """Path of the model `name`; made the first time, in one step for onlookers."""
     folder = CACHE / name
     if not folder.exists():
-        import torch
-
         CACHE.mkdir(parents=True, exist_ok=True)
-        torch.manual_seed(0)
         with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
             made = Path(scratch) / name
-            _save(transformers().CLIPModel(transformers().CLIPConfig(**config)), made)
+            _save(_made(**config), made)
             try:
                 made.rename(folder)
             except OSError:
                 if not folder.exists():  # else a test beside this one was faster
                     raise
     return folder
+
+
+def _made(**config):
+    import torch
+
+    torch.manual_seed(0)
+    return transformers().CLIPModel(transformers().CLIPConfig(**config))
 
 
 def _save(model, folder):
@@ -137,3 +142,4 @@ def _save(model, folder):
     vocabulary["<|startoftext|>"] = text.bos_token_id
     vocabulary["<|endoftext|>"] = text.eos_token_id
     transformers().CLIPTokenizer(vocab=vocabulary, merges=MERGES).save_pretrained(folder)
+    image_processor().save_pretrained(folder)

@@ -68,10 +68,7 @@ NO_ROUTE = b'{"message":"no Route matched with those values"}'
 BAD_UPSTREAM = b'{"message":"An invalid response was received from the upstream server"}'
 ELSEWHERE = [("Location", "https://elsewhere.invalid/")]
 RESPONSES = {
-    "a redirect": (
-        (301, ELSEWHERE, b""),
-        "answers with HTTP 301, which leads to https://elsewhere.invalid/: check SUPABASE_URL",
-    ),
+    "a redirect": ((301, ELSEWHERE, b""), "answers with HTTP 301, "),
     "a captive portal": ((200, HTML, b"<html>Sign in</html>"), "check SUPABASE_URL"),
     "a page": ((404, HTML, b"<html>Not found</html>"), "answers with HTTP 404, Not Found"),
     "no API": ((404, JSON, NO_ROUTE), "answers with HTTP 404, no Route matched"),

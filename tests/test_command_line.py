@@ -110,21 +110,15 @@ SHARDS = ("0/4", "5/4", "4", "1/0", "-1/4", "1/2/3", "1/", "", "\N{ARABIC-INDIC 
         (["--gallery", "no/such/page.html"], "no/such/page.html"),
         (["--local", ".", "--shard", "1/2"], "--client SUBFOLDER"),
         *(([f"--shard={text}"], "not a part like 1/4, 2/4, 3/4 or 4/4") for text in SHARDS),
-        (["photos/"], "error: unrecognized arguments: photos/: did you mean --local photos/?"),
-        (["--folder", "photos"], "--folder photos: did you mean --local photos?"),
-        (["photo"], "error: unrecognized arguments: photo\n"),
-        (["--quiet"], "error: unrecognized arguments: --quiet\n"),
     ],
 )
-def test_a_usage_error_names_the_flag_or_its_value(capsys, monkeypatch, tmp_path, arguments, named):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "photos").mkdir()
+def test_a_usage_error_names_the_flag_or_its_value(capsys, arguments, named):
     with pytest.raises(SystemExit) as ended:
         script.read_flags(arguments)
     said = capsys.readouterr()
     assert ended.value.code == 2
     assert said.out == ""
-    assert named in said.err.splitlines(keepends=True)[-1]
+    assert named in said.err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
