@@ -259,10 +259,8 @@ def vector(*numbers):
     return made / np.linalg.norm(made)
 
 
-FOLDER_COLUMNS = [
-    *("asset_id", "modified", "model_version", "embedding", "stage", "reason"),
-    *("created_at", "updated_at"),
-]
+FOLDER_COLUMNS = "asset_id modified model_version embedding stage reason created_at updated_at"
+FOLDER_COLUMNS = FOLDER_COLUMNS.split()
 
 
 def folder_query(folder, sql):
