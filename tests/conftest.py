@@ -399,7 +399,7 @@ def full():
 
 @pytest.fixture(scope="session")
 def of_transformers(full, photos, tmp_path_factory):
-    """What transformers itself makes of the photographs with the full model, name -> vector;
+    """What transformers itself makes of SMALL with the full model, name -> vector;
     made once, also where the session has several processes."""
     import models
 
@@ -410,9 +410,9 @@ def of_transformers(full, photos, tmp_path_factory):
     with file.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not file.exists():
-            images = [Image.open(io.BytesIO(data)).convert("RGB") for data in photos.values()]
+            images = [Image.open(io.BytesIO(photos[name])).convert("RGB") for name in SMALL]
             np.save(file, models.reference(full, images))
-    return dict(zip(photos, np.load(file), strict=True))
+    return dict(zip(SMALL, np.load(file), strict=True))
 
 
 @pytest.fixture
