@@ -84,7 +84,7 @@ BAD_UPSTREAM = b'{"message":"An invalid response was received from the upstream 
     [
         (
             (301, [("Location", "https://elsewhere.invalid/")], b""),
-            "answers with HTTP 301, which leads to https://elsewhere.invalid/: check SUPABASE_URL",
+            "answers with HTTP 301, Moved Permanently: check SUPABASE_URL",
         ),
         ((200, HTML, b"<html>Sign in to the network</html>"), "check SUPABASE_URL"),
         ((404, HTML, b"<html>Not found</html>"), "answers with HTTP 404, Not Found"),
