@@ -1944,7 +1944,7 @@ class FolderStore:
         self._mine = set(mine)
         if not mine:
             place = self._folder / self._below
-            raise RunError(f"no image below {place}: check its name, and the files' endings")
+            raise RunError(f"no image below {place}: check its name, and the endings of its files")
         with self._database() as database:
             query = "select asset_id, modified, model_version, reason is not null from images"
             known = {path: row for path, *row in database.execute(query)}

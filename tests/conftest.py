@@ -319,7 +319,7 @@ def wait_until(condition, seconds=60):
         time.sleep(0.02)
 
 
-SLOWEST = ("test_run", "test_supabase", "test_soak", "test_fetch", "test_shards", "test_gallery")
+SLOWEST = ("test_run", "test_supabase", "test_soak", "test_fetch", "test_gallery")
 
 
 def pytest_collection_modifyitems(items):

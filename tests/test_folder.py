@@ -241,7 +241,7 @@ def test_a_client_is_a_subfolder_at_any_depth(tmp_path):
         status, found = survey(open_folder(tmp_path, client=client))
         assert (sorted(paths(found)), status.assets) == (below, len(below))
     for client in ("three", "acme/a.png", "acm", ""):
-        with pytest.raises(RunError, match="check its name, and the files' end"):
+        with pytest.raises(RunError, match="check its name, and the endings of"):
             open_folder(tmp_path, client=client).status()
 
 

@@ -516,6 +516,7 @@ CALLS = [
 @pytest.mark.parametrize("old_grants", [False, True])
 def test_others_than_the_service_role_see_and_do_nothing(stack, old_grants):
     stack.reset(old_grants=old_grants)
+    stored(stack)
     # The reload of the reset may have read the tables before they were there, and only the
     # functions after: then PostgREST knows no column to change, and says 404
     stack.reload_schema()
@@ -529,14 +530,9 @@ def test_others_than_the_service_role_see_and_do_nothing(stack, old_grants):
             assert answer.json()["code"] == "42501"
             if path.startswith("rpc/"):  # refused at the door, not first by a table behind it
                 assert "function" in answer.json()["message"]
-
-
-def test_row_level_security_holds_even_where_rights_were_granted(stack):
-    stored(stack)
-    for table in TABLES:
+    for table in TABLES:  # row level security holds even where rights were granted
         stack.sql(f"grant all on {table} to anon")
-        answer = Api(stack, stack.anon_key)("GET", table)
-        assert (answer.status_code, answer.json()) == (200, [])
+        assert Api(stack, stack.anon_key)("GET", table).json() == []
 
 
 def test_signed_in_users_find_what_they_may_see_once_the_search_is_open(stack, api):

@@ -8,7 +8,6 @@
 - The page gets copies, near pairs, samples and failures.
 """
 
-import http.client
 import json
 import re
 import uuid
@@ -311,31 +310,6 @@ def test_what_may_stay_is_tried_three_times_and_what_is_refused_once(stack, code
         store.save(results)
     stack.gateway.fault = refusing(code, tries - 1)
     assert store.save(results) == {results[0].asset.id}
-
-
-def test_a_project_may_be_below_a_path(cli, stack, host):
-    """As self-hosted ones are behind a reverse proxy; their own storage, too."""
-
-    def below(handler):
-        body = handler.rfile.read(int(handler.headers.get("Content-Length", 0)))
-        connection = http.client.HTTPConnection("127.0.0.1", stack.gateway.port)
-        path = handler.path.removeprefix("/supabase")
-        connection.request(handler.command, path, body, dict(handler.headers))
-        answer = connection.getresponse()
-        unwanted = ("connection", "content-length", "date", "server")
-        headers = [(n, v) for n, v in answer.getheaders() if n.lower() not in unwanted]
-        handler.reply(answer.status, headers, answer.read())
-        connection.close()
-
-    stack.gateway.storage["photos", "a.jpg"] = host.files["/flower.jpg"]
-    with ImageHost(otherwise=below) as proxy:
-        url = f"{proxy.url}/supabase"
-        own = "storage/v1/object/authenticated/photos/a.jpg"
-        ids = stack.add_images([host.url_of("/china.jpg"), f"/{own}", f"{url}/{own}"])
-        run = cli(SUPABASE_URL=f"{url}/rest/v1/", STORAGE_BUCKETS="photos")
-        assert (run.code, stack.embedded()) == (0, set(ids))
-        wrong = cli("--dry-run", SUPABASE_URL=f"{proxy.url}/elsewhere")
-    assert "HTTP 404" in wrong.error
 
 
 # Private storage
