@@ -1575,8 +1575,8 @@ class SupabaseStore:
         http = httpx.Client(
             timeout=httpx.Timeout(answer_seconds, connect=CONNECT_SECONDS),
             verify=tls_context(),
-            follow_redirects=False,  # one would carry the key to another origin
-            # An error holds the whole response; a redirect is one, too.
+            # What is raised holds the whole response. Redirects raise, too: they would carry the
+            # key to another origin.
             event_hooks={"response": [httpx.Response.read, httpx.Response.raise_for_status]},
         )
         options = supabase.ClientOptions(httpx_client=http)

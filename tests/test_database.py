@@ -236,6 +236,7 @@ def test_a_result_is_of_one_image(stack, api):
     assert [a["id"] for a in pending] == [one, two]
     status = api.status()
     assert (status["done"], status["failed"]) == (0, 0)
+    assert api("GET", "embedding_failures").json() == []
     assert [m["asset_id"] for m in api.call("match_products", query_embedding=ONES)] == [one]
     assert api.store(first[:1], first[1:]) == []
     assert api.store([], pending) == [one, two]
