@@ -2024,11 +2024,12 @@ class FolderStore:
     def search(self, vector: np.ndarray, wanted: int) -> list[Match]:
         """As Store says; compares all, in blocks."""
         found = (
-            Match(picture, float(cosine))
+            pair
             for pictures, vectors in self._vectors()
-            for picture, cosine in zip(pictures, vectors @ vector, strict=True)
+            for pair in zip((vectors @ vector).tolist(), pictures, strict=True)
         )
-        return heapq.nlargest(wanted, found, key=lambda match: match.similarity)
+        best = heapq.nlargest(wanted, found, key=lambda pair: pair[0])
+        return [Match(picture, cosine) for cosine, picture in best]
 
     def catalog(self) -> Catalog:
         """As Store says, of the first MOST_COMPARED vectors."""
