@@ -133,6 +133,7 @@ import csv
 import ctypes
 import difflib
 import hashlib
+import heapq
 import html
 import io
 import ipaddress
@@ -263,7 +264,7 @@ def embed_all(settings: Settings, stop: Stop) -> int:
     with stop:
         try:
             if report.pending:
-                log.info("vectors go to %s", store.place)
+                log.info("vectors go to %s", store.label)
                 log.info("loading the model")
                 Run(store, settings, report, stop).loop()
             elif status.assets:
@@ -729,7 +730,7 @@ class Store(Protocol):
     embeds the image once more.
     """
 
-    place: str  # in words, for the log
+    label: str  # in words, for the log
     patience: float  # seconds: a call that takes longer counts as hung
 
     def status(self) -> Status:
@@ -1506,8 +1507,7 @@ class Stop:
 
 ANSWER_SECONDS = 58.0  # of the database, for a question: Supabase's API ends it after 60
 CONNECT_SECONDS = 10.0  # to the database
-CHECK_SECONDS = 5.0  # patience with the database before the run, when the URL may be wrong
-STOP_SECONDS = 10.0  # patience with it after Ctrl-C
+CHECK_SECONDS = 5.0  # patience with the database until it has answered once, and after Ctrl-C
 SAMPLES = 16  # products on the page, each with the nearest to it
 COMPARED_AT_ONCE = 200  # products; they have five neighbours each, and the API cuts at 1,000 rows
 FAILURES_AT_ONCE = 1000  # rows
@@ -1521,10 +1521,10 @@ UPGRADE = (
 NEW_KEY = "copy a secret key (sb_secret_...) from the dashboard, Settings > API Keys"
 
 # Codes of PostgREST and PostgreSQL, and a gateway's HTTP status. What these mean may pass:
-PASSING = re.compile(r"5\d\d|408|425|429|PGRST00\d|(08|40|53|57)...|55P03|XX000")
-TOO_LONG = "57014"  # passes, too; but a search that took too long would do so again
-SEARCHES = ("match_products", "similar_products", "duplicate_products", "embedding_copies")
-VANISHED = "23503"  # a product was deleted in that very moment: tried again, but not for ever
+PASSING = re.compile(r"5\d\d|408|425|429|PGRST00\d|(08|40|53|57)...|55P03|XX000|23503")
+# These are tried three times, as they may stay: a statement took too long; a product was deleted
+# in that very moment.
+TRIED_THRICE = ("57014", "23503")
 # What the others mean. {said} are the database's own words.
 TROUBLES = {
     **dict.fromkeys(
@@ -1539,9 +1539,9 @@ TROUBLES = {
     'grant select on that table, as "Your tables" in schema.sql says',
     "PGRST106": "the schema public is not exposed ({said}): add it in the dashboard's settings "
     "of the Data API, Exposed schemas",
-    TOO_LONG: "a search in the database took too long ({said}): has product_embeddings its HNSW "
+    "57014": "the database took too long ({said}): has product_embeddings its HNSW "
     "index? schema.sql says how to make it",
-    VANISHED: "products are missing in the table that a foreign key refers to ({said}): see "
+    "23503": "products are missing in the table that a foreign key refers to ({said}): see "
     '"Another table" in schema.sql',
     "25006": "the database can only be read ({said}): SUPABASE_URL is a read replica's, or the "
     "project's disk is full",
@@ -1549,10 +1549,10 @@ TROUBLES = {
 OTHER_TROUBLE = "the database says {said!r} ({code})"
 NO_API = "{url} answers with HTTP {code}, {said}: check SUPABASE_URL"
 
-OBJECTS = "/storage/v1/object/"
-STORAGE = (OBJECTS, "/storage/v1/render/image/")  # an image that begins so is the project's own
+STORAGE = "/storage/v1/"  # an image that begins so is the project's own
+STORED = re.compile(r"(/storage/v1/(?:object|render/image)/)(public|authenticated)/(.*)", re.DOTALL)
 
-Read = TypeVar("Read")  # an answer of the database, as it was read
+Read = TypeVar("Read")  # the database's data, as it was read
 
 
 class SupabaseStore:
@@ -1568,120 +1568,96 @@ class SupabaseStore:
 
         self._settings = settings
         self._stop = stop
-        self._seconds = CHECK_SECONDS  # patience; until it has answered once
-        self.place = f"product_embeddings at {settings.url}"
+        self._run_began = ""  # by the database's clock; empty until it has answered once
+        self.label = f"product_embeddings at {settings.url}"
         answer_seconds = min(ANSWER_SECONDS, max(CHECK_SECONDS, settings.db_retry_seconds))
         self.patience = settings.db_retry_seconds + answer_seconds  # all attempts at a call
         http = httpx.Client(
             timeout=httpx.Timeout(answer_seconds, connect=CONNECT_SECONDS),
             verify=tls_context(),
-            follow_redirects=False,  # one would carry the key to another origin
-            event_hooks={"response": [refuse_errors]},
+            # What is raised holds the whole response. Redirects raise, too: they would carry the
+            # key to another origin.
+            event_hooks={"response": [httpx.Response.read, httpx.Response.raise_for_status]},
         )
         options = supabase.ClientOptions(httpx_client=http)
         self._database = supabase.create_client(settings.url, settings.key, options)
         buckets = {name.strip() for name in settings.storage_buckets.split(",")}
         self._readable_buckets = buckets - {""}
-        self._catalog = {"model_version": settings.model_version, "client": settings.client}
-        self._part: dict[str, Any] = {}
-        if settings.shard:
-            self._part = {"shard": settings.shard.part, "shards": settings.shard.parts}
+        self._scope = {"model_version": settings.model_version, "client": settings.client}
+        part, parts = settings.shard or (1, 1)
+        self._part = {"shard": part, "shards": parts}
 
     def status(self) -> Status:
         """As Store says. Checks that schema.sql is of this version, and that the client is
         there."""
-        status = self._call("embedding_status", self._read_status, **self._catalog, **self._part)
-        self._seconds = self._settings.db_retry_seconds
-        return status
+        return self._call("embedding_status", self._read_status, **self._scope, **self._part)
 
-    def _read_status(self, answer: Any) -> Status:
-        if answer["contract"] != CONTRACT:
+    def _read_status(self, data: Any) -> Status:
+        if data["contract"] != CONTRACT:
             raise RunError(f"the database has another version of schema.sql: {UPGRADE}")
-        if answer["clients"] is not None:
+        if data["clients"] is not None:
             client = str(self._settings.client)
-            others = [str(name) for name in answer["clients"]]
-            near = near_name(client, others)
+            near = near_name(client, map(str, data["clients"]))
             hint = f"did you mean {near!r}?" if near else "check the spelling"
             raise RunError(f"no asset is of client {client!r}: {hint}")
-        self._run_began = answer["time"]  # by the database's clock
-        return Status(
-            assets=answer["assets"],
-            done=answer["done"],
-            failed=answer["failed"],
-            waiting=answer["waiting"],
-            next_attempt=answer["next_attempt"] and datetime.fromisoformat(answer["next_attempt"]),
-        )
+        self._run_began = data["time"]
+        when = data["next_attempt"]
+        next_attempt = datetime.fromisoformat(when) if when else None
+        return Status(data["assets"], data["done"], data["failed"], data["waiting"], next_attempt)
 
     def pages(self) -> Iterator[list[Asset]]:
-        """As Store says, in the order of the ids."""
+        """As Store says, in the order of the ids. Each page begins after the last id of the one
+        before."""
         wanted = min(self._settings.limit or PAGE_ROWS, PAGE_ROWS)
-        new = self._catalog | self._part | {"wanted": wanted}
-        yield from self._walk(new)
+        new = self._scope | self._part | {"wanted": wanted}
         failed = {"failed_before": self._run_began, "waiting_too": self._settings.retry_failed}
-        yield from self._walk(new | failed)
+        for which in (new, new | failed):
+            last: Id | None = None
+            while True:
+                page, last = self._call("pending_assets", self._read_page, after=last, **which)
+                yield page
+                if last is None:
+                    break
 
-    def _walk(self, which: dict[str, Any]) -> Iterator[list[Asset]]:
-        """Pages by keyset: each begins after the last id of the one before."""
-        last: Id | None = None
-        while True:
-            page, last = self._call("pending_assets", self._read_page, after=last, **which)
-            yield page
-            if last is None:
-                return
-
-    def _read_page(self, answer: Any) -> tuple[list[Asset], Id | None]:
+    def _read_page(self, data: Any) -> tuple[list[Asset], Id | None]:
         page = [
             Asset(
-                row["id"],
-                row["image"] or "",
-                image_hash=row["image_hash"],
-                size=row["bytes"],
-                title=row["title"] or "",
+                row["id"], row["image"] or "", row["image_hash"], row["bytes"], row["title"] or ""
             )
-            for row in answer["assets"]
+            for row in data["assets"]
         ]
-        return page, answer["last"]
+        return page, data["last"]
 
     def locate(self, asset: Asset) -> Source:
         """As Store says. The key goes to the project's own Storage only, and there to the
         buckets of STORAGE_BUCKETS: whoever may type an image's URL must not read all others."""
         image = asset.image.strip()
-        if image[:5].lower() != "data:":
-            refuse_long(image)
-        if len(asset.image) < asset.size // 4:  # a character has at most 4 bytes: it was cut
-            raise ImageError(f"{LONG_DATA_URL} ({asset.size // 2**20} MB)")
         if not image:
             raise ImageError(NO_IMAGE)
+        if len(asset.image) < asset.size // 4:  # a character has at most 4 bytes: it was cut
+            raise ImageError(f"{LONG_DATA_URL} ({asset.size // 2**20} MB)")
+        url = self._settings.url
         if image.startswith("//"):
             image = f"https:{image}"
-        if image.startswith(OBJECTS) and not image.startswith(f"{OBJECTS}sign/"):
-            image = image.replace("?", "%3F")  # a path: this is a part of the object's name
-        if image.startswith(STORAGE):
-            image = self._settings.url + image
-        for place in STORAGE:
-            own = self._settings.url + place
-            if image.startswith(own):
-                return self._locate_in_storage(own, image.removeprefix(own))
-        return Source(image, {})
+        elif image.startswith(STORAGE):
+            image = url + image
+        stored = STORED.fullmatch(image.removeprefix(url))
+        if not stored:
+            return Source(image, {})
 
-    def _locate_in_storage(self, own: str, path: str) -> Source:
-        access, _, object_path = path.partition("/")
-        if access == "sign":  # it carries a token of its own
-            return Source(own + path, {})
-        if access not in ("public", "authenticated"):
-            access = ""
-            object_path = path
-        # What becomes a slash, or vanishes, on its way to the host must not hide one
-        if ".." in unquote(object_path).split("/") or re.search(r"[\\\t\r\n]", path):
-            raise ImageError(BAD_STORAGE_PATH)
-        bucket = unquote(object_path.partition("/")[0])
+        service, access, path = stored.groups()
+        refuse_long(path)
+        bucket = unquote(path.partition("/")[0])
         if bucket in self._readable_buckets:
+            # What becomes a slash, or vanishes, on its way to the host must not hide one
+            if ".." in unquote(path).split("/") or re.search(r"[\\\t\r\n]", path):
+                raise ImageError(BAD_STORAGE_PATH)
             key = self._settings.key
             headers = {"apikey": key, "Authorization": f"Bearer {key}"}
-            return Source(f"{own}authenticated/{object_path}", headers)
-        if access == "public":
-            return Source(own + path, {})
-        raise ImageError(f"{PRIVATE_BUCKET} ({shorten(bucket)})")
+            return Source(f"{url}{service}authenticated/{path}", headers)
+        if access == "authenticated":
+            raise ImageError(f"{PRIVATE_BUCKET} ({shorten(bucket)})")
+        return Source(image, {})
 
     def save(self, results: list[Result]) -> set[Id]:
         """As Store says."""
@@ -1695,15 +1671,9 @@ class SupabaseStore:
             else:
                 row = {"asset_id": asset.id, "image_hash": asset.image_hash}
                 failures.append(row | {"stage": result.stage, "reason": result.reason})
-
-        def read(answer: Any) -> set[Id]:
-            if answer["given"] != len(results):
-                raise ValueError
-            return set(answer["taken"])
-
         return self._call(
             "store_embeddings",
-            read,
+            lambda data: set(data["taken"]),
             model_version=self._settings.model_version,
             vectors=vectors,
             failures=failures,
@@ -1711,14 +1681,14 @@ class SupabaseStore:
 
     def search(self, vector: np.ndarray, wanted: int) -> list[Match]:
         """As Store says; the database gives 1,000 at most."""
-        question = {"query_embedding": vector_text(vector), "match_count": wanted}
-        return self._call("match_products", read_matches, **question, **self._catalog)
+        given = {"query_embedding": vector_text(vector), "match_count": wanted}
+        return self._call("match_products", read_matches, **given, **self._scope)
 
     def catalog(self) -> Catalog:
         """As Store says; asked in pieces, each of which fits into the time of one call."""
-        embedded = self._call("embedding_status", self._read_status, **self._catalog).done
+        embedded = self._call("embedding_status", self._read_status, **self._scope).done
         pairs, sought_among = self._call(
-            "embedding_copies", read_copies, min_similarity=SAME, **self._catalog
+            "embedding_copies", read_copies, min_similarity=SAME, **self._scope
         )
         copies = {(pair.one.id, pair.other.id) for pair in pairs}
         near, compared = self._near_pairs(embedded)
@@ -1791,62 +1761,51 @@ class SupabaseStore:
             last = page[-1].picture.id
 
     def _call(self, function: str, read: Callable[[Any], Read], **arguments: Any) -> Read:
-        """What a function of schema.sql answers: see _ask."""
+        """What a function of schema.sql returns: see _ask."""
         return self._ask(function, self._database.rpc(function, arguments), read)
 
     def _ask(self, name: str, query: Any, read: Callable[[Any], Read]) -> Read:
-        """The answer to a query as `read` takes it; asked again, with backoff, while trouble may
-        pass. What `read` can't make sense of is no answer. Raises RunError."""
+        """The data of a query as `read` takes it; asked again, with backoff, while trouble may
+        pass. Data that `read` can't make sense of are trouble, too. Raises RunError."""
         import httpx
         from postgrest import APIError
 
         started = time.monotonic()
+        refused = 0
         for attempt in itertools.count():
             try:
                 return read(query.execute().data)
             except httpx.HTTPStatusError as error:
                 code, said = code_and_words(error.response)
                 said = shorten(said.replace(self._settings.key, "(the key)"), 300)
-                passing = PASSING.fullmatch(code) and not (code == TOO_LONG and name in SEARCHES)
-                if not passing and not (code == VANISHED and attempt < 2):
+                refused += code in TRIED_THRICE
+                if refused == 3 or not PASSING.fullmatch(code):
                     raise RunError(self._explain(code, said)) from None
                 trouble = f"{code}, {said}"
             except httpx.RequestError as error:
                 trouble = f"{type(error).__name__}: {error}"
-            except (APIError, AttributeError, LookupError, TypeError, ValueError, RecursionError):
-                trouble = f"an answer that {name} never gives"
-            patience = self._seconds
-            if self._stop.code:
-                patience = min(patience, STOP_SECONDS)
-            left = started + patience - time.monotonic()
-            if left <= 0:
-                waited = time.monotonic() - started
+            except (APIError, LookupError, TypeError, ValueError):
+                trouble = f"data that {name} never gives"
+            patience = self._settings.db_retry_seconds
+            if self._stop.code or not self._run_began:
+                patience = min(patience, CHECK_SECONDS)
+            waited = time.monotonic() - started
+            if waited >= patience:
                 raise RunError(f"{SILENCE} for {waited:.0f} s ({trouble}): {CHECK_URL}")
             log.info("database: %s; trying again", trouble)
-            pause = 2 ** min(attempt, 4) * random.uniform(0.25, 0.5)
-            time.sleep(min(pause, left))
+            time.sleep(2 ** min(attempt, 3) * random.uniform(0.25, 0.5))
         raise AssertionError  # count() has no end
 
     def _explain(self, code: str, said: str) -> str:
         """An error of the database in its own words, with what to do where that is known."""
-        other = NO_API if len(code) == 3 else OTHER_TROUBLE
-        sentence = TROUBLES.get(code, other)
+        sentence = TROUBLES.get(code, NO_API if len(code) == 3 else OTHER_TROUBLE)
         url = self._settings.url
         return sentence.format(said=said, code=code, url=url, key=self._settings.key_source)
-
-
-def refuse_errors(response: Any) -> None:
-    """Raises an error that holds the whole answer, where that is a redirect or an error."""
-    if not response.is_success:
-        response.read()
-        response.raise_for_status()
 
 
 def code_and_words(response: Any) -> tuple[str, str]:
     """The code of an error: PostgreSQL's or PostgREST's, or else the HTTP status. And its words."""
     status = str(response.status_code)
-    if response.has_redirect_location:
-        return status, f"which leads to {response.headers['location'].partition('/rest/v1')[0]}"
     try:
         error = response.json()
         return str(error.get("code") or status), str(error["message"])
@@ -1895,14 +1854,14 @@ def vector_text(vector: np.ndarray) -> str:
 MOST_COMPARED = 100_000  # vectors of a folder: 200 MB
 MOST_PAIRS = 1_000_000  # a thousand pictures that look the same make half of that
 BLOCK = 1024  # vectors that are compared with as many others at a time
-JOURNAL_MAGIC = bytes.fromhex("d9d505f920a163d7")  # at a journal's end: it names another one
+JOURNAL_MAGIC = bytes.fromhex("d9d505f920a163d7")  # ends a journal that names another file
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".webp", ".avif"}
 IMAGE_SUFFIXES |= {".tif", ".tiff", ".bmp", ".heic", ".heif"}
 # Copies, thumbnails and deleted files, as NAS systems, archives and desktops keep them
 SYSTEM_FOLDERS = {"@eadir", "#recycle", "@recycle", "#snapshot", "@recently-snapshot", "@tmp"}
-SYSTEM_FOLDERS |= {"$recycle.bin", "system volume information", "lost+found", "__macosx"}
-# "modified" is the file's image_hash when its row was made: see hash_of. Files of earlier versions
-# have a column more, "permanent".
+SYSTEM_FOLDERS |= {"$recycle.bin", "system volume information", "lost+found"}
+UNSEEN = 0  # the image_hash of a file that can't be looked at
+# "modified" is the file's image_hash when its row was made.
 FOLDER_TABLE = """
 create table if not exists images (asset_id text primary key, modified integer not null,
     model_version text not null, embedding blob, stage text, reason text,
@@ -1912,27 +1871,15 @@ create table if not exists images (asset_id text primary key, modified integer n
 FOLDER_SAVE = """
 insert into images (asset_id, modified, model_version, embedding, stage, reason, created_at,
     updated_at)
-values (:id, :image_hash, :version, :embedding, :stage, :reason, :now, :now)
-on conflict do update set modified = :image_hash, model_version = :version,
-    embedding = :embedding, stage = :stage, reason = :reason, updated_at = :now
-where :embedding is not null or embedding is null or modified <> :image_hash
-    or model_version <> :version
+values (?, ?, ?, ?, ?, ?, ?, ?)
+on conflict do update set modified = excluded.modified, model_version = excluded.model_version,
+    embedding = excluded.embedding, stage = excluded.stage, reason = excluded.reason,
+    updated_at = excluded.updated_at
+where excluded.embedding is not null or embedding is null or modified <> excluded.modified
+    or model_version <> excluded.model_version
 """
-
-
-# SQLite goes by a row's sql, whatever its other columns say
-FOLDER_ODDITIES = """
-select name from sqlite_master where sql not like 'create table%'
-    and sql not like 'create index%' and sql not like 'create unique index%'
-"""
-
-
-class KnownImage(NamedTuple):
-    """What a folder's file says of an image."""
-
-    modified: int
-    model_version: str
-    failed: int
+# SQLite goes by a row's sql, whatever its other columns say.
+FOLDER_TRAPS = "select 1 from sqlite_master where sql not like 'create table%'"
 
 
 class FolderStore:
@@ -1948,7 +1895,7 @@ class FolderStore:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._folder = settings.local or Path()
-        self.place = str(self._folder / self.FILE)
+        self.label = str(self._folder / self.FILE)
         self._below = ""
         if settings.client is not None:
             self._below = composed(settings.client.strip("/")) + "/"
@@ -1959,19 +1906,19 @@ class FolderStore:
     @contextlib.contextmanager
     def _database(self) -> Iterator[sqlite3.Connection]:
         """The file's database; what is changed is one transaction."""
-        place = self.place
-        if self._settings.dry_run and not Path(place).exists():
-            place = ":memory:"
+        file = self.label
+        if self._settings.dry_run and not Path(file).exists():
+            file = ":memory:"
         try:
             self._refuse_traps()
-            with contextlib.closing(sqlite3.connect(place, 60)) as database, database:
-                if database.execute(FOLDER_ODDITIES).fetchone():
-                    raise RunError(f"{self.place} has triggers or views: it is not ours, move it")
+            with contextlib.closing(sqlite3.connect(file, 60)) as database, database:
+                if database.execute(FOLDER_TRAPS).fetchone():
+                    raise RunError(f"{self.label} has triggers or views: it is not ours, move it")
                 database.execute(FOLDER_TABLE)
                 yield database
         except (sqlite3.Error, OSError) as error:
             raise RunError(
-                f"{self.place}: {error}. It must be a database of this version of the script, in "
+                f"{self.label}: {error}. It must be a database of this version of the script, in "
                 "a folder that can be written to, with room on the disk"
             ) from None
 
@@ -1979,14 +1926,15 @@ class FolderStore:
         """Raises RunError where somebody prepared the file, or one beside it, so that SQLite would
         write to files elsewhere, or delete them."""
         for ending in ("", "-journal", "-wal", "-shm"):
-            path = Path(self.place + ending)
-            if is_link(path) or (path.exists() and not path.is_file()):
+            path = Path(self.label + ending)
+            if not os.path.lexists(path):
+                continue
+            if is_link(path) or not path.is_file():
                 raise RunError(f"{path} is a link, or no file: move it")
-            if ending == "-journal" and path.exists():
-                with path.open("rb") as journal:
-                    journal.seek(max(0, path.stat().st_size - len(JOURNAL_MAGIC)))
-                    if journal.read() == JOURNAL_MAGIC:
-                        raise RunError(f"{path} is of several databases, and not ours: move it")
+            with path.open("rb") as file:
+                file.seek(max(0, path.stat().st_size - len(JOURNAL_MAGIC)))
+                if file.read() == JOURNAL_MAGIC:
+                    raise RunError(f"{path} is of several databases, and not ours: move it")
 
     def status(self) -> Status:
         """As Store says. Compares the folder's images with what the file knows of them: deletes
@@ -1995,72 +1943,55 @@ class FolderStore:
         mine = [path for path in sorted(files) if composed(path).startswith(self._below)]
         self._mine = set(mine)
         if not mine:
-            self._explain_nothing(files)
+            place = self._folder / self._below
+            raise RunError(f"no image below {place}: check its name, and the endings of its files")
         with self._database() as database:
-            query = """select asset_id, modified, model_version, reason is not null from images
-                where typeof(asset_id) = 'text'"""
-            known = {path: KnownImage(*row) for path, *row in database.execute(query)}
+            query = "select asset_id, modified, model_version, reason is not null from images"
+            known = {path: row for path, *row in database.execute(query)}
             if not self._settings.dry_run:
-                gone = known.keys() - files.keys()
-                # A link to a disk that is not there now is no deleted file.
-                deleted = [(path,) for path in gone if not is_link(self._folder / path)]
-                database.executemany("delete from images where asset_id = ?", deleted)
-        version = self._settings.model_version
+                gone = [(path,) for path in known.keys() - files.keys()]
+                database.executemany("delete from images where asset_id = ?", gone)
         done = 0
         for path in mine:
-            row = known.get(path)
-            stat = files[path]
-            asset = Asset(path, path, image_hash=hash_of(stat) if stat else 0)
-            if not row or not is_same_file(row, stat) or row.model_version != version:
+            asset = Asset(path, path, image_hash=files[path])
+            modified, version, failed = known.get(path, (UNSEEN, "", False))
+            is_of_version = version == self._settings.model_version
+            if not is_of_version or asset.image_hash not in (modified, UNSEEN):
                 self._new.append(asset)
-            elif row.failed:
+            elif failed:
                 self._failed.append(asset)
             else:
                 done += 1
         return Status(len(mine), done, len(self._failed))
 
-    def _explain_nothing(self, files: Mapping[str, Any]) -> None:
-        if not self._below:
-            raise RunError(f"no image below {self._folder}: by the endings of the files there")
-        folders = {composed(path).rpartition("/")[0] for path in files}
-        near = near_name(self._below.strip("/"), folders)
-        hint = f"did you mean {near}?" if near else "--client is a subfolder"
-        raise RunError(f"no image below {self._folder / self._below}: {hint}")
-
-    def _files(self) -> Iterator[tuple[str, os.stat_result | None]]:
-        """Path and state (None: it can't be looked at) of each image file. Logs what is left out,
-        but for hidden files and folders."""
+    def _files(self) -> Iterator[tuple[str, int]]:
+        """Path and image_hash of each image file. The hash tells it from a file that takes its
+        place; some exports and archives give all files one time. Says what is left out, but for
+        hidden files, hidden folders and those of systems."""
         left_out: Counter[str] = Counter()
-        endings: Counter[str] = Counter()  # of files that are no images
         for folder, subfolders, names in os.walk(self._folder, onerror=unreadable):
             here = Path(folder)
             for name in list(subfolders):
-                if name.startswith("."):
+                if name.startswith(".") or name.lower() in SYSTEM_FOLDERS:
                     subfolders.remove(name)
-                elif name.lower() in SYSTEM_FOLDERS:
-                    subfolders.remove(name)
-                    left_out[f"folder {name}"] += 1
                 elif is_link(here / name):
                     left_out["linked folder"] += 1  # os.walk does not follow it
             for name in names:
+                ending = Path(name).suffix.lower()
                 if name.startswith((".", self.FILE)):
                     continue
-                ending = image_ending(name)
                 if ending not in IMAGE_SUFFIXES:
-                    endings[ending or "without an ending"] += 1
+                    left_out[ending or "without an ending"] += 1
                     continue
+                path = (here / name).relative_to(self._folder).as_posix()
                 try:
-                    path = (here / name).relative_to(self._folder).as_posix()
                     path.encode()
-                    yield path, (here / name).stat()
-                except (FileNotFoundError, UnicodeEncodeError) as error:
-                    log.warning("left out: %s: %s", ascii(str(here / name)), error)
-                except OSError:  # of a folder that keeps its files from us, say
-                    yield path, None
-        if endings:
-            kind = "files that are no images" if endings.total() > 1 else "file that is no image"
-            few = ", ".join(ending for ending, _ in endings.most_common(8))
-            left_out[f"{kind} ({few})"] = endings.total()
+                    stat = (here / name).stat()
+                    yield path, stat.st_mtime_ns + stat.st_size
+                except UnicodeEncodeError:
+                    left_out[f"{path!a} (no UTF-8)"] += 1
+                except OSError:  # a link to a disk that is away, say: what is known of it stays
+                    yield path, UNSEEN
         if left_out:
             kinds = (f"{count:,} {kind}" for kind, count in left_out.most_common(8))
             log.info("left out: %s", ", ".join(kinds))
@@ -2080,27 +2011,25 @@ class FolderStore:
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
         with self._database() as database:
             for result in results:
-                row: dict[str, Any] = {"id": result.asset.id, "now": now}
-                row |= {"image_hash": result.asset.image_hash}
-                row |= {"version": self._settings.model_version}
-                row |= {"embedding": None, "stage": None, "reason": None}
-                if isinstance(result, Failed):
-                    row |= {"stage": result.stage, "reason": result.reason}
+                asset = result.asset
+                row = (asset.id, asset.image_hash, self._settings.model_version)
+                made: tuple[Any, ...]
+                if isinstance(result, Embedded):
+                    made = (result.vector.astype("<f4").tobytes(), None, None)
                 else:
-                    row["embedding"] = result.vector.astype("<f4").tobytes()
-                database.execute(FOLDER_SAVE, row)
+                    made = (None, result.stage, result.reason)
+                database.execute(FOLDER_SAVE, (*row, *made, now, now))
         return {result.asset.id for result in results}
 
     def search(self, vector: np.ndarray, wanted: int) -> list[Match]:
         """As Store says; compares all, in blocks."""
-        best: list[Match] = []
-        for pictures, vectors in self._vectors():
-            cosines = vectors @ vector
-            nearest = np.argsort(-cosines)[:wanted]
-            best += [Match(pictures[row], float(cosines[row])) for row in nearest]
-            best.sort(key=lambda match: -match.similarity)
-            del best[wanted:]
-        return best
+        found = (
+            pair
+            for pictures, vectors in self._vectors()
+            for pair in zip((vectors @ vector).tolist(), pictures, strict=True)
+        )
+        best = heapq.nlargest(wanted, found, key=lambda pair: pair[0])
+        return [Match(picture, cosine) for cosine, picture in best]
 
     def catalog(self) -> Catalog:
         """As Store says, of the first MOST_COMPARED vectors."""
@@ -2193,37 +2122,12 @@ def picture_of(path: str) -> Picture:
     return Picture(path, path, folder, name)
 
 
-def hash_of(stat: os.stat_result) -> int:
-    """What tells an image file from one that takes its place: its time of modification, in
-    nanoseconds, and its size, as some exports and archives give all files one time."""
-    return stat.st_mtime_ns + stat.st_size
-
-
-def is_same_file(row: KnownImage, stat: os.stat_result | None) -> bool:
-    """Whether a row is of this very file. Rows of earlier versions hold its time alone; and
-    of one that can't be looked at now, what is known stays."""
-    return stat is None or row.modified in (hash_of(stat), stat.st_mtime_ns)
-
-
-def is_link(path: Path) -> bool:
-    """Whether a path is a symbolic link; one that can't be looked at is none."""
-    with contextlib.suppress(OSError):
-        return path.is_symlink()
-    return False
+is_link = os.path.islink  # False, too, of what can't be looked at
 
 
 def composed(path: str) -> str:
     """A path as one spelling: macOS takes accents apart (NFD), what people type is whole (NFC)."""
     return unicodedata.normalize("NFC", path)
-
-
-def image_ending(name: str) -> str:
-    """The ending of a file's name, also of one as wget leaves it: mug.jpg?v=1712."""
-    own = Path(name.lower()).suffix
-    if own in IMAGE_SUFFIXES:
-        return own
-    found = re.search(r"(\.[a-z0-9]+)([?@].*)?$", name.lower())
-    return found[1] if found else ""
 
 
 def unreadable(error: OSError) -> None:
@@ -4004,7 +3908,7 @@ def question_source(question: str) -> Source | None:
         return Source(question, {})
     if os.path.isfile(question):  # noqa: PTH113 - Path's raises for many words
         return Source(Path(question), {})
-    if image_ending(question) in IMAGE_SUFFIXES:
+    if Path(question).suffix.lower() in IMAGE_SUFFIXES:
         raise RunError(f"--search {question}: there is no such file")
     return None
 

@@ -12,9 +12,8 @@
 --   match_products(), similar_products(), duplicate_products() for your app
 --   embedding_status(), pending_assets(), store_embeddings(), embedding_copies() for the script
 --   embedding_image_hash(), embedding_shard(), which are parts of the others
--- A vector and its index take about 5.5 KB: 500 MB hold some 90,000 products. No trigger is put on
--- your tables, and none of their rows is locked. The functions run with the rights of whoever calls
--- them, and the service role alone may call them.
+-- A vector and its index take about 5.5 KB: 500 MB hold some 90,000 products. Your tables get no
+-- trigger, and their rows no lock. Only the service role may call the functions, by its own rights.
 
 begin;
 set local search_path = public, extensions;
@@ -108,9 +107,8 @@ grant select, insert, update, delete
 -- use_column: a name that a column and a parameter share means the column. The parameter reads
 -- pending_assets.client. force_custom_plan: which parameters are null decides on the plan.
 
--- Tells whether an image is still the same. It is asked for each product, and must become a part of
--- the query. A function with a search_path of its own can't (the advisor's warning 0011, as for
--- embedding_shard and embedding_sources).
+-- Tells whether an image is still the same. It must become a part of the query, and so can't have a
+-- search_path of its own (the advisor's warning 0011; as embedding_shard and embedding_sources).
 create or replace function public.embedding_image_hash(image text) returns bigint
 language sql immutable parallel safe return hashtextextended(coalesce(image, ''), 0::bigint);
 
@@ -119,10 +117,11 @@ create or replace function public.embedding_shard(id text, shards int) returns i
 language sql immutable parallel safe
 return 1 + (hashtextextended(id, 0::bigint) & 9223372036854775807) % shards;
 
--- The failures that hold: the image is still the one that failed, and has no vector.
+-- The failures that hold: the image is still the one that failed, without a vector. Texts come cut.
 create or replace view public.embedding_failures with (security_invoker = true) as
-  select f.asset_id, left(s.image, 2000) as image, s.client, s.title, s.link, f.model_version,
-    f.stage, f.reason, f.attempts, f.next_attempt, f.updated_at
+  select f.asset_id, left(s.image, 2000) as image, left(s.client, 2000) as client,
+    left(s.title, 200) as title, left(s.link, 2000) as link, f.model_version, f.stage, f.reason,
+    f.attempts, f.next_attempt, f.updated_at
   from public.product_embedding_failures f join public.embedding_sources() s on s.id = f.asset_id
   where f.image_hash = public.embedding_image_hash(s.image) and not exists (
     select from public.product_embeddings e
@@ -343,9 +342,10 @@ language sql stable set search_path = public, extensions set statement_timeout =
     select first_value(asset_id) over (partition by sign order by asset_id) as first,
       asset_id as other from signs
   ), pairs as (
-    select s.id as asset_id, left(s.image, 2000) as image, s.client, s.title, s.link,
-      t.id as duplicate_id, left(t.image, 2000) as duplicate_image, t.client as duplicate_client,
-      t.title as duplicate_title, t.link as duplicate_link,
+    select s.id as asset_id, left(s.image, 2000) as image, left(s.client, 200) as client,
+      left(s.title, 200) as title, left(s.link, 2000) as link, t.id as duplicate_id,
+      left(t.image, 2000) as duplicate_image, left(t.client, 200) as duplicate_client,
+      left(t.title, 200) as duplicate_title, left(t.link, 2000) as duplicate_link,
       1 - (a.embedding <=> b.embedding) as similarity, a.embedding = b.embedding as same
     from (select * from kinds where first <> other limit 20000) k
     join product_embeddings a on a.asset_id = k.first join embedding_sources() s on s.id = k.first

@@ -6,7 +6,6 @@
 - The search finds what brute force finds, by the index, for each client.
 """
 
-import io
 import json
 import time
 import uuid
@@ -19,7 +18,6 @@ import psycopg
 import pytest
 from conftest import renew, wait_until
 from database import EMBEDDING, ONES, VERSION, Api, batch, failures, fill, rows, text, unit, user
-from PIL import Image
 
 FAIL = """insert into product_embedding_failures
     (asset_id, model_version, image_hash, stage, reason, next_attempt, updated_at)
@@ -73,10 +71,9 @@ WALKS = [
 ]
 
 
-@pytest.mark.parametrize("client", [None, "c1"])
 @pytest.mark.parametrize(("walk", "states"), WALKS)
-def test_a_walk_comes_by_what_is_pending_in_the_order_of_ids(mixture, client, walk, states):
-    for wanted in (7, 250):
+def test_a_walk_comes_by_what_is_pending_in_the_order_of_ids(mixture, walk, states):
+    for wanted, client in ((7, None), (250, None), (7, "c1")):
         got = [a["id"] for a in mixture.api.walk(client=client, wanted=wanted, **walk)]
         assert got == [
             i
@@ -121,23 +118,11 @@ def test_a_client_without_assets_in_a_shard_is_known(stack, api):
     assert [status["clients"] for status in shards] == [None] * 4
 
 
-def test_a_page_ends_where_there_is_no_more(stack, api):
-    ids = fill(stack, 6)
-    for wanted, pages in ((3, [3, 3, 0]), (4, [4, 2]), (6, [6, 0]), (7, [6])):
-        got, after = [], None
-        for _ in pages:
-            page = api.pending(wanted=wanted, after=after)
-            got.append(len(page["assets"]))
-            after = page["last"]
-        assert (got, after) == (pages, None)
-    assert [a["id"] for a in api.pending(after=ids[3])["assets"]] == ids[4:]
-
-
-def test_a_page_is_not_cut_by_the_servers_row_cap(stack, api):
-    fill(stack, 1500)
-    assets = api.pending(wanted=1500)["assets"]
-    assert len(assets) == 1500
-    assert len(api.store(assets)) == 1500
+def test_a_page_and_what_is_taken_are_not_cut_by_the_servers_row_cap(stack, api):
+    fill(stack, 1100)
+    assets = api.pending(wanted=1100)["assets"]
+    assert len(assets) == 1100
+    assert len(api.store([], assets)) == 1100
 
 
 def test_a_page_says_what_an_image_is(stack, api):
@@ -152,26 +137,20 @@ def test_a_page_says_what_an_image_is(stack, api):
     assert api.store([], api.pending()["assets"]) == [missing, there]
 
 
-def test_a_page_is_bounded_by_its_bytes(stack, api):
-    ids = fill(stack, 12)
-    stack.sql("update assets set image_url = 'data:' || repeat('x', 999995)")
-    first = api.pending()
-    assert [a["id"] for a in first["assets"]] == ids[:8]
-    assert first["last"] == ids[7]
-    second = api.pending(after=first["last"])
-    assert [a["id"] for a in second["assets"]] == ids[8:]
-    assert second["last"] is None
-
-
-def test_an_image_larger_than_a_page_comes_cut(stack, api):
-    ids = fill(stack, 3)
+def test_a_page_is_bounded_by_its_bytes_and_a_larger_image_comes_cut(stack, api):
+    ids = fill(stack, 6)
+    stack.sql("update assets set image_url = 'data:' || repeat('x', 2999995)")
     large = "update assets set image_url = 'data:' || repeat('x', 9000000) where id = %s"
-    stack.sql(large, [ids[1]])
+    stack.sql(large, [ids[3]])
+    first = api.pending()
+    assert ([a["id"] for a in first["assets"]], first["last"]) == (ids[:2], ids[1])
     assets = api.walk()
     assert [a["id"] for a in assets] == ids
-    assert (assets[1]["bytes"], len(assets[1]["image"])) == (9000005, 100)
-    assert api.store([], assets[1:2]) == [ids[1]]
-    assert len(api("GET", "embedding_failures").json()[0]["image"]) == 2000
+    assert (assets[3]["bytes"], len(assets[3]["image"])) == (9000005, 100)
+    assert api.store([], assets[3:4]) == [ids[3]]
+    stack.sql("update assets set client_name = repeat('x', 9000000) where id = %s", [ids[3]])
+    (shown,) = api("GET", "embedding_failures").json()
+    assert (len(shown["image"]), len(shown["client"])) == (2000, 2000)
 
 
 # Storing
@@ -191,17 +170,6 @@ def test_what_is_stored_is_there_and_what_failed_is_noted(stack, api):
     (shown,) = api("GET", "embedding_failures").json()
     assert (shown["client"], shown["image"]) == ("x", three["image"])
     assert api.store() == []
-
-
-def test_a_vector_replaces_an_older_one_and_keeps_its_date(stack, api):
-    (asset,) = fill(stack, 1)
-    assets = api.pending()["assets"]
-    api.store(assets, version="older")
-    ((created, updated),) = rows(stack, "created_at, updated_at")
-    assert api.store(assets) == [asset]
-    ((version, created_now, updated_now),) = rows(stack, "model_version, created_at, updated_at")
-    assert (version, created_now) == (VERSION, created)
-    assert updated_now > updated
 
 
 RESTS = [0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 720, 720]  # hours after each failure
@@ -234,8 +202,12 @@ def test_a_success_clears_the_failure_and_a_failure_keeps_the_vector(stack, api)
     (asset,) = fill(stack, 1)
     assets = api.pending()["assets"]
     api.store([], assets)
-    api.store(assets)
+    api.store(assets, version="older")
+    ((created, updated),) = rows(stack, "created_at, updated_at")
     assert failures(stack) == []
+    api.store(assets)  # in the place of the older one
+    ((version, created_now, updated_now),) = rows(stack, "model_version, created_at, updated_at")
+    assert (version, created_now, updated_now > updated) == (VERSION, created, True)
     assert api.store([], assets) == []  # of another run, which was slower
     assert failures(stack) == []
     assert api.store([], assets, version="newer") == [asset]
@@ -264,6 +236,7 @@ def test_a_result_is_of_one_image(stack, api):
     assert [a["id"] for a in pending] == [one, two]
     status = api.status()
     assert (status["done"], status["failed"]) == (0, 0)
+    assert api("GET", "embedding_failures").json() == []
     assert [m["asset_id"] for m in api.call("match_products", query_embedding=ONES)] == [one]
     assert api.store(first[:1], first[1:]) == []
     assert api.store([], pending) == [one, two]
@@ -272,21 +245,6 @@ def test_a_result_is_of_one_image(stack, api):
     status = api.status()
     assert (status["done"], status["failed"]) == (1, 0)
     assert [a["id"] for a in api.pending()["assets"]] == [two]
-
-
-def test_a_vector_without_a_hash_is_of_any_image(stack, api):
-    """As older programs store them."""
-    (asset,) = fill(stack, 1)
-    assets = api.pending()["assets"]
-    api.store(assets)
-    stack.sql("update product_embeddings set embedded_image_hash = null")
-    stack.sql("update assets set image_url = 'new'")
-    assert (api.pending()["assets"], api.status()["done"]) == ([], 1)
-    ((image_hash,),) = stack.sql("select embedding_image_hash('new')")
-    changed = [{"id": asset, "image_hash": image_hash}]
-    assert api.store([], changed) == []
-    assert api.store(changed) == [asset]
-    assert rows(stack, "embedded_image_hash") == [(image_hash,)]
 
 
 def test_what_is_deleted_or_changed_meanwhile_is_left(stack, api):
@@ -298,84 +256,28 @@ def test_what_is_deleted_or_changed_meanwhile_is_left(stack, api):
     assert [a["id"] for a in api.pending()["assets"]] == [ids[0], ids[3]]
 
 
-def test_nothing_waits_for_an_app_that_changes_an_image(stack, api, other):
-    """What was stored for the image before is then replaced by the next run."""
-    (asset,) = fill(stack, 1)
-    assets = api.pending()["assets"]
-    other.execute("update assets set image_url = 'new'")
-    assert api.store(assets) == [asset]
-    other.commit()
-    (pending,) = api.pending()["assets"]
-    assert pending["image"] == "new"
-    assert api.store([pending]) == [asset]
-
-
-def storing(stack, api, pool, assets):
-    """A call of store_embeddings that has begun, and waits for a lock."""
-    call = pool.submit(api, "POST", "rpc/store_embeddings", batch(assets))
-    wait_until(lambda: stack.sql("select 1 from pg_stat_activity where wait_event_type = 'Lock'"))
-    return call
-
-
 def test_an_asset_that_is_deleted_in_this_moment_breaks_the_key(stack, api, other):
     """The script then makes the call again."""
     ids = fill(stack, 2)
     assets = api.pending()["assets"]
     other.execute("delete from assets where id = %s", [ids[0]])
+    waiting = "select 1 from pg_stat_activity where wait_event_type = 'Lock'"
     with ThreadPoolExecutor() as pool:
-        call = storing(stack, api, pool, assets)
+        call = pool.submit(api, "POST", "rpc/store_embeddings", batch(assets))
+        wait_until(lambda: stack.sql(waiting))
         other.commit()
         assert call.result().json()["code"] == "23503"
     assert rows(stack) == []
     assert api.store(assets) == ids[1:]
 
 
-def test_two_runs_on_the_same_assets_wait_for_each_other_and_both_are_taken(stack, api, other):
-    ids = fill(stack, 20)
-    assets = api.pending()["assets"]
-    given = batch(assets)
-    other.execute("select store_embeddings(%s, %s::json)", [VERSION, json.dumps(given["vectors"])])
-    with ThreadPoolExecutor() as pool:
-        call = storing(stack, api, pool, assets[::-1])
-        other.commit()
-        assert sorted(call.result().json()["taken"]) == ids
-    assert len(rows(stack)) == 20
-
-
-REFUSED = {
-    "a constraint": (
-        "alter table product_embeddings add constraint mine check (model_version = '')",
-        "23514",
-    ),
-    "a trigger": (
-        """create function mine() returns trigger language plpgsql as $$ begin
-             raise 'no space left on device' using errcode = 'disk_full'; end $$;
-           create trigger mine before insert on product_embeddings
-             for each row execute function mine()""",
-        "53100",
-    ),
-    "no table": ("alter table product_embeddings rename to elsewhere", "42P01"),
-}
-
-
-@pytest.mark.parametrize("how", REFUSED)
-def test_a_batch_that_the_database_refuses_is_stored_not_at_all(stack, api, how):
-    fill(stack, 3)
-    *vectors, failed = api.pending()["assets"]
-    change, code = REFUSED[how]
-    stack.sql(change)
-    answer = api("POST", "rpc/store_embeddings", batch(vectors, [failed]))
-    assert answer.json()["code"] == code
-    assert failures(stack) == []
-
-
 @pytest.mark.parametrize("vector", ["[1, 2]", None, "[NaN" + ", 1" * 511 + "]"])
-def test_a_vector_that_is_none_is_refused(stack, api, vector):
-    fill(stack, 1)
-    (asset,) = api.pending()["assets"]
-    given = batch([asset | {"embedding": vector}])
+def test_a_batch_that_the_database_refuses_is_stored_not_at_all(stack, api, vector):
+    fill(stack, 3)
+    one, two, failed = api.pending()["assets"]
+    given = batch([one, two | {"embedding": vector}], [failed])
     assert api("POST", "rpc/store_embeddings", given).status_code == 400
-    assert rows(stack) == []
+    assert rows(stack) == failures(stack) == []
 
 
 def test_an_app_user_without_rights_here_may_edit_and_delete_assets(stack, api):
@@ -395,26 +297,23 @@ def test_an_app_user_without_rights_here_may_edit_and_delete_assets(stack, api):
 
 
 @pytest.fixture(scope="module")
-def gallery(_stack, tiny, photos):
-    """The photographs, of three clients, with their vectors; two of them twice."""
-    import models
-
+def gallery(_stack):
+    """22 assets of three clients, with vectors that have cosines of 0.9 or so."""
     renew(_stack)
-    images = [Image.open(io.BytesIO(data)).convert("RGB") for data in photos.values()]
-    vectors = models.reference(tiny, images)
-    ids = [str(uuid.uuid4()) for _ in images]
-    clients = [f"client-{n % 3}" for n in range(len(ids))]
-    _stack.add_assets(
-        (i, f"https://images.invalid/{n}", c) for i, n, c in zip(ids, photos, clients, strict=True)
-    )
+    random = np.random.default_rng(0).standard_normal((23, 512))
+    vectors = [text(vector) for vector in unit(random[1:] + 3 * random[0])]
+    ids = [str(uuid.UUID(int=n)) for n in np.random.default_rng(0).permutation(22)]
+    clients = [f"client-{n % 3}" for n in range(22)]
+    urls = [f"https://images.invalid/{n}" for n in range(22)]
+    _stack.add_assets(zip(ids, urls, clients, strict=True))
     for i, vector in zip(ids, vectors, strict=True):
-        _stack.sql(EMBEDDING, [text(vector), VERSION, i])
+        _stack.sql(EMBEDDING, [vector, VERSION, i])
     return SimpleNamespace(
         api=Api(_stack, _stack.service_key),
         ids=ids,
-        vectors=vectors.astype(np.float64),
+        vectors=np.array([json.loads(vector) for vector in vectors]),
         clients=np.array(clients),
-        urls=[f"https://images.invalid/{name}" for name in photos],
+        urls=urls,
     )
 
 
@@ -427,7 +326,7 @@ def nearest(gallery, vector, among, count):
 
 @pytest.mark.parametrize("of_client", [False, True])
 def test_similar_products_are_the_nearest_others(gallery, of_client):
-    for at, asset in enumerate(gallery.ids):
+    for at, asset in enumerate(gallery.ids[:9]):
         mine = gallery.clients[at]
         more = {"client": mine} if of_client else {}
         got = gallery.api.call("similar_products", asset_id=asset, match_count=4, **more)
@@ -438,22 +337,15 @@ def test_similar_products_are_the_nearest_others(gallery, of_client):
         ids, cosines = nearest(gallery, gallery.vectors[at], among, 4)
         assert [row["asset_id"] for row in got] == ids
         assert np.abs(np.array([row["similarity"] for row in got]) - cosines).max() < 1e-5
+    below = got[0]["similarity"] - 1e-6  # copies may be left out
+    others = gallery.api.call("similar_products", asset_id=asset, max_similarity=below, **more)
+    assert [row["asset_id"] for row in others][:3] == ids[1:]
     assert gallery.api.call("similar_products", asset_id=str(uuid.uuid4())) == []
 
 
-def test_similar_products_may_leave_out_copies(gallery):
-    at = 3
-    first, *_ = gallery.api.call("similar_products", asset_id=gallery.ids[at])
-    below = first["similarity"] - 1e-6
-    got = gallery.api.call(
-        "similar_products", asset_id=gallery.ids[at], max_similarity=below, match_count=5
-    )
-    assert len(got) == 5
-    assert first["asset_id"] not in [row["asset_id"] for row in got]
-
-
-def test_match_products_finds_a_vector_itself_first_with_all_that_is_known_of_it(gallery):
-    got = gallery.api.call("match_products", query_embedding=text(gallery.vectors[3]))
+def test_match_products_finds_all_that_is_known_of_the_nearest(gallery):
+    question = {"query_embedding": text(gallery.vectors[3])}
+    got = gallery.api.call("match_products", **question)
     assert len(got) == 10
     assert abs(got[0].pop("similarity") - 1) < 1e-5
     assert got[0] == {
@@ -463,25 +355,14 @@ def test_match_products_finds_a_vector_itself_first_with_all_that_is_known_of_it
         "title": None,
         "link": None,
     }
-
-
-def test_match_products_of_one_client(gallery):
-    question = {"query_embedding": text(gallery.vectors[1]), "match_count": 4}
-    for client in ("client-0", "client-2"):
-        got = gallery.api.call("match_products", client=client, **question)
-        ids, _ = nearest(
-            gallery, gallery.vectors[1], lambda n, c=client: gallery.clients[n] == c, 4
-        )
+    for client in ("client-0", "client-2", "nobody"):
+        got = gallery.api.call("match_products", client=client, match_count=4, **question)
+        among = gallery.clients == client
+        ids, _ = nearest(gallery, gallery.vectors[3], among.__getitem__, 4)
         assert [row["asset_id"] for row in got] == ids
-    assert gallery.api.call("match_products", client="nobody", **question) == []
-
-
-def test_more_matches_than_there_are_is_all_of_them(gallery):
-    question = {"query_embedding": text(gallery.vectors[0]), "match_count": 2**31 - 1}
-    got = gallery.api.call("match_products", **question)
-    assert len(got) == len(gallery.ids)
+    got = gallery.api.call("match_products", match_count=2**31 - 1, **question)
     similarities = [row["similarity"] for row in got]
-    assert similarities == sorted(similarities, reverse=True)
+    assert (len(got), similarities) == (len(gallery.ids), sorted(similarities, reverse=True))
 
 
 @pytest.mark.parametrize("client", [None, "client-1"])
@@ -526,22 +407,25 @@ def test_copies_are_paired_with_the_first_of_their_kind(stack, api):
         (ids[0], ids[5], False),
         (ids[1], ids[4], True),
     ]
-    rows_of_duplicates = api.call("duplicate_products", min_similarity=0.99)
-    assert {(r["asset_id"], r["duplicate_id"], r["same"]) for r in rows_of_duplicates} > set(found)
-    assert made["pairs"][0].keys() == rows_of_duplicates[0].keys()
+    near = api.call("duplicate_products", min_similarity=0.99)
+    assert {(r["asset_id"], r["duplicate_id"], r["same"]) for r in near} > set(found)
+    assert made["pairs"][0].keys() == near[0].keys()
     assert api.call("embedding_copies", model_version=VERSION, client="y")["pairs"] == []
+    stack.sql("update assets set client_name = repeat('x', 9000)")
+    (pair, *_) = api.call("embedding_copies", model_version=VERSION)["pairs"]
+    assert (len(pair["client"]), len(pair["duplicate_client"])) == (200, 200)
 
 
 @pytest.fixture(scope="module")
 def crowd(_stack):
-    """2,000 assets with random vectors; every 200th is of the client "rare", three of an older
+    """1,200 assets with random vectors; every 120th is of the client "rare", three of an older
     model. One connection on which plans of statements inside functions are reported."""
     renew(_stack)
     random = np.random.default_rng(0)
-    vectors = unit(random.standard_normal((2000, 512)) + 2 * random.standard_normal(512))
-    ids = [str(uuid.UUID(int=n)) for n in range(2000)]
+    vectors = unit(random.standard_normal((1200, 512)) + 2 * random.standard_normal(512))
+    ids = [str(uuid.UUID(int=n)) for n in range(1200)]
     _stack.add_assets(
-        (i, f"https://images.invalid/{n}", "rare" if n % 200 == 0 else "common")
+        (i, f"https://images.invalid/{n}", "rare" if n % 120 == 0 else "common")
         for n, i in enumerate(ids)
     )
     (index,) = _stack.sql("select pg_get_indexdef('product_embeddings_embedding_hnsw'::regclass)")
@@ -565,7 +449,7 @@ def crowd(_stack):
 SEARCHES = {
     "match_products": "select * from match_products('{vector}', 10)",
     "similar_products": "select * from similar_products('{id}', 10)",
-    "duplicate_products": "select * from duplicate_products(shard => 7, shards => 1000)",
+    "duplicate_products": "select * from duplicate_products(shard => 7, shards => 100)",
 }
 
 
@@ -576,17 +460,7 @@ def test_the_search_uses_the_index(crowd, name):
         crowd.sql(SEARCHES[name].format(vector=text(crowd.vectors[0]), id=crowd.ids[0]))
     used = [plan for plan in crowd.plans if "order by e.embedding" in plan]
     assert len(used) >= 7
-    for plan in used:
-        assert "product_embeddings_embedding_hnsw" in plan, plan
-
-
-def test_the_index_finds_nearly_what_brute_force_finds(crowd):
-    found = 0
-    for at in range(0, 2000, 100):
-        got = crowd.sql("select asset_id from match_products(%s, 10)", [text(crowd.vectors[at])])
-        best = np.argsort(-(crowd.vectors @ crowd.vectors[at]))[:10]
-        found += len({str(row[0]) for row in got} & {crowd.ids[n] for n in best})
-    assert found >= 0.6 * 200  # random vectors are the worst case for an index like this
+    assert all("product_embeddings_embedding_hnsw" in plan for plan in used)
 
 
 @pytest.mark.parametrize(
@@ -608,12 +482,19 @@ def test_a_long_or_narrow_search_still_finds_all_it_was_asked_for(crowd, argumen
 
 def test_a_function_may_take_longer_than_the_apis_usual_8_seconds(stack, api):
     """PostgREST takes statement_timeout over from the function, before it calls it."""
-    (settings,) = stack.sql(
-        "select count(*) from pg_proc where 'statement_timeout=55s' = any (proconfig)"
-    )
-    assert settings == (5,)
-    stack.sql("create function slow() returns text language sql as 'select pg_sleep(9)::text'")
-    stack.sql("alter function slow set statement_timeout = '55s'")
-    stack.sql("grant execute on function slow to service_role")
+    found = stack.sql("select * from pg_proc where 'statement_timeout=55s' = any (proconfig)")
+    assert len(found) == 5
+    slow = "returns text language sql as 'select pg_sleep(0.4)::text'"
+    stack.sql(f"create function usual() {slow}; create function ours() {slow}")
+    stack.sql("alter function ours set statement_timeout = '55s'")
+    stack.sql("grant execute on function usual, ours to service_role")
+    stack.sql("alter role service_role set statement_timeout = '100ms'")  # in the place of 8 s
     stack.reload_schema()
-    api.call("slow")
+    try:
+        stack.sql("notify pgrst, 'reload config'")
+        wait_until(lambda: "57014" in api("POST", "rpc/usual", {}).text)
+        api.call("ours")
+    finally:
+        stack.sql("alter role service_role reset statement_timeout")
+        stack.sql("notify pgrst, 'reload config'")
+        wait_until(lambda: api("POST", "rpc/usual", {}).status_code == 200)

@@ -378,7 +378,7 @@ def test_the_page_stays_below_3_mb_whatever_is_to_be_shown(tmp_path, monkeypatch
     thumbnail = script.thumbnail(levels)
     noise = f'<img src="{thumbnail}" alt="{script.escaped(ODD, 60)}">', script.File(1)
     monkeypatch.setattr(script, "views_of", lambda some, *_: {one.id: noise for one in some})
-    links = [LONG[:150] + ODD, LONG, f"//{LONG}", script.OBJECTS + LONG]
+    links = [LONG[:150] + ODD, LONG, f"//{LONG}", script.STORAGE + LONG]
     pictures = [
         script.Picture(n, links[n % 4], ODD, f"{n} {ODD}", links[n % 3]) for n in range(1000)
     ]

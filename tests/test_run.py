@@ -399,8 +399,8 @@ FAULTS = {
 
 
 def short(answer):
-    """An answer of pending_assets without "last", or one of store_embeddings about nothing."""
-    return {"taken": [], "given": 0} if "given" in answer else {"assets": answer["assets"]}
+    """An answer of pending_assets without "last", or one of store_embeddings without "taken"."""
+    return {name: value for name, value in answer.items() if name in ("given", "assets")}
 
 
 def struck(stack, request, fault):
