@@ -4,7 +4,6 @@ Beside it: answers.py, what image hosts may answer; samples.py, image files made
 """
 
 import contextlib
-import fcntl
 import io
 import json
 import os
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import models
 import numpy as np
 import psycopg
 import pytest
@@ -384,35 +384,13 @@ def small(photos, tmp_path):
 @pytest.fixture(scope="session")
 def tiny():
     """A folder with a small model of CLIP's kind: 512 numbers from 224 pixels in no time."""
-    import models  # and torch with it: three seconds
-
     return models.tiny_model()
 
 
 @pytest.fixture(scope="session")
 def full():
     """A folder with a model of the architecture of ViT-B/32; its weights are random."""
-    import models
-
     return models.full_model()
-
-
-@pytest.fixture(scope="session")
-def of_transformers(full, photos, tmp_path_factory):
-    """What transformers itself makes of the photographs with the full model, name -> vector;
-    made once, also where the session has several processes."""
-    import models
-
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent  # the same for all workers
-    file = folder / "of_transformers.npy"
-    with file.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not file.exists():
-            images = [Image.open(io.BytesIO(data)).convert("RGB") for data in photos.values()]
-            np.save(file, models.reference(full, images))
-    return dict(zip(photos, np.load(file), strict=True))
 
 
 @pytest.fixture
