@@ -12,7 +12,6 @@ import struct
 import sys
 import zlib
 from collections import Counter
-from functools import cache
 
 import models
 import numpy as np
@@ -30,6 +29,7 @@ pillow_heif.register_heif_opener()
 PILLOW_WARNS = pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # of damaged TIFF data
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+PLAIN = ("PNG", "TIFF", "BMP", "GIF")
 FINE = {"quality": 100, "subsampling": "4:4:4"}
 
 
@@ -58,9 +58,9 @@ def refused(data):
     return reason
 
 
-def with_segment(jpeg, marker, data):
-    """A JPEG with one more segment at its beginning."""
-    return jpeg[:2] + bytes([0xFF, marker]) + struct.pack(">H", len(data) + 2) + data + jpeg[2:]
+def segment(marker, data):
+    """A segment of a JPEG."""
+    return bytes([0xFF, marker]) + struct.pack(">H", len(data) + 2) + data
 
 
 def with_chunk(image, kind, data, *, wrong=False, at_end=False):
@@ -81,11 +81,6 @@ def distance(a, b):
 def mean_distance(a, b):
     assert a.shape == b.shape
     return float(np.abs(a.astype(int) - b.astype(int)).mean())
-
-
-@pytest.fixture(scope="module")
-def upright(cat):
-    return np.asarray(cat)
 
 
 # Orientation
@@ -140,24 +135,20 @@ NOT_TURNED = {
 
 
 @pytest.mark.parametrize("make", **cases(NOT_TURNED))
-def test_what_browsers_do_not_turn_stays_as_it_is(cat, upright, make):
-    assert mean_distance(seen(make(cat)), upright) < 4
-
-
-BROKEN_EXIF = {
-    "no TIFF at all": b"Exif\0\0" + b"garbage" * 9,
-    "directory beyond the end": b"Exif\0\0II*\0\xff\xff\xff\x7f",
-    "a directory of 65535 entries": b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\x12\x01\x03\0" * 5,
-    "as text": b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\x02\0\0\0six\0\0\0\0\0",
-}
+def test_what_browsers_do_not_turn_stays_as_it_is(cat, make):
+    assert mean_distance(seen(make(cat)), np.asarray(cat)) < 4
 
 
 @PILLOW_WARNS
-@pytest.mark.parametrize("data", **cases(BROKEN_EXIF))
-def test_broken_exif_costs_nothing_but_the_orientation(cat, upright, data):
+def test_broken_exif_costs_nothing_but_the_orientation(cat):
     jpeg = saved(cat, "JPEG", quality=95)
-    assert np.array_equal(seen(with_segment(jpeg, 0xE1, data)), seen(jpeg))
-    assert np.array_equal(seen(with_chunk(cat, b"eXIf", data.removeprefix(b"Exif\0\0"))), upright)
+    beyond_the_end = b"II*\0\xff\xff\xff\x7f"
+    of_65535_entries = b"II*\0\x08\0\0\0\xff\xff" + b"\x12\x01\x03\0" * 5
+    as_text = b"II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\x02\0\0\0six\0\0\0\0\0"
+    for data in (b"garbage" * 9, beyond_the_end, of_65535_entries, as_text):
+        broken = jpeg[:2] + segment(0xE1, b"Exif\0\0" + data) + jpeg[2:]
+        assert np.array_equal(seen(broken), seen(jpeg))
+        assert np.array_equal(seen(with_chunk(cat, b"eXIf", data)), np.asarray(cat))
 
 
 # Transparency
@@ -181,16 +172,13 @@ def test_an_alpha_channel_is_laid_on_white(cat, mode, kind, options):
     assert np.abs(seen(saved(image, kind, **options)) - expected).max() <= 1
 
 
-@pytest.mark.parametrize(
-    ("kind", "options"),
-    [("PNG", {}), ("TIFF", {}), ("WEBP", {"quality": 80}), ("AVIF", FINE), ("HEIF", {})],
-)
-def test_colour_behind_full_transparency_never_shows(kind, options):
+def test_colour_behind_full_transparency_never_shows():
     image = Image.new("RGBA", (64, 64), (255, 0, 255, 0))
     image.paste((0, 128, 0, 255), (16, 16, 48, 48))
-    found = seen(saved(image, kind, **options))
-    assert distance(found[:12], WHITE) <= 2
-    assert distance(found[20:44, 20:44], (0, 128, 0)) <= 8
+    for kind in ("PNG", "TIFF", "WEBP", "AVIF", "HEIF"):
+        found = seen(saved(image, kind, quality=80))
+        assert distance(found[:12], WHITE) <= 2
+        assert distance(found[20:44, 20:44], (0, 128, 0)) <= 8
 
 
 def halves(left, right, mode="P"):
@@ -228,23 +216,28 @@ def deep_png(colour, row, *chunks):
 
 
 PALE = palette((200, 0, 0), (0, 0, 200))
-TRANSPARENT = {  # what is seen on the left and on the right
-    "an index of a PNG": (saved(PALE, "PNG", transparency=0), WHITE, (0, 0, 200)),
-    "an index of a GIF": (saved(PALE, "GIF", transparency=0), WHITE, (0, 0, 200)),
+DARK_RED, DARK_BLUE = (200, 0, 0), (0, 0, 200)
+SIDES = {  # what is seen on the left and on the right
+    "a transparent index of a PNG": (saved(PALE, "PNG", transparency=0), WHITE, DARK_BLUE),
+    "a transparent index of a GIF": (saved(PALE, "GIF", transparency=0), WHITE, DARK_BLUE),
     "an alpha for each index": (saved(PALE, "PNG", transparency=b"\x80\0"), (227, 127, 127), WHITE),
-    "a gray": (gray_png(8, [10, 77], 10), WHITE, (77, 77, 77)),
-    "a colour": (saved(halves(RED, BLUE, "RGB"), "PNG", transparency=RED), WHITE, BLUE),
+    "a transparent gray": (gray_png(8, [10, 77], 10), WHITE, (77, 77, 77)),
+    "a transparent colour": (saved(halves(RED, BLUE, "RGB"), "PNG", transparency=RED), WHITE, BLUE),
     "alpha of 16 bits": (deep_png(4, [99, 0] * 16 + [40000, 65535] * 16), WHITE, (156,) * 3),
     "alpha of 16 bits in colour": (
         deep_png(6, [9, 9, 9, 0] * 16 + [0, 0, 65535, 65535] * 16, chunk(b"tRNS", bytes(6))),
         WHITE,
         BLUE,
     ),
+    **{f"palette {kind}": (saved(PALE, kind), DARK_RED, DARK_BLUE) for kind in PLAIN},
+    **{f"bilevel {kind}": (saved(halves(0, 1, "1"), kind), BLACK, WHITE) for kind in PLAIN},
+    "a fax": (saved(halves(0, 1, "1"), "TIFF", compression="group4"), BLACK, WHITE),
+    "white is zero": (tiff((32, 32), b"\xff\xff\0\0" * 32, depth=1, t262=0), BLACK, WHITE),
 }
 
 
-@pytest.mark.parametrize(("data", "left", "right"), **cases(TRANSPARENT))
-def test_where_an_image_is_transparent_there_is_white(data, left, right):
+@pytest.mark.parametrize(("data", "left", "right"), **cases(SIDES))
+def test_palettes_bits_and_transparent_colours_are_seen_as_browsers_show_them(data, left, right):
     assert sides(data) == (left, right)
 
 
@@ -292,18 +285,6 @@ SIXTEEN_BITS = {
 @pytest.mark.parametrize("data", **cases(SIXTEEN_BITS))
 def test_sixteen_bits_are_scaled_to_eight(data):
     assert distance(seen(data), LEVELS8) == 0
-
-
-def test_bilevel_palette_and_gray_images_keep_their_shades(cat):
-    gray = cat.convert("L")
-    for kind in ("PNG", "TIFF", "BMP", "GIF"):
-        assert sides(saved(halves(0, 1, "1"), kind)) == (BLACK, WHITE)
-        assert sides(saved(PALE, kind)) == ((200, 0, 0), (0, 0, 200))
-    for kind in ("PNG", "TIFF", "BMP"):
-        assert np.array_equal(seen(saved(gray, kind)), np.dstack([np.asarray(gray)] * 3))
-    fax = saved(halves(0, 1, "1"), "TIFF", compression="group4")
-    white_is_zero = tiff((32, 32), b"\xff\xff\0\0" * 32, depth=1, t262=0)
-    assert sides(fax) == sides(white_is_zero) == (BLACK, WHITE)
 
 
 INKS = {  # of 0..255, and how they look without a profile
@@ -390,9 +371,6 @@ def gray_profile(gamma, **tags):
 
 INK = ink_profile()
 P3 = rgb_profile(2.2, (0.5151, 0.2412, -0.0011), (0.2920, 0.6922, 0.0419), (0.1571, 0.0666, 0.7841))
-ADOBE = rgb_profile(
-    2.2, (0.6097, 0.3111, 0.0195), (0.2053, 0.6257, 0.0609), (0.1492, 0.0632, 0.7446)
-)
 PROPHOTO = rgb_profile(
     1.8, (0.7977, 0.2880, 0.0000), (0.1352, 0.7119, 0.0000), (0.0313, 0.0001, 0.8249)
 )
@@ -400,7 +378,6 @@ SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 STORED_COLOURS = [(200, 50, 50), (50, 200, 50), (50, 50, 200), (20, 90, 90)]
 SHOWN_COLOURS = {
     "Display P3": (P3, [(219, 14, 35), (0, 205, 0), (46, 46, 209), (0, 91, 90)]),
-    "Adobe RGB": (ADOBE, [(232, 46, 46), (0, 201, 12), (46, 46, 205), (0, 90, 90)]),
     "ProPhoto": (PROPHOTO, [(255, 0, 62), (0, 229, 0), (0, 64, 223), (0, 119, 110)]),
     "sRGB": (SRGB, STORED_COLOURS),
     "one of gray": (gray_profile(1.0), STORED_COLOURS),
@@ -464,8 +441,6 @@ FORMATS = {  # format, options, and how far the picture may be from what was sav
     "BMP": ("BMP", {}, 0),
     "TIFF": ("TIFF", {}, 0),
     "TIFF LZW": ("TIFF", {"compression": "tiff_lzw"}, 0),
-    "TIFF deflate": ("TIFF", {"compression": "tiff_adobe_deflate"}, 0),
-    "TIFF packbits": ("TIFF", {"compression": "packbits"}, 0),
     "TIFF JPEG": ("TIFF", {"compression": "jpeg", "quality": 90}, 8),
     "lossless WebP": ("WEBP", {"lossless": True}, 0),
     "WebP": ("WEBP", {"quality": 90}, 8),
@@ -480,9 +455,9 @@ FORMATS = {  # format, options, and how far the picture may be from what was sav
 
 
 @pytest.mark.parametrize(("kind", "options", "most"), **cases(FORMATS))
-def test_every_format_gives_its_picture(cat, upright, kind, options, most):
+def test_every_format_gives_its_picture(cat, kind, options, most):
     data = saved(cat, kind, **options)
-    assert mean_distance(seen(data), upright) <= most
+    assert mean_distance(seen(data), np.asarray(cat)) <= most
     if kind in ("MPO", "PNG", "GIF", "WEBP"):  # what follows the end of a file does no harm
         assert np.array_equal(seen(data + b"made by a scanner" + bytes(9999)), seen(data))
 
@@ -525,9 +500,9 @@ def test_large_images_are_seen_as_small_ones_are(mode, kind, options):
 @pytest.mark.parametrize(
     ("kind", "brand"), [("AVIF", b"mif1"), ("AVIF", b"msf1"), ("HEIF", b"mif1"), ("HEIF", b"heix")]
 )
-def test_the_first_brand_of_an_avif_or_heic_may_be_a_general_one(cat, upright, kind, brand):
+def test_the_first_brand_of_an_avif_or_heic_may_be_a_general_one(cat, kind, brand):
     data = saved(cat, kind, quality=95)
-    assert mean_distance(seen(data[:8] + brand + data[12:]), upright) < 4
+    assert mean_distance(seen(data[:8] + brand + data[12:]), np.asarray(cat)) < 4
 
 
 def test_a_heic_image_without_pillow_heif_is_refused_as_what_it_is(cat, monkeypatch):
@@ -543,7 +518,6 @@ ASIDE = {  # chunks without which the picture is the same
     "zTXt": b"Comment\0\0" + zlib.compress(b"x" * 3_000_000),
     "iTXt": b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(b"x" * 3_000_000),
     "tIME": struct.pack(">HBBBBB", 2026, 1, 2, 3, 4, 5),
-    "acTL": struct.pack(">II", 2, 0),
     "teSt": b"of an editor's own",
 }
 WRONG = {  # chunks that browsers use only with the right checksum
@@ -554,11 +528,11 @@ WRONG = {  # chunks that browsers use only with the right checksum
 
 
 @pytest.mark.parametrize("kind", [*ASIDE, *WRONG])
-def test_a_png_is_not_broken_by_what_makes_no_pixels(cat, upright, kind):
+def test_a_png_is_not_broken_by_what_makes_no_pixels(cat, kind):
     content = (ASIDE | WRONG)[kind]
     for wrong, at_end in itertools.product({True, kind in WRONG}, (True, False)):
         data = with_chunk(cat, kind.encode(), content, wrong=wrong, at_end=at_end)
-        assert np.array_equal(seen(data), upright)
+        assert np.array_equal(seen(data), np.asarray(cat))
 
 
 @pytest.mark.parametrize("kind", ["IHDR", "PLTE", "IDAT"])
@@ -617,10 +591,9 @@ def test_a_jpeg_that_lost_pixels_is_broken(cat, options):
 
 
 def test_the_end_of_a_jpegs_thumbnail_is_not_its_own(cat):
-    thumbnail = saved(cat.resize((32, 32)), "JPEG")
-    data = with_segment(
-        saved(cat, "JPEG"), 0xE1, b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0" + thumbnail
-    )
+    jpeg = saved(cat, "JPEG")
+    thumbnail = b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0" + saved(cat.resize((32, 32)), "JPEG")
+    data = jpeg[:2] + segment(0xE1, thumbnail) + jpeg[2:]
     assert np.array_equal(seen(data[:-2]), seen(data))
     assert refused(data[:-200]) == script.BROKEN
 
@@ -651,21 +624,17 @@ def a_tiff(**tags):
 
 RARE = {
     "transparent gray of 1 bit": (gray_png(1, [0, 1], 1), "1-bit PNG with a transparent colour"),
-    "transparent gray of 16 bits": (gray_png(16, [0, 1], 1), "16-bit PNG with a transparent"),
     "transparent colour of 16 bits": (
         deep_png(2, [1, 2, 3] * 32, chunk(b"tRNS", struct.pack(">3H", 1, 2, 3))),
         "16-bit PNG with a transparent colour",
     ),
     "TIFF of 16 bits": (a_tiff(depth=16), "TIFF with pixels of mode I;16"),
-    "TIFF of 16 bits, white is zero": (a_tiff(depth=16, t262=0), "TIFF with pixels"),
     "TIFF of 12 bits": (a_tiff(depth=12), "TIFF with pixels"),
-    "TIFF of 32 bits": (a_tiff(depth=32), "TIFF with pixels of mode I"),
     "TIFF of floats": (a_tiff(depth=32, t339=3), "TIFF with pixels of mode F"),
     "TIFF of Lab": (saved(Image.new("LAB", (32, 32)), "TIFF"), "TIFF with pixels of mode LAB"),
     "TIFF of floats in colour": (a_tiff(depth=32, t262=2, t277=3, t339=3), "TIFF, if"),
     "TIFF of an unknown compression": (a_tiff(t259=34712), "TIFF, if it is not broken"),
     "JPEG XL": (b"\xff\x0a" + bytes(60), "JPEG XL"),
-    "JPEG XL in boxes": (b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(60), "JPEG XL"),
 }
 
 
@@ -677,14 +646,13 @@ def test_a_rare_kind_is_refused_by_its_name(data, detail):
 
 DRAWING = b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><path d="M0 0"/></svg>'
 PROLOG = b'<?xml version="1.0" encoding="UTF-8"?>\n'
-DOCTYPE = b'<!DOCTYPE svg PUBLIC "-//W3C//DTD script.SVG 1.1//EN" "x.dtd" [<!ENTITY a "b">]>'
+DOCTYPE = b'<!DOCTYPE svg PUBLIC "-//W3C//DTD SVG 1.1//EN" "x.dtd" [<!ENTITY a "b">]>'
 PAGE = "<!-- saved -->\n<html><body>Not found</body></html>"
 NO_IMAGES = {
     script.EMPTY: [b"", b" \r\n"],
     script.SVG: [
         DRAWING,
         PROLOG + DOCTYPE + DRAWING,
-        b"\xef\xbb\xbf" + DRAWING,
         PROLOG + b'<svg:svg xmlns:svg="x"/>',
         PROLOG + b"<!-- " + b"x" * 3000 + b" -->" + DRAWING,
     ],
@@ -694,7 +662,6 @@ NO_IMAGES = {
         PAGE.encode(),
         PAGE.encode("utf-16"),
         b"<!DOCTYPE html><html>" + DRAWING + b"</html>",
-        b"<p>We draw every svg</p>" + DRAWING,
         PROLOG + b"<Error><Code>NoSuchKey</Code></Error>",  # a storage's
     ],
     script.JSON: [b'{"error": "not found"}', b'\xef\xbb\xbf [1, "<svg>"]'],
@@ -721,72 +688,41 @@ def test_a_tracking_pixel_or_spacer_is_too_small():
     assert decoded(saved(Image.new("RGB", (16, 16), RED), "PNG")).size == (16, 16)
 
 
-@pytest.mark.parametrize(
-    ("owner", "name", "error"),
-    [(Image.Image, "reduce", AttributeError), (ImageCms, "buildTransform", TypeError)],
-)
-def test_a_defect_is_never_the_files_fault(monkeypatch, owner, name, error):
-    data = saved(Image.new("RGB", (900, 900)), "PNG", icc_profile=P3)
-    script.to_srgb.cache_clear()
+def test_a_defect_is_never_the_files_fault(monkeypatch):
+    def reduce(*_):
+        raise AttributeError("reduce")
 
-    def failing(*arguments, **options):
-        raise error(name)
-
-    monkeypatch.setattr(owner, name, failing)  # an upgrade of Pillow took it away, say
-    with pytest.raises(error, match=name):
-        levels_of(data)
+    monkeypatch.setattr(Image.Image, "reduce", reduce)  # an upgrade of Pillow took it away, say
+    with pytest.raises(AttributeError, match="reduce"):
+        levels_of(saved(Image.new("RGB", (900, 900)), "PNG"))
 
 
 # What CLIP gets
 
-processor = cache(models.image_processor)
-
-
-def gives_the_bits_of_transformers(image, found):
-    expected = processor()(image, return_tensors="np")["pixel_values"][0]
-    pixels = script.normalise(np.asarray(in_srgb(square(found))))
-    assert pixels.dtype == expected.dtype == np.float32
-    assert pixels.shape == (3, 224, 224)
-    return pixels.tobytes() == expected.tobytes()
-
 
 def test_preprocessing_gives_the_bits_of_transformers_at_any_size():
-    dice = random.Random(5)
-    telling = [
-        *((n, n) for n in (16, 223, 224, 225, 449, 1343)),
-        (224, 448),
-        (223, 1999),
-        (17, 1700),
-    ]
-    by_rows = [(225, 451), (300, 1000)]  # Pillow may do the rows first
-    any_size = [(dice.randint(16, 700), dice.randint(16, 700)) for _ in range(20)]
-    for width, height in {*telling, *by_rows, *any_size}:
-        for size in ((width, height), (height, width)):
-            image = noise(*size)
-            assert gives_the_bits_of_transformers(image, image), size
-
-
-def test_a_photograph_gives_the_bits_of_transformers_from_the_same_file(photos):
-    small = [data for data in photos.values() if min(opened(data).size) < 896]
-    assert len(small) > 15
-    for data in small[:8]:
-        assert gives_the_bits_of_transformers(opened(data).convert("RGB"), decoded(data))
+    dice, processor = random.Random(5), models.image_processor()
+    sizes = [(n, n) for n in (16, 223, 224, 225, 449, 1343)]
+    sizes += [(224, 448), (223, 1999), (17, 1700), (225, 451), (300, 1000)]
+    sizes += [(dice.randint(16, 700), dice.randint(16, 700)) for _ in range(20)]
+    for width, height in sizes:
+        for image in (noise(width, height), noise(height, width)):
+            expected = processor(image, return_tensors="np")["pixel_values"][0]
+            pixels = script.normalise(np.asarray(in_srgb(square(image))))
+            assert (pixels.dtype, pixels.shape) == (np.float32, (3, 224, 224))
+            assert pixels.tobytes() == expected.tobytes(), image.size
 
 
 def test_reducing_large_images_first_hardly_changes_what_is_seen(photos):
     """In the vectors: by up to 0.6 % (JPEG), 0.8 % (PNG) of the distance between photographs."""
-    pictures = [opened(data).convert("RGB").resize((500, 500)) for data in photos.values()]
-    for side, some in ((900, pictures[:9]), (1500, pictures[9:18])):
-        mosaic = Image.new("RGB", (1500, 1500))
-        for n, picture in enumerate(some):
-            mosaic.paste(picture, (n % 3 * 500, n // 3 * 500))
-        mosaic = mosaic.resize((side, side))
-        for kind, options in (("JPEG", {"quality": 95}), ("PNG", {"compress_level": 1})):
-            data = saved(mosaic, kind, **options)
-            found, whole = decoded(data), opened(data).convert("RGB")
-            assert 448 <= found.width < side
-            levels = [np.asarray(square(image)) for image in (found, whole)]
-            assert mean_distance(*levels) < 1.5
+    mosaic = Image.new("RGB", (1500, 1500))
+    for n, data in enumerate(list(photos.values())[:9]):
+        mosaic.paste(opened(data).resize((500, 500)), (n % 3 * 500, n // 3 * 500))
+    for side, kind in itertools.product((900, 1500), ("JPEG", "BMP")):
+        data = saved(mosaic.resize((side, side)), kind)
+        found, whole = decoded(data), opened(data)
+        assert 448 <= found.width < side
+        assert mean_distance(*(np.asarray(square(image)) for image in (found, whole))) < 1.5
 
 
 # Anything at all
@@ -811,10 +747,11 @@ def damaged(data, dice):
     data = bytearray(data)
     for _ in range(dice.choice((1, 1, 2, 4, 16))):
         at = dice.randrange(min(len(data), dice.choice((32, 128, 512, len(data)))))
-        value = dice.choice((b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff"))
         flipped = bytes([data[at] ^ 1 << dice.randrange(8)])
         inserted = dice.randbytes(dice.randrange(1, 20)) + data[at : at + 1]
-        end, new = dice.choice([(1, flipped), (1, flipped), (4, value), (1, inserted), (9, b"")])
+        end, new = dice.choice(
+            [(1, flipped), (1, inserted), (4, b"\xff" * 4), (4, bytes(4)), (9, b"")]
+        )
         data[at : at + end] = new
     return bytes(data[: len(data) if dice.random() < 0.9 else at])
 
