@@ -63,7 +63,7 @@ Who runs where
     Run.embedders    a pool with one thread a core (one in all on a GPU), a batch each
     Decoders         processes, one a core: a file is not to be trusted, and may crash its decoder
     Before the run   Store.status, in a thread of its own, as it may hang
-    For moments      a timer for each file being decoded (answer_to), a thread a core while weights
+    For moments      a timer for each file being decoded (reply_of), a thread a core while weights
                      are laid out (read_layers), on a terminal tqdm's own thread
     --gallery, --search    after the run, or without one: the main thread, with decoders of their
                      own and, for the page, a pool that fetches
@@ -81,8 +81,8 @@ What an upgrade of a package may break, as no documentation promises it
     http.client _MAXHEADERS, response.fp, _read_and_discard_trailer (guarded_adapter)
     requests    adapter.cert_verify, proxy_manager, utils.select_proxy, utils.get_environ_proxies
                 (Fetcher); brings certifi, which is used here
-    huggingface_hub    the cache's layout, `*.incomplete`, tqdm_class, httpx2's errors, the texts of
-                its warnings (Model)
+    huggingface_hub    the cache's layout, `*.incomplete`, file_download._ETAG_RETRY_TIMEOUT (Model);
+                brings filelock, which is used here
     torch       torch.ops.mkldnn._linear_pointwise, _reorder_linear_weight (Linear), names in
                 torch.cpu.get_capabilities (has_bfloat16)
     transformers    brings tokenizers and safetensors, which are used here (Model)
@@ -3762,7 +3762,7 @@ def download_model(folder: Path) -> None:
 
 
 def set_up_hub() -> None:
-    """Gives huggingface_hub our certificates, and keeps it quiet. Raises RunError."""
+    """Gives huggingface_hub our certificates and our patience. Raises RunError."""
     from huggingface_hub import constants, file_download
 
     tls_context()  # refuses a file without certificates
@@ -3771,7 +3771,7 @@ def set_up_hub() -> None:
     constants.HF_HUB_DISABLE_XET = True
     # Telemetry would ask the hub for one more page.
     constants.HF_HUB_DISABLE_TELEMETRY = True
-    # Six times as long as this a silent hub is waited for, else 60 s each time.
+    # It asks a silent hub seven times, and would wait 60 s each time.
     file_download._ETAG_RETRY_TIMEOUT = constants.HF_HUB_ETAG_TIMEOUT
     # Its warnings show URLs, and HF_ENDPOINT may hold a password.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
