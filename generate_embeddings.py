@@ -81,8 +81,8 @@ What an upgrade of a package may break, as no documentation promises it
     http.client _MAXHEADERS, response.fp, _read_and_discard_trailer (guarded_adapter)
     requests    adapter.cert_verify, proxy_manager, utils.select_proxy, utils.get_environ_proxies
                 (Fetcher); brings certifi, which is used here
-    huggingface_hub    the cache's layout, `*.incomplete`, file_download._ETAG_RETRY_TIMEOUT (Model);
-                brings filelock, which is used here
+    huggingface_hub    the cache's layout, `*.incomplete`, file_download._ETAG_RETRY_TIMEOUT
+                (Model); brings filelock, which is used here
     torch       torch.ops.mkldnn._linear_pointwise, _reorder_linear_weight (Linear), names in
                 torch.cpu.get_capabilities (has_bfloat16)
     transformers    brings tokenizers and safetensors, which are used here (Model)
@@ -3709,8 +3709,9 @@ def pinned_model(needed: tuple[str, ...] = TO_ASK) -> Path:
     folder_in_cache = f"models--{MODEL_ID.replace('/', '--')}/snapshots/{MODEL_REVISION}"
     for cache in (MODEL_CACHE, Path(constants.HF_HUB_CACHE)):
         folder = cache / folder_in_cache
-        if all(is_whole(folder / name) for name in needed):
-            return folder
+        with contextlib.suppress(OSError):  # the user's may be closed to us
+            if all(is_whole(folder / name) for name in needed):
+                return folder
     folder = MODEL_CACHE / folder_in_cache
     try:
         download_model(folder)

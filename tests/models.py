@@ -64,13 +64,14 @@ def hub_cache(folder):
     holds position ids as well.
     """
     import torch
+    from safetensors.torch import load_file
 
     snapshot = folder / f"models--{REPOSITORY.replace('/', '--')}" / "snapshots" / REVISION
     snapshot.mkdir(parents=True)
     source = tiny_model()
     for name in ("config.json", "tokenizer.json"):
         shutil.copy(source / name, snapshot)
-    weights = transformers().CLIPModel.from_pretrained(source).state_dict()
+    weights = load_file(source / "model.safetensors")
     for tower in ("text_model", "vision_model"):
         positions = len(weights[f"{tower}.embeddings.position_embedding.weight"])
         weights[f"{tower}.embeddings.position_ids"] = torch.arange(positions)[None]

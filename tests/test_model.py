@@ -123,7 +123,8 @@ def hub(monkeypatch, tmp_path):
     files = {name: noise.bytes(size) for name, size in sizes.items()}
     monkeypatch.setattr(script, "MODEL_FILES", pinned_files(files))
     monkeypatch.setattr(script, "MODEL_CACHE", tmp_path / "cache")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "users"))
+    unreadable = "x" * 300  # the system knows no such name
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / unreadable))
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
     awake = SimpleNamespace(sleep=lambda _: None)
     for module in ("utils._http", "file_download"):
