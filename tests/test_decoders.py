@@ -236,7 +236,7 @@ CANT_START = {
     "too little memory": (f'ulimit -v 900000; exec {sys.executable} "$@"', "MemoryError"),  # KB
     "with words": ("echo Traceback >&2; echo 'ImportError: no libz' >&2; exit 1", "no libz"),
     "without a word": ("exit 7", "exit code 7"),
-    "hangs": ("exec sleep 60", "exit code -9"),
+    "hangs": ("exec sleep 20", "exit code -9"),
 }
 
 
