@@ -16,6 +16,7 @@ import time
 from collections import deque
 from types import SimpleNamespace
 
+import certifi
 import models
 import numpy as np
 import pytest
@@ -245,6 +246,13 @@ def test_the_token_goes_to_the_hub_alone(hub, monkeypatch, tmp_path, token):
         (f"127.0.0.1:{hub.port}", wanted),
         (f"localhost:{hub.port}", None),  # where the files are
     }
+
+
+def test_the_hubs_certificates_are_those_of_all_others(hub, monkeypatch, tmp_path):
+    bundle = shutil.copy(certifi.where(), tmp_path)
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", bundle)
+    downloaded(hub)
+    assert os.environ["SSL_CERT_FILE"] == bundle  # the setting that the hub's library knows
 
 
 @pytest.mark.parametrize("linked", [True, False])
