@@ -2825,12 +2825,7 @@ def png_of_pixels(data: bytes) -> bytes:
     depth, colour_type = data[24:26].ljust(2)
     kept = [data[:8]]
     pixels_seen = False
-    at = 8
-    while at < len(data):
-        kind = data[at + 4 : at + 8]
-        end = at + 12 + int.from_bytes(data[at : at + 4])
-        checksum = int.from_bytes(data[end - 4 : end])
-        is_right = zlib.crc32(data[at + 4 : end - 4]) == checksum
+    for kind, chunk, is_right in chunks_of(data):
         if kind == b"IDAT":
             pixels_seen = True
             # Pillow doesn't look. Zeros in a copy that stopped halfway make pixels, too.
@@ -2838,12 +2833,22 @@ def png_of_pixels(data: bytes) -> bytes:
                 raise ImageError(BROKEN)
         is_extra = kind in (b"tRNS", b"iCCP", b"eXIf") and is_right and not pixels_seen
         if is_extra or kind in (b"IHDR", b"PLTE", b"IDAT", b"IEND"):
-            kept.append(data[at:end])
+            kept.append(chunk)
         if is_extra and kind == b"tRNS" and depth != 8 and colour_type in (0, 2):
             # Pillow compares this colour with pixels that it has scaled to 8 bits already.
             raise ImageError(f"{RARE_FORMAT} ({depth}-bit PNG with a transparent colour)")
-        at = end
     return b"".join(kept)
+
+
+def chunks_of(data: bytes) -> Iterator[tuple[bytes, bytes, bool]]:
+    """The chunks of a PNG: the kind, the whole chunk, and whether its checksum is right."""
+    at = 8
+    while at < len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4])
+        content = data[at + 4 : end - 4]  # begins with the kind
+        checksum = zlib.crc32(content).to_bytes(4)
+        yield content[:4], data[at:end], data[end - 4 : end] == checksum
+        at = end
 
 
 def jpeg_with_end(data: bytes) -> bytes:
@@ -2861,8 +2866,8 @@ def jpeg_with_end(data: bytes) -> bytes:
     if data.endswith(b"\0\0"):
         raise ImageError(BROKEN)
     noise = b"\xaa\x55" * 32
-    restarts = (bytes([0xFF, 0xD0 + n]) for n in range(8))
-    noise += b"".join(restart + noise for restart in restarts)
+    for restart_marker in range(0xD0, 0xD8):
+        noise += bytes([0xFF, restart_marker]) + b"\xaa\x55" * 32
     files = (data + end_marker, data + noise + end_marker)
     pictures = [Image.open(io.BytesIO(file), formats=["JPEG"]).tobytes() for file in files]
     if pictures[0] != pictures[1]:
