@@ -63,7 +63,7 @@ Who runs where
     Run.embedders    a pool with one thread a core (one in all on a GPU), a batch each
     Decoders         processes, one a core: a file is not to be trusted, and may crash its decoder
     Before the run   Store.status, in a thread of its own, as it may hang
-    For moments      a timer for each file being decoded (answer_to), a thread a core while weights
+    For moments      a timer for each file being decoded (reply_of), a thread a core while weights
                      are laid out (read_layers), on a terminal tqdm's own thread
     --gallery, --search    after the run, or without one: the main thread, with decoders of their
                      own and, for the page, a pool that fetches
@@ -81,8 +81,8 @@ What an upgrade of a package may break, as no documentation promises it
     http.client _MAXHEADERS, response.fp, _read_and_discard_trailer (guarded_adapter)
     requests    adapter.cert_verify, proxy_manager, utils.select_proxy, utils.get_environ_proxies
                 (Fetcher); brings certifi, which is used here
-    huggingface_hub    the cache's layout, `*.incomplete`, tqdm_class, httpx2's errors, the texts of
-                its warnings (Model)
+    huggingface_hub    the cache's layout, `*.incomplete`, file_download._ETAG_RETRY_TIMEOUT
+                (Model); brings filelock, which is used here
     torch       torch.ops.mkldnn._linear_pointwise, _reorder_linear_weight (Linear), names in
                 torch.cpu.get_capabilities (has_bfloat16)
     transformers    brings tokenizers and safetensors, which are used here (Model)
@@ -2660,9 +2660,9 @@ MIN_SIDE = 16  # pixels; below it: tracking pixels and spacers
 KEEP_SCALE = 2  # large images are first reduced, by a whole number, to so many times SIDE
 # Other Pillow plugins stay shut: some start programs (EPS), none is a product photo.
 FORMATS = ["JPEG", "PNG", "GIF", "WEBP", "AVIF", "TIFF", "BMP"]
-# Memory that a decoder takes. Where these three lack it, their libraries call the file broken.
-PIXEL_BYTES = {"WEBP": 20, "AVIF": 20, "HEIF": 20}
-PIXEL_BYTES |= {"JPEG": 0, "MPO": 0}  # they shrink while they are decoded
+# Memory that decoding takes, where it is not 4 bytes a pixel. Short of memory, the first three
+# formats' libraries call the file broken. The last two shrink while they are decoded.
+PIXEL_BYTES = {"WEBP": 20, "AVIF": 20, "HEIF": 20, "JPEG": 0, "MPO": 0}
 # What Pillow raises for broken files, as hundreds of thousands of damaged ones showed. Its other
 # errors (AttributeError, TypeError) mean that we call it wrongly.
 BROKEN_FILE = (OSError, EOFError, SyntaxError, ValueError, RuntimeError, struct.error, zlib.error)
@@ -2701,8 +2701,7 @@ def loaded(data: bytes) -> Image.Image:
         # Where EXIF is silent Pillow would turn an image by XMP. Browsers don't.
         image.info.pop("xmp", None)
         # JPEG's decoder can shrink by 2, 4 or 8 as it goes. The other decoders ignore this.
-        shrink = max(1.0, min(image.size) / (KEEP_SCALE * SIDE))
-        image.draft(None, (int(image.width / shrink), int(image.height / shrink)))
+        image.draft(None, (KEEP_SCALE * SIDE, KEEP_SCALE * SIDE))
         image.load()
         return image
     except Image.DecompressionBombError:
@@ -2730,12 +2729,7 @@ def png_of_pixels(data: bytes) -> bytes:
     depth, colour_type = data[24:26].ljust(2)
     kept = [data[:8]]
     pixels_seen = False
-    at = 8
-    while at < len(data):
-        kind = data[at + 4 : at + 8]
-        end = at + 12 + int.from_bytes(data[at : at + 4])
-        checksum = int.from_bytes(data[end - 4 : end])
-        is_right = zlib.crc32(data[at + 4 : end - 4]) == checksum
+    for kind, chunk, is_right in chunks_of(data):
         if kind == b"IDAT":
             pixels_seen = True
             # Pillow doesn't look. Zeros in a copy that stopped halfway make pixels, too.
@@ -2743,12 +2737,22 @@ def png_of_pixels(data: bytes) -> bytes:
                 raise ImageError(BROKEN)
         is_extra = kind in (b"tRNS", b"iCCP", b"eXIf") and is_right and not pixels_seen
         if is_extra or kind in (b"IHDR", b"PLTE", b"IDAT", b"IEND"):
-            kept.append(data[at:end])
+            kept.append(chunk)
         if is_extra and kind == b"tRNS" and depth != 8 and colour_type in (0, 2):
             # Pillow compares this colour with pixels that it has scaled to 8 bits already.
             raise ImageError(f"{RARE_FORMAT} ({depth}-bit PNG with a transparent colour)")
-        at = end
     return b"".join(kept)
+
+
+def chunks_of(data: bytes) -> Iterator[tuple[bytes, bytes, bool]]:
+    """The chunks of a PNG: the kind, the whole chunk, and whether its checksum is right."""
+    at = 8
+    while at < len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4])
+        content = data[at + 4 : end - 4]  # begins with the kind
+        checksum = zlib.crc32(content).to_bytes(4)
+        yield content[:4], data[at:end], data[end - 4 : end] == checksum
+        at = end
 
 
 def jpeg_with_end(data: bytes) -> bytes:
@@ -2766,8 +2770,8 @@ def jpeg_with_end(data: bytes) -> bytes:
     if data.endswith(b"\0\0"):
         raise ImageError(BROKEN)
     noise = b"\xaa\x55" * 32
-    restarts = (bytes([0xFF, 0xD0 + n]) for n in range(8))
-    noise += b"".join(restart + noise for restart in restarts)
+    for restart_marker in range(0xD0, 0xD8):
+        noise += bytes([0xFF, restart_marker]) + b"\xaa\x55" * 32
     files = (data + end_marker, data + noise + end_marker)
     pictures = [Image.open(io.BytesIO(file), formats=["JPEG"]).tobytes() for file in files]
     if pictures[0] != pictures[1]:
@@ -2843,13 +2847,13 @@ def gif_on_its_canvas(image: Any) -> Image.Image:
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """An image without alpha: where it is transparent, the white page shows."""
+    """An image without alpha: white paper shows where it is transparent."""
     if image.mode not in ("LA", "RGBA"):
         return image
     colours = image.convert(image.mode.removesuffix("A"))
-    page = Image.new("RGB", image.size, "white")
-    page.paste(in_srgb(colours), mask=image.getchannel("A"))
-    return page
+    paper = Image.new("RGB", image.size, "white")
+    paper.paste(in_srgb(colours), mask=image.getchannel("A"))
+    return paper
 
 
 # How to turn an image that a camera held otherwise, by EXIF's value
@@ -2936,20 +2940,15 @@ LEVELS_BYTES = SIDE * SIDE * 3
 MOST_REASON = 200  # characters of a reason that are kept
 MOST_CALLS = 20  # of a traceback that are sent
 
-# The first byte of an answer that is no levels; a text follows.
-REFUSED_IMAGE = b"R"  # with the reason
-UNEXPECTED = b"U"  # with a traceback
-
 OUT_OF_MEMORY = 77  # a decoder's exit code
 # What an exit code says of the image. All other deaths are the machine's trouble.
 DEATHS = {
-    -24: TOO_SLOW,  # SIGXCPU, for which Windows has no name
+    OUT_OF_MEMORY: TOO_MUCH,
+    -27: TOO_SLOW,  # SIGPROF, for which Windows has no name
     -signal.SIGSEGV: BROKEN,
     -signal.SIGABRT: BROKEN,
     -signal.SIGFPE: BROKEN,
 }
-if sys.platform == "linux":  # elsewhere no limit holds, and it is the machine that has no more
-    DEATHS[OUT_OF_MEMORY] = TOO_MUCH
 CANT_START = "no process to decode images can be started; is memory short, ulimit -a low?"
 
 # Imported, as Python keeps the bytecode of modules alone: to compile a script takes 0.1 s.
@@ -2974,6 +2973,7 @@ DECODER_SETTINGS = {
 LANDLOCK_CREATE_RULESET = 444
 LANDLOCK_RESTRICT_SELF = 446
 LANDLOCK_ASK_VERSION = 1
+LANDLOCK_SCOPE_SIGNAL = 2
 PR_SET_NO_NEW_PRIVS = 38
 
 
@@ -3006,11 +3006,11 @@ class Loader:
 
 
 class Decoder:
-    """A process that decodes an image at a time, within limits: what a file claims is not
-    what it holds, and codecs have holes. It is this script again (RUN_DECODER).
+    """A process that decodes one image at a time, within limits: a file may claim more than it
+    holds, and codecs have holes. The process runs this script again (RUN_DECODER).
 
-    Bytes go in and bytes come out: levels, or a reason. A process that sends anything else
-    is killed. So is one that hangs. Where one died, its exit code says whose fault it was.
+    Bytes go in, bytes come out: levels or a reason. A process that replies anything else, or
+    hangs, is killed. Where it died, its exit code says whose fault that was.
     """
 
     def __init__(self) -> None:
@@ -3020,11 +3020,11 @@ class Decoder:
         """The levels (224, 224, 3) of an image file. Raises ImageError, and RunError where no
         process can be started."""
         process = self._process
-        if not process or process.poll() is not None:  # it may have died meanwhile
+        if not process or process.poll() is not None:  # it may have died while it was idle
             process = started_decoder()
-        self._process = None  # an answer that was not read whole would be the next image's
+        self._process = None  # the rest of a reply would be taken for the next image's
         try:
-            levels = levels_in(answer_to(data, process))
+            levels = reply_of(process, data)
         except ImageError:
             self._process = process
             raise
@@ -3036,7 +3036,7 @@ class Decoder:
 
 
 def started_decoder() -> Any:
-    """A decoder's process that has answered once, to an empty file. Raises RunError."""
+    """A decoder's process that has replied once, to an empty file. Raises RunError."""
     needs = {name: text for name, text in os.environ.items() if DECODER_NEEDS.match(name)}
     try:
         process: Any = subprocess.Popen(  # noqa: S603 - runs this very script
@@ -3052,20 +3052,21 @@ def started_decoder() -> Any:
         raise RunError(f"{CANT_START} ({error.strerror})") from None
     try:
         with contextlib.suppress(ImageError):  # the reason EMPTY
-            levels_in(answer_to(b"", process))
+            reply_of(process, b"")
     except (OSError, EOFError, ValueError):
         process.kill()
         errors = process.stderr.read().decode(errors="replace").splitlines()
-        code = process.wait()
-        why = errors[-1] if errors else f"exit code {code}"
+        why = errors[-1] if errors else f"exit code {process.wait()}"
         raise RunError(f"{CANT_START} ({shorten(why, MOST_REASON)})") from None
     return process
 
 
-def answer_to(data: bytes, process: Any) -> bytes:
-    """What a decoder sends back. A decoder that takes longer than DECODE_PATIENCE is killed.
+def reply_of(process: Any, data: bytes) -> np.ndarray:
+    """The levels (224, 224, 3) that a decoder makes of a file. A decoder that takes longer than
+    DECODE_PATIENCE is killed.
 
-    Raises OSError, EOFError or ValueError for a decoder that is lost, and RunError.
+    Raises ImageError with the reason that it gives; OSError, EOFError or ValueError for a decoder
+    that is lost; RunError.
     """
     patience = threading.Timer(DECODE_PATIENCE, process.kill)
     try:
@@ -3074,26 +3075,15 @@ def answer_to(data: bytes, process: Any) -> bytes:
         raise RunError(f"{CANT_START} ({error})") from None
     try:
         send(process.stdin, data)
-        return receive(process.stdout, most=LEVELS_BYTES)
+        reply = receive(process.stdout, most=LEVELS_BYTES)
     finally:
         patience.cancel()
-
-
-def levels_in(answer: bytes) -> np.ndarray:
-    """The levels (224, 224, 3) of a decoder's answer. Raises the ImageError that it tells, and
-    ValueError for what is no answer."""
-    if len(answer) == LEVELS_BYTES:
-        return np.frombuffer(answer, np.uint8).reshape(SIDE, SIDE, 3)
-    kind = answer[:1]
-    lines = answer[1:].decode().splitlines() or [""]
-    reason = shorten(printable(lines[-1]), MOST_REASON)
-    if kind == REFUSED_IMAGE:
-        raise ImageError(reason)
-    if kind == UNEXPECTED:
-        for line in lines:
-            log.debug("decoder: %s", line)
-        raise ImageError(f"{DEFECT} ({reason})")
-    raise ValueError(f"{kind!r} is no kind of answer")
+    if len(reply) == LEVELS_BYTES:
+        return np.frombuffer(reply, np.uint8).reshape(SIDE, SIDE, 3)
+    *calls, reason = reply.decode().splitlines()
+    for line in calls:
+        log.debug("decoder: %s", line)
+    raise ImageError(shorten(printable(reason), MOST_REASON))
 
 
 def send(pipe: IO[bytes], data: bytes) -> None:
@@ -3119,14 +3109,14 @@ def receive(pipe: IO[bytes], most: int) -> bytes:
 
 
 def serve_as_decoder() -> int:
-    """Answers what comes until the run closes its pipe. Returns the exit code."""
+    """Replies to what comes until the run closes its pipe. Returns the exit code."""
     warnings.simplefilter("ignore")  # Pillow's, about oddities that do no harm
     # Fails where ulimit -v leaves less than an image may take.
     bytes(DECODE_MB * 2**20)
     load_codecs()
     with contextlib.suppress(OSError):  # where memory is short, Linux ends a decoder, not the run
         Path("/proc/self/oom_score_adj").write_text("1000")
-    answers = os.fdopen(os.dup(1), "wb")
+    replies = os.fdopen(os.dup(1), "wb")
     for stream in (1, 2):  # where libraries print
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     limit_memory()
@@ -3134,22 +3124,25 @@ def serve_as_decoder() -> int:
     with contextlib.suppress(EOFError, OSError):  # the run is over
         while True:
             data = receive(sys.stdin.buffer, most=sys.maxsize)
-            limit_seconds()
-            send(answers, answer_for(data))
+            if hasattr(signal, "setitimer"):  # Windows has no limit
+                signal.setitimer(signal.ITIMER_PROF, DECODE_SECONDS)
+            send(replies, reply_to(data))
     return 0
 
 
-def answer_for(data: bytes) -> bytes:
-    """The levels of an image file, or why there are none."""
+def reply_to(data: bytes) -> bytes:
+    """The levels of an image file, or a text whose last line is the reason why there are none.
+    The lines before it are a defect's traceback."""
     try:
         return levels_of(data)
     except ImageError as reason:
-        return REFUSED_IMAGE + str(reason).encode()
+        return str(reason).encode()
     except MemoryError:
         # There may be too little left to say more, or to go on with.
         os._exit(OUT_OF_MEMORY)
     except Exception:
-        return UNEXPECTED + traceback.format_exc(-MOST_CALLS).encode()
+        text = traceback.format_exc(-MOST_CALLS).strip()
+        return f"{text}\n{DEFECT} ({text.splitlines()[-1]})".encode()
 
 
 def load_codecs() -> None:
@@ -3186,24 +3179,16 @@ def shut_in() -> None:
 
 
 def lock_files() -> None:
-    """Landlock (Linux 5.13): no file can be changed, moved or run, and no other process
-    looked into."""
+    """Landlock (Linux 5.13): no file can be changed, moved or run, and no other process be looked
+    into or (Linux 6.12) sent a signal."""
     linux = ctypes.CDLL(None)
     version = linux.syscall(LANDLOCK_CREATE_RULESET, None, 0, LANDLOCK_ASK_VERSION)
     kinds = min(12 + version, 15)  # of what can be done to files; none is allowed
-    rules = ctypes.c_uint64(2**kinds - 1)
-    ruleset = linux.syscall(LANDLOCK_CREATE_RULESET, ctypes.byref(rules), 8, 0)
+    scope = LANDLOCK_SCOPE_SIGNAL if version >= 6 else 0
+    rules = (ctypes.c_uint64 * 3)(2**kinds - 1, 0, scope)
+    ruleset = linux.syscall(LANDLOCK_CREATE_RULESET, rules, ctypes.sizeof(rules), 0)
     linux.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     linux.syscall(LANDLOCK_RESTRICT_SELF, ruleset, 0)
-
-
-def limit_seconds() -> None:
-    """Limits the seconds of a core that this process may take from now on. Windows can't."""
-    with contextlib.suppress(ImportError, OSError, ValueError):
-        import resource
-
-        most = math.ceil(time.process_time()) + DECODE_SECONDS
-        resource.setrlimit(resource.RLIMIT_CPU, (most, resource.getrlimit(resource.RLIMIT_CPU)[1]))
 
 
 # ================================================================================ Model
@@ -3301,13 +3286,11 @@ class TextEncoder:
 
         torch.set_num_threads(1)  # for a few words threads wait longer than they work
         folder = model_folder(settings, TO_ASK)
-        if not (folder / TOKENIZER).is_file():
-            raise RunError(f"{folder} has no {TOKENIZER}, which words need: copy {MODEL_ID}'s")
         with model_trouble(folder, settings):
             from tokenizers import Tokenizer
 
             config = read_config(folder, "text_config", VIT_B_32_TEXT)
-            self.tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
+            self.tokenizer = Tokenizer.from_str((folder / TOKENIZER).read_text("utf-8"))
             self.start = self.tokenizer.token_to_id("<|startoftext|>")
             self.end = self.tokenizer.token_to_id("<|endoftext|>")
             self.most_tokens = config["max_position_embeddings"]
@@ -3390,15 +3373,13 @@ class ImageTower:
         self.weights = weights
         self.side = config["patch_size"]
         embeddings = "vision_model.embeddings."
-        position = weights.read(embeddings + "position_embedding.weight")  # (50, 768)
-        first = weights.read(embeddings + "class_embedding") + position[0]
-        self.first = weights.place(first)  # (768,)
-        self.position = weights.place(position[1:])  # (49, 768)
+        self.first = weights.put(weights.read(embeddings + "class_embedding"))  # (768,)
+        position = weights.read(embeddings + "position_embedding.weight")
+        self.position = weights.put(position)  # (50, 768)
         patches = weights.read(embeddings + "patch_embedding.weight")  # (768, 3, 32, 32)
         self.patches = Linear(weights, patches.flatten(1))
-        self.norm_before = read_norm(
-            weights, "vision_model.pre_layrnorm"
-        )  # the file's own spelling
+        # The file spells it so.
+        self.norm_before = read_norm(weights, "vision_model.pre_layrnorm")
         self.norm_after = read_norm(weights, "vision_model.post_layernorm")
         self.projection = Linear(weights, weights.read("visual_projection.weight"))
         self.layers = read_layers(weights, "vision_model.encoder.layers.", config)
@@ -3407,11 +3388,11 @@ class ImageTower:
         import torch
 
         side = self.side
-        x = self.weights.place(pixels).unfold(2, side, side).unfold(3, side, side)
+        x = self.weights.put(pixels).unfold(2, side, side).unfold(3, side, side)
         x = x.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)  # (n, 49, 3 * 32 * 32)
-        x = self.patches(x) + self.position  # (n, 49, 768)
         first = self.first.expand(len(x), 1, -1)
-        x = self.norm_before(torch.cat([first, x], 1))  # (n, 50, 768)
+        x = torch.cat([first, self.patches(x)], 1)  # (n, 50, 768)
+        x = self.norm_before(x + self.position)
         for layer in self.layers[:-1]:
             x = layer(x)
         x = self.layers[-1](x, first_alone=True)  # (n, 1, 768)
@@ -3434,7 +3415,7 @@ class TextTower:
 
     def __call__(self, tokens: list[int]) -> Tensor:
         x = self.words[tokens] + self.position[: len(tokens)]
-        x = self.weights.place(x[None])  # (1, tokens, 512)
+        x = self.weights.put(x[None])  # (1, tokens, 512)
         for layer in self.layers:
             x = layer(x, causal=True)
         return self.projection(self.norm_after(x[:, -1]))
@@ -3446,11 +3427,10 @@ class Layer:
 
     def __init__(self, weights: Weights, name: str, heads: int) -> None:
         self.heads = heads
-        attention = name + "self_attn."
-        qkv = [attention + "q_proj", attention + "k_proj", attention + "v_proj"]
+        qkv = [f"{name}self_attn.{letter}_proj" for letter in "qkv"]
         self.norm1 = read_norm(weights, name + "layer_norm1")
         self.qkv = Linear(weights, *weights.read_pair(*qkv))
-        self.out = Linear(weights, *weights.read_pair(attention + "out_proj"))
+        self.out = Linear(weights, *weights.read_pair(name + "self_attn.out_proj"))
         self.norm2 = read_norm(weights, name + "layer_norm2")
         # quick_gelu(x) is silu(1.702 x) / 1.702, and silu comes with oneDNN's product
         up, up_bias = weights.read_pair(name + "mlp.fc1")
@@ -3482,8 +3462,8 @@ def read_norm(weights: Weights, name: str) -> Callable[[Tensor], Tensor]:
     return partial(
         layer_norm,
         normalized_shape=weight.shape,
-        weight=weights.place(weight),
-        bias=weights.place(bias),
+        weight=weights.put(weight),
+        bias=weights.put(bias),
     )
 
 
@@ -3496,10 +3476,10 @@ class Linear:
     ) -> None:
         import torch
 
-        self.weight = weights.place(weight)  # (out, in)
+        self.weight = weights.put(weight)  # (out, in)
         self.bias = None
         if bias is not None:
-            self.bias = weights.place(bias)  # (out,)
+            self.bias = weights.put(bias)  # (out,)
         self.silu = silu
         self.packed = weights.can_pack
         if self.packed:
@@ -3586,15 +3566,12 @@ class Weights:
         bias = self.read(*(f"{name}.bias" for name in names))
         return weight, bias
 
-    def place(self, tensor: Tensor) -> Tensor:
+    def put(self, tensor: Tensor) -> Tensor:
         """The tensor on the device, in the number format."""
         return tensor.to(self.device, self.dtype)
 
 
 # The model's files
-
-HUB = "https://huggingface.co"  # HF_ENDPOINT names a mirror of it
-HUB_SECONDS = 10.0  # without a byte, until a connection counts as lost
 
 
 class PinnedFile(NamedTuple):
@@ -3622,9 +3599,9 @@ def model_folder(settings: Settings, needed: tuple[str, ...]) -> Path:
     folder = Path(settings.clip_model).expanduser()
     weights = folder / WEIGHTS
     is_copy = settings.model_version == MODEL_VERSION and not (folder / SAFETENSORS).is_file()
-    if is_copy and length(weights) == MODEL_FILES[WEIGHTS].size and not is_whole(weights):
+    if is_copy and weights.is_file() and not is_whole(weights):
         raise RunError(
-            f"CLIP_MODEL: {weights} is a damaged copy of {MODEL_ID}: copy it again (or, if it is "
+            f"CLIP_MODEL: {weights} is not {MODEL_ID}'s, or damaged: copy it again (or, if it is "
             "another model, set MODEL_VERSION to a name for its rows)"
         )
     return folder
@@ -3633,19 +3610,17 @@ def model_folder(settings: Settings, needed: tuple[str, ...]) -> Path:
 def pinned_model(needed: tuple[str, ...] = TO_ASK) -> Path:
     """The folder of the pinned model. It has at least the files that are needed.
 
-    Our cache is looked through first, then the one that HF_HUB_CACHE or HF_HOME names. A model
+    It is looked for in our cache, then in the user's own of huggingface_hub (HF_HOME). A model
     that is in neither is downloaded to ours.
     """
-    caches = [MODEL_CACHE]
-    if "HF_HUB_CACHE" in os.environ:
-        caches.append(Path(os.environ["HF_HUB_CACHE"]))
-    elif "HF_HOME" in os.environ:
-        caches.append(Path(os.environ["HF_HOME"], "hub"))
+    from huggingface_hub import constants
+
     folder_in_cache = f"models--{MODEL_ID.replace('/', '--')}/snapshots/{MODEL_REVISION}"
-    for cache in caches:
-        folder = cache.expanduser() / folder_in_cache
-        if all(is_whole(folder / name) for name in needed):
-            return folder
+    for cache in (MODEL_CACHE, Path(constants.HF_HUB_CACHE)):
+        folder = cache / folder_in_cache
+        with contextlib.suppress(OSError):  # the user's may be closed to us
+            if all(is_whole(folder / name) for name in needed):
+                return folder
     folder = MODEL_CACHE / folder_in_cache
     try:
         download_model(folder)
@@ -3654,16 +3629,10 @@ def pinned_model(needed: tuple[str, ...] = TO_ASK) -> Path:
     except Exception as error:  # the disk's, the hub's, or its HTTP library's
         raise RunError(
             f"{MODEL_ID} could not be downloaded ({hub_trouble(error)}): check network, disk, and "
-            "HF_ENDPOINT and HF_TOKEN if set; or set CLIP_MODEL to a folder with a copy of it"
+            "HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE if set; or set CLIP_MODEL to a folder with "
+            "a copy of it"
         ) from None
     return folder
-
-
-def length(path: Path) -> int:
-    """Bytes of a file; 0 if there is none."""
-    with contextlib.suppress(OSError):
-        return path.stat().st_size
-    return 0
 
 
 def is_whole(path: Path) -> bool:
@@ -3673,7 +3642,7 @@ def is_whole(path: Path) -> bool:
     that the file has not changed since.
     """
     pinned = MODEL_FILES[path.name]
-    if length(path) != pinned.size:
+    if not path.is_file() or path.stat().st_size != pinned.size:
         return False
     checked = path.with_name(path.name + ".checked")
     if checked.is_file() and checked.stat().st_mtime >= path.stat().st_mtime:
@@ -3689,135 +3658,69 @@ def is_whole(path: Path) -> bool:
 
 def download_model(folder: Path) -> None:
     """Downloads the model's files that are not yet in this folder of our cache."""
-    from huggingface_hub import is_offline_mode
+    from filelock import FileLock
 
-    if is_offline_mode():
-        raise RunError(
-            f"{MODEL_ID} is not in {MODEL_CACHE}, and HF_HUB_OFFLINE forbids its download: unset "
-            "that, or set CLIP_MODEL to a folder with a copy of it"
-        )
     check_proxies("socksio")
     set_up_hub()
     log.info("downloading %s once, about 600 MB, to %s", MODEL_ID, MODEL_CACHE)
     MODEL_CACHE.mkdir(parents=True, exist_ok=True)
-    with one_run_at_a_time():
-        # Runs that were stopped left these.
-        for partial_file in MODEL_CACHE.rglob("*.incomplete"):
+    with FileLock(MODEL_CACHE / "download.lock"):  # of several runs one downloads, the others wait
+        for partial_file in MODEL_CACHE.rglob("*.incomplete"):  # of runs that were stopped
             partial_file.unlink()
         for name in MODEL_FILES:
-            get_file(folder / name)
+            download_file(folder / name)
 
 
 def set_up_hub() -> None:
-    """Gives huggingface_hub our certificates, our log and our patience."""
-    from huggingface_hub import constants, set_client_factory
+    """Gives huggingface_hub our certificates and our patience. Raises RunError."""
+    from huggingface_hub import constants, file_download
 
-    set_client_factory(hub_client)
+    tls_context()  # refuses a file without certificates
+    os.environ["SSL_CERT_FILE"] = certificates()
     # Xet, a second way to the hub's files, reads no setting of certificates.
     constants.HF_HUB_DISABLE_XET = True
     # Telemetry would ask the hub for one more page.
     constants.HF_HUB_DISABLE_TELEMETRY = True
-    hub_log = logging.getLogger("huggingface_hub")
-    hub_log.handlers = [HubWarnings()]
-    hub_log.propagate = False
+    # It asks a silent hub seven times, and would wait 60 s each time.
+    file_download._ETAG_RETRY_TIMEOUT = constants.HF_HUB_ETAG_TIMEOUT
+    # Its warnings show URLs, and HF_ENDPOINT may hold a password.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
-def get_file(path: Path) -> None:
+def download_file(path: Path) -> None:
     """Downloads a file of the model unless it is there. A damaged one is fetched once more."""
     from huggingface_hub import hf_hub_download
 
-    if is_whole(path):
-        return
-    hub = (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
-    bar: Any = model_bar  # a class will do, too
     for _attempt in range(2):
-        delete_damaged(path)
-        hf_hub_download(
-            MODEL_ID,
-            path.name,
-            revision=MODEL_REVISION,
-            cache_dir=MODEL_CACHE,
-            endpoint=hub,
-            tqdm_class=bar,
-        )
-        if is_whole(path):
+        if is_whole_or_deleted(path):
             return
-    delete_damaged(path)
-    raise OSError(f"the hub serves another {path.name}")
+        hf_hub_download(MODEL_ID, path.name, revision=MODEL_REVISION, cache_dir=MODEL_CACHE)
+    if not is_whole_or_deleted(path):
+        raise RunError(
+            f"the hub serves another {path.name} than {MODEL_ID}'s: check HF_ENDPOINT, or set "
+            "CLIP_MODEL to a folder with a copy of it"
+        )
 
 
-def delete_damaged(path: Path) -> None:
-    """Deletes a file of the model that is not the pinned one. There may be none."""
+def is_whole_or_deleted(path: Path) -> bool:
+    """Whether a file of the model is the pinned one. Any other file is deleted."""
+    if is_whole(path):
+        return True
     if path.exists():
         log.warning("%s is damaged (its SHA-256): deleted", path)
         path.resolve().unlink()
     path.unlink(missing_ok=True)  # in the hub's cache it is a link
-
-
-@contextlib.contextmanager
-def one_run_at_a_time() -> Iterator[None]:
-    """Of several runs one downloads the model. The others wait, and find it in the cache."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(MODEL_CACHE / "download.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        log.info("another run is downloading the model: waiting for it")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def hub_client() -> Any:
-    """The HTTP client for huggingface_hub. It trusts the certificates that we trust, and waits
-    HUB_SECONDS at most for a byte."""
-    import httpx2
-
-    def limit_seconds(request: httpx2.Request) -> None:
-        """huggingface_hub would wait for a minute, six times over."""
-        steps = ("connect", "read", "write", "pool")
-        request.extensions["timeout"] = dict.fromkeys(steps, HUB_SECONDS)
-
-    return httpx2.Client(
-        verify=tls_context(), follow_redirects=True, event_hooks={"request": [limit_seconds]}
-    )
-
-
-def model_bar(**options: Any) -> Any:
-    """The download's bar, on a terminal. huggingface_hub's own bar shows a URL, and stays."""
-    width = shutil.get_terminal_size().columns - 1
-    look = {"desc": "model", "leave": False, "disable": None, "ncols": width}
-    return tqdm(**options | look)
-
-
-class HubWarnings(logging.Handler):
-    """Passes on what huggingface_hub says, as when it tries again."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        log.info("model hub: %s", without_urls(record.getMessage()))
-
-
-def without_urls(text: str) -> str:
-    """The text of a library's message. HF_ENDPOINT, and so each URL, may hold a password."""
-    return re.sub(r"https?://\S+", "the hub", text)
+    return False
 
 
 def hub_trouble(error: BaseException) -> str:
-    """Why the download failed, in a few words."""
-    from httpx2 import NetworkError, TimeoutException
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    if isinstance(error, LocalEntryNotFoundError):  # the hub's failure is its cause
-        error = error.__cause__ or error
+    """Why the download failed, in a few words. Not the error's own: they may quote the token, or
+    a password in HF_ENDPOINT."""
+    error = error.__cause__ or error  # of huggingface_hub's "not in the cache"
     response = getattr(error, "response", None)
     if response is not None:
-        return f"HTTP {response.status_code} {response.reason_phrase}".strip()
-    if isinstance(error, (OSError, NetworkError, TimeoutException)):
-        return shorten(without_urls(str(error)), 200)
-    return type(error).__name__  # texts of others may quote the token, or a part of HF_ENDPOINT
+        return f"HTTP {response.status_code}"
+    return getattr(error, "strerror", None) or type(error).__name__
 
 
 # =============================================================== The page, the question

@@ -4,6 +4,7 @@ import io
 import struct
 import zlib
 
+import numpy as np
 from PIL import Image
 
 ORIENTATION = 0x0112
@@ -14,6 +15,11 @@ def saved(image, kind, **options):
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
+
+
+def noise(width, height, seed=0):
+    values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(values)
 
 
 def exif(orientation):
@@ -50,3 +56,20 @@ def tiff(size, values, depth=8, order="<", **more):
         directory += struct.pack(order + "HHII", tag, 4, 1, value)
     bits = {"<": b"II*\0", ">": b"MM\0*"}[order]
     return bits + struct.pack(order + "I", 8 + len(values)) + values + directory + b"\0\0\0\0"
+
+
+def icc_profile_of(kind, colours, tags):
+    """An ICC profile, byte by byte, of these tags and those that each must have."""
+    white = struct.pack(">3i", 63190, 65536, 54061)
+    description = b"desc\0\0\0\0" + struct.pack(">I", 5) + b"made\0" + bytes(78)
+    tags = {b"desc": description, b"cprt": b"text\0\0\0\0none\0"} | tags
+    tags[b"wtpt"] = b"XYZ \0\0\0\0" + white
+    directory, body = struct.pack(">I", len(tags)), b""
+    start = 128 + 4 + 12 * len(tags)
+    for name, data in tags.items():
+        directory += name + struct.pack(">II", start + len(body), len(data))
+        body += data + bytes(-len(data) % 4)
+    pcs = b"Lab " if kind == b"prtr" else b"XYZ "
+    header = struct.pack(">I4sI", start + len(body), b"lcms", 0x02100000) + kind + colours + pcs
+    header += struct.pack(">6H", 2026, 1, 1, 0, 0, 0) + b"acsp" + bytes(28) + white
+    return header.ljust(128, b"\0") + directory + body
