@@ -126,23 +126,6 @@ def test_a_usage_error_names_the_flag_or_its_value(capsys, arguments, named):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "end"),
-    [
-        (["photos/"], "error: unrecognized arguments: photos/: did you mean --local photos/?"),
-        (["--folder", "photos"], "--folder photos: did you mean --local photos?"),
-        (["photo"], "error: unrecognized arguments: photo"),
-        (["--quiet"], "error: unrecognized arguments: --quiet"),
-    ],
-)
-def test_a_folder_without_its_flag_is_asked_about(capsys, monkeypatch, tmp_path, arguments, end):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "photos").mkdir()
-    with pytest.raises(SystemExit):
-        script.read_flags(arguments)
-    assert capsys.readouterr().err.endswith(f"{end}\n")
-
-
-@pytest.mark.parametrize(
     ("name", "near"),
     [
         ("acme", "Acme Mugs"),

@@ -168,6 +168,9 @@ def test_what_a_host_can_not_give_costs_a_bounded_time(name):
     assert end.requests <= requests, end
 
 
+# The rule itself
+
+
 def strained(pace, now, times=1, rest=0.0, since=None):
     for _ in range(times):
         pace.strained(now, now if since is None else since, rest)
@@ -194,82 +197,57 @@ def test_the_window_grows_by_one_an_image_and_above_the_threshold_by_one_a_round
     assert fresh.window == 16
 
 
-@pytest.mark.parametrize(("seconds", "grows"), [(1.9, True), (5.0, False), (9.0, False)])
-def test_only_a_quick_image_widens_the_window(seconds, grows):
+@pytest.mark.parametrize(
+    ("fastest", "seconds", "window"), [(0.5, 1.9, 6), (0.5, 5.0, 5), (0.5, 9.0, 2.5), (5.0, 5.0, 6)]
+)
+def test_only_an_image_that_is_quick_for_its_host_widens_the_window(fastest, seconds, window):
     pace = script.Pace(4, 16)
-    pace.arrived(1.0, 0.5)
-    before = pace.window
+    pace.arrived(1.0, fastest)
     pace.arrived(20.0, seconds)
-    assert (pace.window > before) == grows
-    assert (pace.window < before) == (seconds > script.SLOW_SECONDS)
-
-
-def test_what_is_slow_for_every_image_widens_the_window_too():
-    pace = script.Pace(4, 16)
-    for _ in range(3):
-        pace.arrived(20.0, 5.0)
-    assert pace.window == 7
+    assert pace.window == window
 
 
 def test_rests_double_up_to_16_seconds_and_begin_with_the_third_strain():
-    pace = script.Pace(16, 16)
-    rests = []
-    now = 100.0
-    for _ in range(9):
-        strained(pace, now)
-        rests.append(max(0.0, pace.rest_until - now))
-        now = max(now, pace.rest_until)
-    assert rests == [0, 0, 1, 2, 4, 8, 16, 16, 16]
-    pace.arrived(now, 0.1)
-    strained(pace, now)
-    assert pace.rest_until == now + 1  # in a window below three each strain rests
+    crowd = strained(script.Pace(16, 16), 100.0, times=16, since=99.0)
+    assert crowd.rest_until == 101
+    rests, now = [], 101.0
+    for _ in range(6):
+        strained(crowd, now)
+        rests.append(crowd.rest_until - now)
+        now = crowd.rest_until
+    assert rests == [2, 4, 8, 16, 16, 16]
+    crowd.arrived(now, 0.1)
+    strained(crowd, now)
+    assert crowd.rest_until == now + 1  # in a window below three each strain rests
 
 
-def test_a_host_rests_as_long_as_it_asks_for():
-    pace = strained(script.Pace(4, 16), 10.0, rest=37.0)
-    assert pace.rest_until == 47.0
-    strained(pace, 10.1, rest=37.0)
-    assert pace.rest_until == 47.1
-    assert not pace.given_up
-
-
-@pytest.mark.parametrize(("rest", "given_up"), [(890.0, False), (901.0, True), (86400.0, True)])
-def test_a_host_that_asks_for_over_15_minutes_is_given_up(rest, given_up):
+@pytest.mark.parametrize(("rest", "given_up"), [(37, False), (890, False), (901, True)])
+def test_a_host_rests_as_long_as_it_asks_for_up_to_15_minutes(rest, given_up):
     """However many downloads it tells so."""
-    assert strained(script.Pace(4, 16), 10.0, times=4, rest=rest).given_up == given_up
+    pace = strained(script.Pace(4, 16), 10.0, times=4, rest=rest)
+    assert (pace.rest_until, pace.given_up) == (10 + rest, given_up)
 
 
-def test_a_host_is_given_up_after_six_strains_and_a_minute_without_an_image():
-    pace = script.Pace(4, 16)
-    strained(pace, 0.0, times=9)
-    strained(pace, 59.0)
-    assert not pace.given_up
-    pace.arrived(60.0, 0.1)  # it recovers
-    strained(pace, 70.0, times=5)
-    assert not pace.given_up
-    strained(pace, 131.0)
-    assert pace.given_up
+GIVEN_UP = {
+    # the moments of strain, and the rest that is asked for each time: when the host is given up
+    "silence, four downloads at a time": ([30, 30, 30, 30, 61, 92], 0, 92),
+    "refusals": ([0, 1, 3, 7, 15, 31, 47, 63], 0, 63),
+    "a rest, again and again": (range(0, 999, 5), 5, 65),
+    "long rests": (range(0, 999, 70), 70, 140),
+    "two strains, far apart": ([0, 500], 0, None),
+}
 
 
-def test_the_rests_that_a_host_asks_for_are_no_minute_without_an_image():
-    pace = strained(script.Pace(16, 16), 1.0, times=16, rest=70.0, since=0.5)
-    strained(pace, 100.0)
-    assert not pace.given_up
-    strained(pace, 132.0)
-    assert pace.given_up
-
-
-def test_a_host_that_asks_for_a_rest_again_and_again_is_given_up_after_a_minute():
-    pace = script.Pace(4, 16)
-    rounds = 0
-    while not pace.given_up:
-        strained(pace, 5.0 * rounds, rest=5.0)
-        rounds += 1
-    assert rounds == 14  # 65 s
-
-
-def test_a_few_strains_give_no_host_up():
-    pace = script.Pace(4, 16)
-    for minute in range(5):
-        strained(pace, 60.0 * minute)
-    assert not pace.given_up
+@pytest.mark.parametrize("name", GIVEN_UP)
+def test_a_host_is_given_up_after_three_rounds_and_a_minute_without_an_image(name):
+    moments, rest, end = GIVEN_UP[name]
+    for before in ([], [0, 0, 0, 1, 2, 3, 4]):  # it recovered from these
+        pace = script.Pace(4, 16)
+        for moment in before:
+            strained(pace, moment)
+        pace.arrived(5.0, 0.1)
+        given_up = []
+        for moment in moments:
+            strained(pace, 5.0 + moment, rest=rest)
+            given_up += [moment] if pace.given_up else []
+        assert given_up[:1] == ([end] if end else [])
