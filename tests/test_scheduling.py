@@ -329,14 +329,14 @@ def test_what_was_tried_of_a_host_that_is_given_up_has_failed_the_rest_is_left(
         monkeypatch.setattr(script, name, 10)
     host = answering(status(503))
     urls = host.urls(50) * 2
-    store = MemoryStore([*good.urls(20), *urls])
+    store = MemoryStore([good.url_of("/first"), *urls, *good.urls(20)])
     report, error = ride(store)
     assert error is None
-    tried = {20 + n for n, url in enumerate(urls) if url.removeprefix(host.url) in host.asked()}
+    tried = {1 + n for n, url in enumerate(urls) if url.removeprefix(host.url) in host.asked()}
     assert len(tried) < 2 * 20
     assert store.failed() == tried
     left = 100 - len(tried)
-    assert (*counts(report), report.exit_code) == (20, len(tried), left, 1)
+    assert (*counts(report), report.exit_code) == (21, len(tried), left, 1)
     assert report.left_of == {f"127.0.0.1:{host.port}: HTTP 503": left}
 
 
