@@ -29,7 +29,7 @@
 `main` reads flags and settings. `embed_all` asks the store for its status. With --search it then
 answers questions, with --dry-run it lists assets, and that is all. Else, if anything is pending,
 the steps overlap in `Run.loop`: the first images are fetched while the model is loaded. The report
-is printed in any case, also after an error. The page (--gallery) comes last, unless the run was
+is printed in any case, also after an error. The gallery (--gallery) comes last, unless the run was
 stopped or could not go on.
 
 Words
@@ -37,7 +37,7 @@ Words
     pending   without an embedding of this image and model version, and due: an asset that failed
               is tried again in the next run, then ever more rarely (a folder's in each run)
     store     where assets and embeddings are: a Supabase database, or a folder
-    host      who serves images; strain is a host's sign that it does not cope
+    host      a server of images; strain is its sign that it can't cope, such as a 503
     levels    a uint8 array (224, 224, 3), what CLIP sees of an image
     pixels    the same as float32 (3, 224, 224), normalised: what its image tower takes
     vector    a float32 array (512,) of unit length, what the tower gives
@@ -45,13 +45,13 @@ Words
 Sections
     The story        main, embed_all, Report: a run from its start to its printed report
     Words            what the sections hand to each other, the reasons of failures, Store, Settings
-    The run          Run (one loop), Job, Pace, Host, Progress, Stop
+    The run          Run (one loop), Task, Job, Pace, Host, Progress, Stop
     Stores           SupabaseStore, FolderStore
     Fetching         Fetcher, Deadline, and Guard: where a connection may go
     Pictures         from a file's bytes to levels
     Decoders         the processes that do this, what they may take, what they can reach
     Model            the two towers, their weights and the download
-    The page, the question    --gallery and --search
+    The gallery, the question    --gallery and --search
     Command line     flags, settings, what is said on the terminal
 
 Who runs where
@@ -62,18 +62,19 @@ Who runs where
                      its thread until the process ends.
     Run.embedders    a pool with one thread a core (one in all on a GPU), a batch each
     Decoders         processes, one a core: a file is not to be trusted, and may crash its decoder
-    Before the run   Store.status, in a thread of its own, as it may hang
+    in_time          a thread for each call to the store, which may hang: status, a page, a batch
     For moments      a timer for each file being decoded (answer_to), a thread a core while weights
                      are laid out (read_layers), on a terminal tqdm's own thread
     --gallery, --search    after the run, or without one: the main thread, with decoders of their
-                     own and, for the page, a pool that fetches
+                     own and, for the gallery, a pool that fetches
 
-Where the answers to other questions stand
-    What must be called before what, and what a third store must offer: Store
-    What happens to an image that changes meanwhile: Store
-    How many downloads run at once, and when a host is given up: Pace
+Where other questions are answered
+    How many downloads run at once, what a 503 does, when a host is given up: Pace
+    What a host's response means: STRAINED
     When a run ends early, with which exit code, and what bounds memory: Run
-    What a host's answer means: STRAINED. How to add a setting: Settings
+    What is called before what, and how a third store is added: Store
+    What happens to an image that changes meanwhile: Store
+    How a flag or a setting is added: Settings
 
 What an upgrade of a package may break, as no documentation promises it
     urllib3     connection._new_conn, response_class, pool_classes_by_scheme,
@@ -222,7 +223,7 @@ HERE = Path(__file__).resolve().parent
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    # Python processes of libraries (tqdm starts one on macOS) import nothing from this folder.
+    # Python processes that libraries start (tqdm on macOS) must import nothing from this folder.
     os.environ["PYTHONSAFEPATH"] = "1"
     if sys.stderr is None:  # 2>&-
         # The next file that is opened must not get its number.
@@ -301,7 +302,7 @@ def in_time(store: Store, call: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def say_what_would_be_done(store: Store, settings: Settings, report: Report) -> None:
-    """Prints what --dry-run is asked for, with the first few assets."""
+    """Prints how many assets would be embedded, and the first few of them."""
     goal = report.pending
     if settings.limit:
         goal = min(goal, settings.limit)
@@ -449,8 +450,8 @@ class Strain(ImageError):  # noqa: N818 - a host's, and no defect
         self.first_byte = first_byte  # when it came, where the rest of a body came too slowly
 
 
-# Reasons: each stands here once, with what its reader can do about it. A reason that is reported
-# may have a detail in parentheses behind its name. The page shows the advice to a shop's owner.
+# Reasons: each stands here once, with what its reader can do about it. A reported reason may have a
+# detail in parentheses behind its name. The gallery shows the advice to a shop's owner.
 
 ADVICE: dict[str, str] = {}
 
@@ -509,7 +510,7 @@ REFUSED = enter_reason("connection refused", _LATER)
 UNREACHABLE = enter_reason("host not reachable", _LATER)
 CONNECTION_LOST = enter_reason("connection lost", _LATER)
 BAD_COMPRESSION = enter_reason("a broken compression", _LATER)
-BAD_HEADERS = enter_reason("an answer with too many headers", _LATER)
+BAD_HEADERS = enter_reason("a response with too many headers", _LATER)
 BAD_REDIRECT = enter_reason("a redirect that leads nowhere", _CORRECT)
 for _statuses, _words in (
     (range(100, 500), "The host does not give us the image: see whether the address is right."),
@@ -747,11 +748,11 @@ class Settings:
     environment or .env. (Proxies, certificates, the hub's variables and OMP_NUM_THREADS are read
     where they are used, as the libraries do.)
 
-    To add one: a field with its default here; for a flag a line in `parser`, under the field's
-    name and without a default; for a variable an entry in SETTINGS, which says how it must look,
-    and its name in EXAMPLES; then `settings.<field>` where it is used (Run, the stores, Fetcher,
-    the encoders and Page have the Settings; decoders and the download do not); a line in
-    README.md and .env.example.
+    To add a flag: a field with its default here, a line in `parser` under the field's name and
+    without a default, and a line in README.md. To add a setting: a field, an entry in SETTINGS,
+    which says how its text must look, and a line in README.md and in .env.example. Then use
+    `settings.<field>`: Run, the stores, Fetcher, the encoders and Gallery have the Settings;
+    decoders and the download of the model do not.
     """
 
     local: Path | None = None
@@ -800,13 +801,9 @@ def shorten(text: str, width: int = 60) -> str:
 
 
 def near_name(name: str, names: Iterable[str]) -> str:
-    """Which of the names was probably meant: one that holds this name, or is spelt like it.
-    Empty where none is near."""
-    wanted = name.strip().casefold()
+    """Which of the names was probably meant; empty where none is near."""
     plain = {other.casefold(): other for other in names}
-    near = [other for other in plain if len(wanted) > 2 and wanted in other]
-    near.sort(key=len)
-    near += difflib.get_close_matches(wanted, plain, n=1, cutoff=0.75)
+    near = difflib.get_close_matches(name.strip().casefold(), plain, n=1)
     return plain[near[0]] if near else ""
 
 
@@ -823,26 +820,26 @@ def counted(count: int, noun: str) -> str:
 WORKERS_PER_CORE = 8
 MOST_WORKERS = 64  # downloads from one host; few hosts like more
 MOST_LOADS = 64  # downloads from all hosts together, and files that are decoded
-FIRST_WINDOW = 4  # downloads from a host that nothing is known of
-FIRST_WINDOW_OF_LINE = 16  # downloads from all hosts, until it is known what the line carries
-QUICK_SECONDS = 2.0  # an image that takes less asks for more downloads at once,
-SLOW_SECONDS = 8.0  # one that takes more for fewer
+FIRST_WINDOW = 4  # downloads from a host that we know nothing of
+FIRST_WINDOW_OF_LINE = 16  # downloads from all hosts, until we know what the line carries
+QUICK_SECONDS = 2.0  # an image that comes sooner widens the window
+SLOW_SECONDS = 8.0  # one that comes later narrows it
 TRIES = 4  # at one image, in a run
-PATIENT_ROUNDS = 3  # of strain in a row,
-PATIENT_SECONDS = 60.0  # and so long without an image: a host is given up
+PATIENT_ROUNDS = 3  # of strain in a row, before a host is given up
+PATIENT_SECONDS = 60.0  # without an image, before that
 LONGEST_REST = 900.0  # seconds that a host may ask for
 SILENT_SECONDS = 2.0  # a download that has brought nothing for so long does not use the line
 
 PAGE_ROWS = 250  # assets to a page
 MOST_IN_WORK = 20_000  # assets that were found and not stored yet; most wait for their hosts
-LONG_URL = 1600  # characters; a data: URL counts as one more asset for each so many
+LONG_URL = 1600  # characters; each time so many count as one more asset
 WRITE_ROWS = 50  # results to a call: at a million rows far below the timeout of 8 s
-WRITE_SECONDS = 2.0  # a result waits so long at most, and for the batch before it
+WRITE_SECONDS = 2.0  # after which a batch is stored that is not full
 JOBS_KEPT = 10_000  # 40 MB: of images that further assets may share
 LONGEST_DECODE = 600.0  # seconds, the wait for a free decoder included
 POLL_SECONDS = 0.2  # how soon Ctrl-C is noticed
 ECHO_SECONDS = 0.5  # signals that are this close count as one: timeout(1) sends each of its twice
-BACKGROUND_THREADS = 9999  # without end: a download that hangs keeps its thread
+BACKGROUND_THREADS = 9999  # no bound: a download that hangs keeps its thread
 
 
 @dataclass(eq=False)
@@ -954,13 +951,12 @@ class Host:
 
     def may_start(self, now: float) -> bool:
         """Whether one more of its images may be fetched."""
-        pace = self.pace
-        return bool(self.queue) and self.loads < int(pace.window) and now >= pace.rest_until
+        return self.loads < int(self.pace.window) and now >= self.pace.rest_until
 
 
 class Run:
-    """Find, fetch, decode, embed and store: steps in the background, and one loop in this thread
-    that takes what they give and starts what is next.
+    """Find, fetch, decode, embed and store: the steps are tasks in the background, and one loop
+    takes what they give and starts what is next.
 
     Each host has a queue and a Pace, and the line to the internet has a Pace, too: a host that is
     slow, or rests, delays its own images alone. An image that met strain goes to the end of its
@@ -969,14 +965,14 @@ class Run:
     On CPUs each core embeds a batch of its own in one thread: threads that share an image wait for
     each other at every layer.
 
-    A run ends early, and what is embedded by then is stored (if the store still takes it) and
-    reported, when
+    A run ends early when
         somebody stops it (Stop): exit code 130, 143 or 129, whatever else went wrong;
-        any step raises RunError, or find, embed, store or the model anything else (in fetch and
-            decode anything else is that asset's failure): exit code 2.
-    A run in which all hosts were given up, and none ever sent an image, has exit code 2, too.
-    At its end the code is 1 if images failed, or were left for the sake of a host that was given
-    up, else 0.
+        a step raises RunError: exit code 2;
+        the model, find, embed or store raises anything else: exit code 2. In fetch and decode
+            anything else is the failure of that image.
+    What is embedded by then is stored, if the store still takes it, and reported.
+    A run that came to its end has exit code 2 if all hosts were given up and none ever sent an
+    image, 1 if images failed, or were left because their host was given up, else 0.
 
     What bounds memory, in MB, with C cores, B images to a batch, and L loads at once: L is
     --workers (8 C) where all images are of one host, and MOST_LOADS for many hosts
@@ -1092,8 +1088,8 @@ class Run:
         self.progress.bar.unpause()  # the rate is that of embedding
 
     def start_find(self) -> None:
-        """Finds more while few assets are in work, or while there is room for downloads from other
-        hosts than those that are waited for."""
+        """Finds more assets while few are in work. Many may be in work while there is room for
+        fetches: then the known hosts rest, or are slow, and others may follow."""
         if self.report.found_all or self.report.found >= self.limit or self.under_way("find"):
             return
         most = MOST_IN_WORK if self.room_for_fetches() > 0 else PAGE_ROWS
@@ -1277,7 +1273,7 @@ class Run:
 
     def start_embeds(self) -> None:
         """Gives each lane a batch, and one to follow it. A batch that is not full is started only
-        while no other is under way, or of the run's last images, which the lanes share."""
+        while no other is under way, or at the run's end, when the lanes share the last images."""
         size = self.settings.batch_size
         if not self.turns and not self.under_way("find", "fetch", "decode"):
             share = math.ceil(len(self.ready) / self.lanes)
@@ -1303,7 +1299,7 @@ class Run:
                 self.take_failure(job, "embed", ImageError(NOT_FINITE))
 
     def finish(self, job: Job, result: Result) -> None:
-        """Counts a result for each asset that shares the image, and keeps it for those to come."""
+        """Notes a result for each asset that shares the image. Those to come find it in `jobs`."""
         job.result = result
         for asset in job.assets:
             self.take_result(result._replace(asset=asset))
@@ -4499,7 +4495,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def read_flags(argv: list[str] | None) -> dict[str, Any]:
-    """The flags that were given; exits with 2 where they are of no use."""
+    """The flags that were given. Exits with code 2 where they are wrong."""
     usage = parser()
     flags = vars(usage.parse_args(argv))
     if "shard" in flags and "gallery" in flags:
@@ -4511,13 +4507,13 @@ def read_flags(argv: list[str] | None) -> dict[str, Any]:
 
 def positive_number(text: str) -> int:
     """A flag's number; raises ArgumentTypeError below 1."""
-    if not (text.isascii() and text.isdecimal()) or int(text) < 1:
+    if not re.fullmatch("0*[1-9][0-9]*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
     return int(text)
 
 
 def to_shard(text: str) -> Shard:
-    """ "I/N" as a part; raises ArgumentTypeError for what is none."""
+    """Reads "I/N"; raises ArgumentTypeError."""
     found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text, re.ASCII)
     if not found or not 1 <= int(found[1]) <= int(found[2]):
         raise argparse.ArgumentTypeError(f"{text!r} is not a part like 1/4, 2/4, 3/4 or 4/4")
