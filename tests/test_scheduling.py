@@ -484,11 +484,6 @@ def test_the_last_images_are_shared_among_the_cores(ride, good, monkeypatch, loa
     assert (report.embedded, sizes) == (10, [5, 5])
 
 
-def test_a_limit_bounds_what_is_asked_for(ride, good):
-    report, _ = ride(MemoryStore(good.urls(60)), limit=5)
-    assert (report.embedded, report.found, len(good.requests)) == (5, 5, 5)
-
-
 # What ends a run, and what does not
 
 
