@@ -736,7 +736,7 @@ class Store(Protocol):
         were taken: the other assets changed or vanished meanwhile."""
 
     def catalog(self) -> Catalog:
-        """What the page shows; raises RunError."""
+        """What the gallery shows; raises RunError."""
 
     def search(self, vector: np.ndarray, wanted: int) -> list[Match]:
         """The pictures whose vectors are nearest to one (512,), nearest first."""
@@ -1130,14 +1130,9 @@ class Run:
 
     # Fetch, then decode
 
-    def host_of(self, job: Job) -> Host:
-        name = job.source.host
-        if name not in self.hosts:
-            self.hosts[name] = Host(name, self.settings.workers)
-        return self.hosts[name]
-
     def put_into_queue(self, job: Job) -> None:
-        host = self.host_of(job)
+        name = job.source.host
+        host = self.hosts.setdefault(name, Host(name, self.settings.workers))
         if host.pace.given_up:
             self.leave(job, host)
             return
