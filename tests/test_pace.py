@@ -224,6 +224,7 @@ GIVEN_UP = {
     "refusals": ([0, 1, 3, 7, 15, 31, 47, 63], 0, 63),
     "a rest, again and again": (range(0, 999, 5), 5, 65),
     "long rests": (range(0, 999, 70), 70, 140),
+    "a crowd is told to rest, then one more": ([*[0] * 16, 70], 70, None),
     "two strains, far apart": ([0, 500], 0, None),
 }
 
@@ -238,6 +239,6 @@ def test_a_host_is_given_up_after_three_rounds_and_a_minute_without_an_image(nam
         pace.arrived(5.0, 0.1)
         given_up = []
         for moment in moments:
-            strained(pace, 5.0 + moment, rest=rest)
+            strained(pace, 5.0 + moment, rest=rest, since=4.9 + moment)
             given_up += [moment] if pace.given_up else []
         assert given_up[:1] == ([end] if end else [])
