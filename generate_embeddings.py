@@ -64,7 +64,8 @@ Who runs where
     Decoders         processes, one a core: a file is not to be trusted, and may crash its decoder
     in_time          a thread for each call to the store, which may hang: status, a page, a batch
     For moments      a timer for each file being decoded (answer_to), a thread a core while weights
-                     are laid out (read_layers), on a terminal tqdm's own thread
+                     are laid out (read_layers)
+    tqdm             a thread of its own
     --gallery, --search    after the run, or without one: the main thread, with decoders of their
                      own and, for the gallery, a pool that fetches
 
