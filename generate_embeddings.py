@@ -29,7 +29,7 @@
 `main` reads flags and settings. `embed_all` asks the store for its status. With --search it then
 answers questions, with --dry-run it lists assets, and that is all. Else, if anything is pending,
 the steps overlap in `Run.loop`: the first images are fetched while the model is loaded. The report
-is printed in any case, also after an error. The page (--gallery) comes last, unless the run was
+is printed in any case, also after an error. The gallery (--gallery) comes last, unless the run was
 stopped or could not go on.
 
 Words
@@ -37,7 +37,7 @@ Words
     pending   without an embedding of this image and model version, and due: an asset that failed
               is tried again in the next run, then ever more rarely (a folder's in each run)
     store     where assets and embeddings are: a Supabase database, or a folder
-    host      who serves images; strain is a host's sign that it does not cope
+    host      a server of images; strain is its sign that it can't cope, such as a 503
     levels    a uint8 array (224, 224, 3), what CLIP sees of an image
     pixels    the same as float32 (3, 224, 224), normalised: what its image tower takes
     vector    a float32 array (512,) of unit length, what the tower gives
@@ -45,13 +45,13 @@ Words
 Sections
     The story        main, embed_all, Report: a run from its start to its printed report
     Words            what the sections hand to each other, the reasons of failures, Store, Settings
-    The run          Run (one loop), Job, Pace, Host, Progress, Stop
+    The run          Run (one loop), Task, Job, Pace, Host, Progress, Stop
     Stores           SupabaseStore, FolderStore
     Fetching         Fetcher, Deadline, and Guard: where a connection may go
     Pictures         from a file's bytes to levels
     Decoders         the processes that do this, what they may take, what they can reach
     Model            the two towers, their weights and the download
-    The page, the question    --gallery and --search
+    The gallery, the question    --gallery and --search
     Command line     flags, settings, what is said on the terminal
 
 Who runs where
@@ -62,18 +62,20 @@ Who runs where
                      its thread until the process ends.
     Run.embedders    a pool with one thread a core (one in all on a GPU), a batch each
     Decoders         processes, one a core: a file is not to be trusted, and may crash its decoder
-    Before the run   Store.status, in a thread of its own, as it may hang
+    in_time          a thread for each call to the store, which may hang: status, a page, a batch
     For moments      a timer for each file being decoded (reply_of), a thread a core while weights
-                     are laid out (read_layers), on a terminal tqdm's own thread
+                     are laid out (read_layers)
+    tqdm             a thread of its own
     --gallery, --search    after the run, or without one: the main thread, with decoders of their
-                     own and, for the page, a pool that fetches
+                     own and, for the gallery, a pool that fetches
 
-Where the answers to other questions stand
-    What must be called before what, and what a third store must offer: Store
-    What happens to an image that changes meanwhile: Store
-    How many downloads run at once, and when a host is given up: Pace
+Where other questions are answered
+    How many downloads run at once, what a 503 does, when a host is given up: Pace
+    What a host's response means: STRAINED
     When a run ends early, with which exit code, and what bounds memory: Run
-    What a host's answer means: STRAINED. How to add a setting: Settings
+    What is called before what, and how a third store is added: Store
+    What happens to an image that changes meanwhile: Store
+    How a flag or a setting is added: Settings
 
 What an upgrade of a package may break, as no documentation promises it
     urllib3     connection._new_conn, response_class, pool_classes_by_scheme,
@@ -223,7 +225,7 @@ HERE = Path(__file__).resolve().parent
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    # Python processes of libraries (tqdm starts one on macOS) import nothing from this folder.
+    # Python processes that libraries start (tqdm on macOS) must import nothing from this folder.
     os.environ["PYTHONSAFEPATH"] = "1"
     if sys.stderr is None:  # 2>&-
         # The next file that is opened must not get its number.
@@ -252,7 +254,7 @@ def main(argv: list[str] | None = None) -> int:
 def embed_all(settings: Settings, stop: Stop) -> int:
     """A run, from its start to its printed report. Returns the exit code."""
     store = open_store(settings, stop)
-    status = status_in_time(store)
+    status = in_time(store, store.status)
     if settings.search:
         return answer_questions(store, settings, status)
     report = Report(status, settings)
@@ -292,22 +294,17 @@ def open_store(settings: Settings, stop: Stop) -> Store:
     return SupabaseStore(settings, stop)
 
 
-def status_in_time(store: Store) -> Status:
-    """The store's status. Raises RunError where it takes longer than the store's patience: a
-    connection may stay open and bring nothing."""
+def in_time(store: Store, call: Callable[..., Any], *arguments: Any) -> Any:
+    """What a call to the store returns. The call has a thread of its own: a connection may stay
+    open and bring nothing. Raises RunError when the store's patience is over."""
     try:
-        return ThreadPoolExecutor(1).submit(store.status).result(store.patience)
+        return ThreadPoolExecutor(1).submit(call, *arguments).result(store.patience)
     except TimeoutError:
-        raise silence_of(store) from None
-
-
-def silence_of(store: Store) -> RunError:
-    """What to say of a call that took too long."""
-    return RunError(f"{SILENCE} for {store.patience:.0f} s: {CHECK_URL}")
+        raise RunError(f"{SILENCE} for {store.patience:.0f} s: {CHECK_URL}") from None
 
 
 def say_what_would_be_done(store: Store, settings: Settings, report: Report) -> None:
-    """Prints what --dry-run is asked for, with the first few assets."""
+    """Prints how many assets would be embedded, and the first few of them."""
     goal = report.pending
     if settings.limit:
         goal = min(goal, settings.limit)
@@ -339,9 +336,12 @@ class Report:
         self.not_taken = 0  # by the store: changed or gone meanwhile
         self.reasons: Counter[str] = Counter()  # of what failed
         self.examples: dict[str, list[str]] = {}  # by reason; assets may hold data: URLs
-        self.left_of: Counter[str] = Counter()  # what was not tried, by the host given up
-        self.why_left: dict[str, str] = {}  # by the host
+        self.left_of: Counter[str] = Counter()  # not tried, by the host given up and its reason
         self.started = time.monotonic()
+        self.again = ""  # when the first of the waiting ones is due
+        if self.waiting and status.next_attempt:
+            seconds = (status.next_attempt - datetime.now(UTC)).total_seconds()
+            self.again = f"tried again from {clock(seconds)} on"
 
     @property
     def failed(self) -> int:
@@ -377,11 +377,6 @@ class Report:
             if len(examples) < self.MOST_EXAMPLES:
                 examples.append(str(result.asset))
 
-    def leave(self, host: str, reason: str, assets: int) -> None:
-        """Takes assets that were not tried, as their host was given up."""
-        self.left_of[host] += assets
-        self.why_left[host] = reason
-
     def beginning(self) -> str:
         """What is said before the run."""
         status = self.status
@@ -389,7 +384,7 @@ class Report:
         if status.done:
             parts.append(f"{status.done:,} done")
         if self.waiting:
-            parts.append(f"{self.waiting:,} failed before, tried again {from_when(status)}")
+            parts.append(f"{self.waiting:,} failed before, {self.again}")
         parts.append(f"{self.pending:,} to do")
         again = status.failed - self.waiting
         if again:
@@ -409,22 +404,19 @@ class Report:
         yield f"Failed   {self.failed:>9,}"
         for reason, count in self.reasons.most_common(self.MOST_REASONS):
             yield f"  {count:>6,}  {reason}"
-            what_to_do = advice(reason.partition(": ")[2])
-            if what_to_do:
-                yield f"          {what_to_do}"
+            advice = advice_on(reason.partition(": ")[2])
+            if advice:
+                yield f"          {advice}"
             for example in self.examples[reason]:
                 yield f"          {example}"
         if self.waiting:
-            when = f"tried again {from_when(self.status)}; --retry-failed: now"
+            when = f"{self.again}; --retry-failed: now"
             yield f"Waiting  {self.waiting:>9,}  failed before, {when}"
         yield f"Left     {self.left:>9,}"
         for host, count in self.left_of.most_common(self.MOST_REASONS):
-            yield f"  {count:>6,}  of {host}: {self.why_left[host]}"
+            yield f"  {count:>6,}  of {host}"
         if self.not_taken:
             yield f"  {self.not_taken:>6,}  changed or gone meanwhile"
-        if len(self.reasons) == 1 and self.failed == self.attempted > 1:
-            (reason,) = self.reasons
-            yield f"All {self.failed:,} that were tried failed for the same reason: {reason}"
         yield f"Elapsed  {seconds:>8.1f}s"
         yield (
             f"embedded={self.embedded} failed={self.failed} left={self.left} "
@@ -432,14 +424,12 @@ class Report:
         )
 
 
-def from_when(status: Status) -> str:
-    """As in: from 14:00 on."""
-    if status.next_attempt is None:
-        return "later"
-    when = status.next_attempt.astimezone()
-    if when - datetime.now(UTC) < timedelta(hours=20):
-        return f"from {when:%H:%M} on"
-    return f"from {when.day} {when:%B} on"
+def clock(seconds: float) -> str:
+    """The time in so many seconds, as people read it."""
+    when = datetime.now() + timedelta(seconds=seconds)
+    if seconds < 20 * 3600:
+        return f"{when:%H:%M:%S}"
+    return f"{when.day} {when:%B}"
 
 
 # ================================================================================ Words
@@ -462,19 +452,19 @@ class Strain(ImageError):  # noqa: N818 - a host's, and no defect
         self.first_byte = first_byte  # when it came, where the rest of a body came too slowly
 
 
-# Reasons: each stands here once, with what its reader can do about it. A reason that is reported
-# may have a detail in parentheses behind its name. The page shows the advice to a shop's owner.
+# Reasons: each stands here once, with what its reader can do about it. A reported reason may have a
+# detail in parentheses behind its name. The gallery shows the advice to a shop's owner.
 
 ADVICE: dict[str, str] = {}
 
 
-def reason(name: str, advice: str) -> str:
+def enter_reason(name: str, advice: str) -> str:
     """Enters a reason into the table; returns its name."""
     ADVICE[name] = advice
     return name
 
 
-def advice(reason: str) -> str:
+def advice_on(reason: str) -> str:
     """What to do about a reported reason; empty where we don't know."""
     return ADVICE.get(reason.partition(" (")[0], "")
 
@@ -488,42 +478,42 @@ _DAMAGED = "The file is damaged or was cut off: ask for it again."
 _SMALLER = "Save it smaller: 2,000 pixels a side are plenty."
 _AS_FILE = "Upload the picture as a file, and give its address."
 
-NO_IMAGE = reason("no image URL", "Give the product an image.")
-NO_URL = reason("no full URL", "Ask your developer to make a full URL of it.")
-MANY_URLS = reason("a list or JSON, not one URL", "Ask your developer to take the first of them.")
-NOT_A_URL = reason("not a valid URL", _CORRECT)
-OTHER_SCHEME = reason("only http, https and data URLs are fetched", _CORRECT)
-BAD_STORAGE_PATH = reason("a storage path with '..' or '\\' in it", _CORRECT)
-PRIVATE_BUCKET = reason(
+NO_IMAGE = enter_reason("no image URL", "Give the product an image.")
+NO_URL = enter_reason("no full URL", "Ask your developer to make a full URL of it.")
+MANY_URLS = enter_reason("a list or JSON, not one URL", "Ask your developer to take the first.")
+NOT_A_URL = enter_reason("not a valid URL", _CORRECT)
+OTHER_SCHEME = enter_reason("only http, https and data URLs are fetched", _CORRECT)
+BAD_STORAGE_PATH = enter_reason("a storage path with '..' or '\\' in it", _CORRECT)
+PRIVATE_BUCKET = enter_reason(
     "a private bucket, or none of that name",
     "Ask your developer to make the bucket public, or to name it in STORAGE_BUCKETS.",
 )
-PRIVATE_ADDRESS = reason(
+PRIVATE_ADDRESS = enter_reason(
     "a private address",
     "Ask your developer: ALLOW_PRIVATE_IMAGE_HOSTS=1 allows pictures of your own network.",
 )
-BROKEN_DATA_URL = reason("a data: URL that is broken, or not in base64", _AS_FILE)
-LONG_DATA_URL = reason("a data: URL that is too long", _AS_FILE)
-UNREADABLE = reason("can't be read", "See whether the file is there, and yours to read.")
-TOO_LARGE = reason("a file that is too large", _SMALLER)
-NO_HOST = reason("host not found", "No host has this name: correct the address.")
-NO_NAME_SERVER = reason(
+BROKEN_DATA_URL = enter_reason("a data: URL that is broken, or not in base64", _AS_FILE)
+LONG_DATA_URL = enter_reason("a data: URL that is too long", _AS_FILE)
+UNREADABLE = enter_reason("can't be read", "See whether the file is there, and yours to read.")
+TOO_LARGE = enter_reason("a file that is too large", _SMALLER)
+NO_HOST = enter_reason("host not found", "No host has this name: correct the address.")
+NO_NAME_SERVER = enter_reason(
     "no name server answered",
     "This machine's network is away, or the host's domain has trouble. Later runs try again.",
 )
-CERTIFICATE = reason(
+CERTIFICATE = enter_reason(
     "the host's certificate is not valid",
     "It has expired, is another host's, or is not complete: tell whoever runs the host.",
 )
-NO_TLS = reason("TLS failed", _LATER)
-NO_ANSWER = reason("no answer in time", _LATER)
-TOO_LATE = reason("not complete in time", _LATER)
-REFUSED = reason("connection refused", _LATER)
-UNREACHABLE = reason("host not reachable", _LATER)
-CONNECTION_LOST = reason("connection lost", _LATER)
-BAD_COMPRESSION = reason("a broken compression", _LATER)
-BAD_HEADERS = reason("an answer with too many headers", _LATER)
-BAD_REDIRECT = reason("a redirect that leads nowhere", _CORRECT)
+NO_TLS = enter_reason("TLS failed", _LATER)
+NO_ANSWER = enter_reason("no answer in time", _LATER)
+TOO_LATE = enter_reason("not complete in time", _LATER)
+REFUSED = enter_reason("connection refused", _LATER)
+UNREACHABLE = enter_reason("host not reachable", _LATER)
+CONNECTION_LOST = enter_reason("connection lost", _LATER)
+BAD_COMPRESSION = enter_reason("a broken compression", _LATER)
+BAD_HEADERS = enter_reason("a response with too many headers", _LATER)
+BAD_REDIRECT = enter_reason("a redirect that leads nowhere", _CORRECT)
 for _statuses, _words in (
     (range(100, 500), "The host does not give us the image: see whether the address is right."),
     (range(500, 600), _LATER),
@@ -538,29 +528,29 @@ for _statuses, _words in (
     ((420, 429, 430), _BUSY),
 ):
     for _status in _statuses:
-        reason(f"HTTP {_status}", _words)
+        enter_reason(f"HTTP {_status}", _words)
 
-EMPTY = reason("an empty file", _DAMAGED)
-WEB_PAGE = reason(
+EMPTY = enter_reason("an empty file", _DAMAGED)
+WEB_PAGE = enter_reason(
     "a web page, not an image",
     "The address is wrong, or the host asks for a login, or checks for robots: open it in a "
     "browser, and take the address of the image itself.",
 )
-SVG = reason("an SVG drawing, which has no pixels", _OTHER_FORMAT)
-JSON = reason("JSON, not an image", _OTHER_FORMAT)
-PDF = reason("a PDF, not an image", _OTHER_FORMAT)
-HEIC = reason("HEIC", "Ask for it as JPEG, or ask your developer to install pillow-heif.")
-OTHER_FORMAT = reason("not an image in a known format", _OTHER_FORMAT)
-RARE_FORMAT = reason("an image of a rare kind", "Save it as an ordinary JPEG or PNG of 8 bits.")
-BROKEN = reason("broken or truncated image file", _DAMAGED)
-TOO_SMALL = reason("too few pixels", "Ask for a larger image.")
-TOO_MUCH = reason("needs too much memory to decode", _SMALLER)
-TOO_SLOW = reason("takes too long to decode", _SMALLER)
-DECODER_LOST = reason(
+SVG = enter_reason("an SVG drawing, which has no pixels", _OTHER_FORMAT)
+JSON = enter_reason("JSON, not an image", _OTHER_FORMAT)
+PDF = enter_reason("a PDF, not an image", _OTHER_FORMAT)
+HEIC = enter_reason("HEIC", "Ask for it as JPEG, or ask your developer to install pillow-heif.")
+OTHER_FORMAT = enter_reason("not an image in a known format", _OTHER_FORMAT)
+RARE_FORMAT = enter_reason("an image of a rare kind", "Save it as an ordinary 8-bit JPEG or PNG.")
+BROKEN = enter_reason("broken or truncated image file", _DAMAGED)
+TOO_SMALL = enter_reason("too few pixels", "Ask for a larger image.")
+TOO_MUCH = enter_reason("needs too much memory to decode", _SMALLER)
+TOO_SLOW = enter_reason("takes too long to decode", _SMALLER)
+DECODER_LOST = enter_reason(
     "its decoder was killed, or hung", "Ask your developer to see whether memory is short."
 )
-DEFECT = reason("an unexpected error", "Ask your developer: it is a defect of the program.")
-NOT_FINITE = reason("the model gave numbers that are not finite", "Ask your developer.")
+DEFECT = enter_reason("an unexpected error", "Ask your developer: it is a defect of the program.")
+NOT_FINITE = enter_reason("the model gave numbers that are not finite", "Ask your developer.")
 
 
 Id = str | int  # uuid and text come as str
@@ -748,7 +738,7 @@ class Store(Protocol):
         were taken: the other assets changed or vanished meanwhile."""
 
     def catalog(self) -> Catalog:
-        """What the page shows; raises RunError."""
+        """What the gallery shows; raises RunError."""
 
     def search(self, vector: np.ndarray, wanted: int) -> list[Match]:
         """The pictures whose vectors are nearest to one (512,), nearest first."""
@@ -760,11 +750,11 @@ class Settings:
     environment or .env. (Proxies, certificates, the hub's variables and OMP_NUM_THREADS are read
     where they are used, as the libraries do.)
 
-    To add one: a field with its default here; for a flag a line in `parser`, under the field's
-    name and without a default; for a variable an entry in SETTINGS, which says how it must look,
-    and its name in EXAMPLES; then `settings.<field>` where it is used (Run, the stores, Fetcher,
-    the encoders and Page have the Settings; decoders and the download do not); a line in
-    README.md and .env.example.
+    To add a flag: a field with its default here, a line in `parser` under the field's name and
+    without a default, and a line in README.md. To add a setting: a field, an entry in SETTINGS,
+    which says how its text must look, and a line in README.md and in .env.example. Then use
+    `settings.<field>`: Run, the stores, Fetcher, the encoders and Gallery have the Settings;
+    decoders and the download of the model do not.
     """
 
     local: Path | None = None
@@ -813,24 +803,16 @@ def shorten(text: str, width: int = 60) -> str:
 
 
 def near_name(name: str, names: Iterable[str]) -> str:
-    """Which of the names was probably meant: one that holds this name, or is spelt like it.
-    Empty where none is near."""
-    wanted = name.strip().casefold()
+    """Which of the names was probably meant; empty where none is near."""
     plain = {other.casefold(): other for other in names}
-    near = [other for other in plain if len(wanted) > 2 and wanted in other]
-    near.sort(key=len)
-    near += difflib.get_close_matches(wanted, plain, n=1, cutoff=0.75)
+    near = difflib.get_close_matches(name.strip().casefold(), plain, n=1)
     return plain[near[0]] if near else ""
-
-
-def plural(count: int, noun: str) -> str:
-    """The noun as it follows that number."""
-    return noun if count == 1 else f"{noun}s"
 
 
 def counted(count: int, noun: str) -> str:
     """A number of things, in words."""
-    return f"{count:,} {plural(count, noun)}"
+    plural = "" if count == 1 else "s"
+    return f"{count:,} {noun}{plural}"
 
 
 # ============================================================================== The run
@@ -840,28 +822,26 @@ def counted(count: int, noun: str) -> str:
 WORKERS_PER_CORE = 8
 MOST_WORKERS = 64  # downloads from one host; few hosts like more
 MOST_LOADS = 64  # downloads from all hosts together, and files that are decoded
-FIRST_WINDOW = 4  # downloads from a host that nothing is known of
-FIRST_WINDOW_OF_LINE = 16  # downloads from all hosts, until it is known what the line carries
-QUICK_SECONDS = 2.0  # an image that takes less asks for more downloads at once,
-SLOW_SECONDS = 8.0  # one that takes more for fewer
+FIRST_WINDOW = 4  # downloads from a host that we know nothing of
+FIRST_WINDOW_OF_LINE = 16  # downloads from all hosts, until we know what the line carries
+QUICK_SECONDS = 2.0  # an image that comes sooner widens the window
+SLOW_SECONDS = 8.0  # one that comes later narrows it
 TRIES = 4  # at one image, in a run
-PATIENT_STRAINS = 6  # in a row,
-PATIENT_SECONDS = 60.0  # and so long without an image: a host is given up
-LONGEST_REST = 900.0  # seconds of rest that a host may ask for in all, since its last image
+PATIENT_ROUNDS = 3  # of strain in a row, before a host is given up
+PATIENT_SECONDS = 60.0  # without an image, before that
+LONGEST_REST = 900.0  # seconds that a host may ask for
 SILENT_SECONDS = 2.0  # a download that has brought nothing for so long does not use the line
 
 PAGE_ROWS = 250  # assets to a page
-MOST_WAITING = 20_000  # assets in work, most of which wait for their hosts
-MOST_CHARACTERS = 2**25  # of the URLs that wait, some of which are data: URLs
+MOST_IN_WORK = 20_000  # assets that were found and not stored yet; most wait for their hosts
+LONG_URL = 1600  # characters; each time so many count as one more asset
 WRITE_ROWS = 50  # results to a call: at a million rows far below the timeout of 8 s
-WRITE_SECONDS = 2.0  # a result waits so long at most, and for the batch before it
-RESULTS_WAITING = 20_000  # 50 MB; more than a run embeds while it waits for a database
-RESULTS_KEPT = 10_000  # 20 MB: of images that further assets may share
-LONGEST_SHARED = 2000  # characters of a URL that is kept for that
+WRITE_SECONDS = 2.0  # after which a batch is stored that is not full
+JOBS_KEPT = 10_000  # 40 MB: of images that further assets may share
 LONGEST_DECODE = 600.0  # seconds, the wait for a free decoder included
 POLL_SECONDS = 0.2  # how soon Ctrl-C is noticed
 ECHO_SECONDS = 0.5  # signals that are this close count as one: timeout(1) sends each of its twice
-BACKGROUND_THREADS = 9999  # without end: a download that hangs keeps its thread
+BACKGROUND_THREADS = 9999  # no bound: a download that hangs keeps its thread
 
 
 @dataclass(eq=False)
@@ -869,16 +849,15 @@ class Task:
     """Work under way in a pool, and what the loop does with what comes of it.
 
     `take` gets what the work returned, `fail` the exception that it raised, both in the loop's
-    thread. A task whose deadline is over is given up: `fail` gets what `late` says, and whatever
-    the work returns later is dropped.
+    thread. A task whose deadline is over is given up: `fail` gets `late`, or else what the deadline
+    says, and whatever the work returns later is dropped.
     """
 
     step: str  # model, find, fetch, decode, embed or store
     take: Callable[[Any], None]
     fail: Callable[[Exception], None]
     deadline: Deadline | None = None
-    late: Callable[[], Exception] = RunError  # where there is a deadline
-    images: int = 1  # that it is about
+    late: Exception | None = None
     since: float = field(default_factory=time.monotonic)
 
 
@@ -889,9 +868,7 @@ class Job:
     source: Source
     assets: list[Asset]
     since: float = 0.0  # when the last try began
-    tries: int = 0  # that met strain, but for those that were told to wait
-    strain: Strain | None = None  # the last one,
-    images_before: int = 0  # and how many images its host had sent by then
+    strains: list[Strain] = field(default_factory=list)  # without a Retry-After; one ends a try
     pixels: np.ndarray | None = None  # while they wait for the model
     result: Result | None = None  # of the first asset, as soon as there is one
 
@@ -901,11 +878,11 @@ class Pace:
 
     As TCP does it: the window grows while images come quickly, by one an image up to the threshold,
     and by one a round above it. Strain halves it, and puts the threshold there, once for all
-    downloads that were under way by then. Three strains in a row, or one in a window below three,
-    leave one download at a time, with rests of 1, 2, 4, 8 and 16 s. A host that asks for a rest
-    (Retry-After) gets that instead. It is given up after PATIENT_STRAINS in a row and
-    PATIENT_SECONDS without an image. Rests that it asked for don't count, unless it asks again and
-    again; in all they come to LONGEST_REST at most. tests/test_pace.py tries it on habits of hosts.
+    downloads that were under way by then: they are one round. Three strains in a row, or one in a
+    window below three, leave one download at a time, with rests of 1, 2, 4, 8 and 16 s, longer with
+    each round. A host that asks for a rest (Retry-After) gets that instead. A host is given up
+    after PATIENT_ROUNDS of strain and PATIENT_SECONDS without an image, or when it asks for more
+    than LONGEST_REST. tests/test_pace.py tries all this on habits of hosts.
 
     Times are those of time.monotonic(). What a 503 with Retry-After: 5 does: the window is halved,
     no download of the host starts for 5 s, and Run puts the image at the end of its queue.
@@ -919,19 +896,14 @@ class Pace:
         self.given_up = False
         self._halved = 0.0  # when it was, the last time
         self._fastest = math.inf  # seconds of an image
-        self._strains = 0  # in a row, in so many
-        self._rounds = 0  # rounds: those of one moment count as one
-        self._row_began = 0.0
-        self._rests = 0  # of our own, within the row
-        self._rested = False  # since the window was halved
-        self._asked_for = 0.0  # seconds of rest, within the row
+        self._strains = 0  # since the last image,
+        self._rounds = 0  # in so many rounds,
+        self._row_began = 0.0  # the first of them then
 
     def arrived(self, now: float, seconds: float) -> None:
         """An image came, after so many seconds."""
         self._strains = 0
         self._rounds = 0
-        self._rests = 0
-        self._asked_for = 0.0
         self._fastest = min(self._fastest, seconds)
         if seconds < max(QUICK_SECONDS, 1.5 * self._fastest):
             step = 1.0 if self.window < self.threshold else 1 / self.window
@@ -947,24 +919,13 @@ class Pace:
         narrow = self.window < 3
         if self.slow_down(now, since):
             self._rounds += 1
-            self._rested = False
-        if rest:
-            until = now + rest
-            self._asked_for += max(0.0, until - max(self.rest_until, now))
-            if self._asked_for > LONGEST_REST:
-                self.given_up = True
-        elif not self._rested and (self._strains >= 3 or narrow):
+        if not rest and (narrow or self._strains >= 3):
             self.window = 1.0
-            until = now + min(16, 2**self._rests)
-            self._rests += 1
-            self._rested = True
-        else:
-            until = now
-        self.rest_until = max(self.rest_until, until)
-        patience = PATIENT_SECONDS
-        if self._rounds < PATIENT_STRAINS:
-            patience += self._asked_for
-        if self._strains >= PATIENT_STRAINS and now - self._row_began > patience:
+            rest = min(16, 2 ** (self._rounds - 1))
+        if rest:
+            self.rest_until = max(self.rest_until, now + rest)
+        tired = self._rounds >= PATIENT_ROUNDS and now - self._row_began > PATIENT_SECONDS
+        if tired or rest > LONGEST_REST:
             self.given_up = True
 
     def slow_down(self, now: float, since: float) -> bool:
@@ -988,33 +949,32 @@ class Host:
         self.label = name or "this machine"
         self.loads = 0  # downloads under way, and files that are decoded
         self.images = 0  # that it sent
-        self.reason = ""  # of the last strain
+        self.reason = ""  # why it was given up
 
     def may_start(self, now: float) -> bool:
         """Whether one more of its images may be fetched."""
-        pace = self.pace
-        return bool(self.queue) and self.loads < int(pace.window) and now >= pace.rest_until
+        return self.loads < int(self.pace.window) and now >= self.pace.rest_until
 
 
 class Run:
-    """Find, fetch, decode, embed and store: steps in the background, and one loop in this thread
-    that takes what they give and starts what is next.
+    """Find, fetch, decode, embed and store: the steps are tasks in the background, and one loop
+    takes what they give and starts what is next.
 
     Each host has a queue and a Pace, and the line to the internet has a Pace, too: a host that is
     slow, or rests, delays its own images alone. An image that met strain goes to the end of its
-    host's queue, and has failed after TRIES tries. One that a Retry-After answered does not count,
-    unless the host then goes on with other images. Images that share a URL are loaded once.
+    host's queue, and has failed after TRIES tries. A try that a Retry-After ended does not count.
+    Images that share a URL are loaded once.
     On CPUs each core embeds a batch of its own in one thread: threads that share an image wait for
     each other at every layer.
 
-    A run ends early, and what is embedded by then is stored (if the store still takes it) and
-    reported, when
+    A run ends early when
         somebody stops it (Stop): exit code 130, 143 or 129, whatever else went wrong;
-        any step raises RunError, or find, embed, store or the model anything else (in fetch and
-            decode anything else is that asset's failure): exit code 2.
-    A run in which all hosts were given up, and none ever sent an image, has exit code 2, too.
-    At its end the code is 1 if images failed, or were left for the sake of a host that was given
-    up, else 0.
+        a step raises RunError: exit code 2;
+        the model, find, embed or store raises anything else: exit code 2. In fetch and decode
+            anything else is the failure of that image.
+    What is embedded by then is stored, if the store still takes it, and reported.
+    A run that came to its end has exit code 2 if all hosts were given up and none ever sent an
+    image, 1 if images failed, or were left because their host was given up, else 0.
 
     What bounds memory, in MB, with C cores, B images to a batch, and L loads at once: L is
     --workers (8 C) where all images are of one host, and MOST_LOADS for many hosts
@@ -1040,10 +1000,8 @@ class Run:
         self.line = Pace(FIRST_WINDOW_OF_LINE, MOST_LOADS)
         self.hosts: dict[str, Host] = {}
         self.turns: deque[Host] = deque()  # hosts with images that wait, next one first
-        self.characters = 0  # of the URLs that wait there
-        self.without_result = 0  # assets that were found, and neither have a result nor are left
-        self.jobs: dict[str, Job] = {}  # by URL: those that further assets may share,
-        self.kept: deque[str] = deque()  # of which these have a result, oldest first
+        self.in_work = 0  # assets that were found, and are neither stored nor left; see `weight`
+        self.jobs: dict[str, Job] = {}  # by URL, oldest first: those that further assets may share
         self.ready: list[Job] = []  # to be embedded
         self.results: list[Result] = []  # to be stored
         self.store_by = 0.0  # by then a batch is started, full or not; at first: at once
@@ -1058,7 +1016,7 @@ class Run:
     def loop(self) -> None:
         """Returns when there is no more to do; raises what ended the run before that."""
         self.start(Task("model", self.take_model, self.end), ClipEncoder, self.settings)
-        with self.progress:
+        with logging_redirect_tqdm(), self.progress.bar:
             while True:
                 if not self.ending:
                     self.start_fetches()
@@ -1119,33 +1077,27 @@ class Run:
         for future, task in list(self.tasks.items()):
             if task.deadline and task.deadline.overdue:
                 del self.tasks[future]
-                task.fail(task.late())
+                task.fail(task.late or task.deadline.missed())
 
     def end(self, error: Exception) -> None:
         """Ends the run; the first error is the one that it ends with."""
         self.trouble = self.trouble or error
 
-    def ask_store(self, step: str, take: Callable[[Any], None], fail: Callable[..., None]) -> Task:
-        """A task that asks the store, which may hang."""
-        late: Callable[[], Exception] = partial(silence_of, self.store)
-        return Task(step, take, fail, Deadline(self.store.patience), late)
-
     # The model, and what is pending
 
     def take_model(self, encoder: ClipEncoder) -> None:
         self.encoder = encoder
-        self.progress.restart_clock()
+        self.progress.bar.unpause()  # the rate is that of embedding
 
     def start_find(self) -> None:
-        """Finds more while few assets are in work, or while there is room for downloads from other
-        hosts than those that are waited for."""
+        """Finds more assets while few are in work. Many may be in work while there is room for
+        fetches: then the known hosts rest, or are slow, and others may follow."""
         if self.report.found_all or self.report.found >= self.limit or self.under_way("find"):
             return
-        most = MOST_WAITING if self.room_for_fetches() > 0 else PAGE_ROWS
-        room_for_results = len(self.results) < RESULTS_WAITING
-        if self.without_result < most and self.characters < MOST_CHARACTERS and room_for_results:
-            task = self.ask_store("find", self.take_page, self.end)
-            self.start(task, next, self.pages, None)
+        most = MOST_IN_WORK if self.room_for_fetches() > 0 else PAGE_ROWS
+        if self.in_work < most:
+            task = Task("find", self.take_page, self.end)
+            self.start(task, in_time, self.store, next, self.pages, None)
 
     def take_page(self, page: list[Asset] | None) -> None:
         if page is None:
@@ -1153,8 +1105,8 @@ class Run:
             return
         wanted = page[: self.limit - self.report.found]
         self.report.found += len(wanted)
-        self.without_result += len(wanted)
         for asset in wanted:
+            self.in_work += weight(asset)
             self.take_asset(asset)
 
     def take_asset(self, asset: Asset) -> None:
@@ -1172,38 +1124,29 @@ class Run:
             job.assets.append(asset)
         else:
             job = Job(source, [asset])
-            if isinstance(source.where, str) and len(url) < LONGEST_SHARED:
+            if source.host and weight(asset) == 1:
                 self.jobs[url] = job
+            if len(self.jobs) > JOBS_KEPT:
+                del self.jobs[next(iter(self.jobs))]
             self.put_into_queue(job)
 
     # Fetch, then decode
 
-    def host_of(self, job: Job) -> Host:
-        name = job.source.host
-        if name not in self.hosts:
-            self.hosts[name] = Host(name, self.settings.workers)
-        return self.hosts[name]
-
     def put_into_queue(self, job: Job) -> None:
-        host = self.host_of(job)
+        name = job.source.host
+        host = self.hosts.setdefault(name, Host(name, self.settings.workers))
         if host.pace.given_up:
             self.leave(job, host)
             return
         if not host.queue:
             self.turns.append(host)
         host.queue.append(job)
-        self.characters += len(job.assets[0].image)
-
-    def take_from_queue(self, host: Host) -> Job:
-        job = host.queue.popleft()
-        self.characters -= len(job.assets[0].image)
-        return job
 
     def room_for_fetches(self) -> int:
         """How many more images may be fetched now, whichever host they are of."""
-        decoded = len(self.ready) + sum(task.images for task in self.under_way("embed"))
-        most_decoded = self.settings.workers + 2 * self.lanes * self.settings.batch_size
-        if decoded >= most_decoded or len(self.results) >= RESULTS_WAITING:
+        size = self.settings.batch_size
+        decoded = len(self.ready) + size * len(self.under_way("embed"))
+        if decoded >= self.settings.workers + 2 * size * self.lanes:
             return 0
         fetches = self.under_way("fetch")
         using_line = [task for task in fetches if not is_silent(task)]
@@ -1212,21 +1155,16 @@ class Run:
 
     def start_fetches(self) -> None:
         """Starts what the line and the hosts allow; the hosts take turns."""
-        room = self.room_for_fetches()
         now = time.monotonic()
-        passed = 0  # hosts in a row that may start none
-        while room > 0 and passed < len(self.turns):
-            host = self.turns.popleft()
-            if not host.may_start(now):
-                self.turns.append(host)
-                passed += 1
-                continue
-            job = self.take_from_queue(host)
+        for _ in range(self.room_for_fetches()):
+            host = next((host for host in self.turns if host.may_start(now)), None)
+            if host is None:
+                return
+            self.turns.remove(host)
+            job = host.queue.popleft()
             if host.queue:
                 self.turns.append(host)
             self.start_fetch(job, host)
-            room -= 1
-            passed = 0
 
     def start_fetch(self, job: Job, host: Host) -> None:
         host.loads += 1
@@ -1234,7 +1172,7 @@ class Run:
         deadline = Deadline(self.settings.fetch_seconds)
         take = partial(self.take_download, job, host)
         fail = partial(self.take_failed_load, job, host, "fetch")
-        task = Task("fetch", take, fail, deadline, late=deadline.missed)
+        task = Task("fetch", take, fail, deadline)
         self.start(task, self.loader.fetch, job.source, deadline)
 
     def take_download(self, job: Job, host: Host, download: Download) -> None:
@@ -1245,7 +1183,7 @@ class Run:
         take = partial(self.take_pixels, job, host)
         fail = partial(self.take_failed_load, job, host, "decode")
         # A decoder that was taken over may keep its pipe open for ever.
-        late = partial(ImageError, DECODER_LOST)
+        late = ImageError(DECODER_LOST)
         task = Task("decode", take, fail, Deadline(LONGEST_DECODE), late)
         self.start(task, self.loader.load, download.data)
 
@@ -1265,45 +1203,42 @@ class Run:
         """The image is tried again later, and its host gets fewer downloads, or rests."""
         pace = host.pace
         now = time.monotonic()
-        known_rest = pace.rest_until
-        known_given_up = pace.given_up
+        rested_until = pace.rest_until
+        given_up = pace.given_up
         pace.strained(now, job.since, strain.rest)
         if strain.first_byte is not None:
             self.line.slow_down(now, strain.first_byte)
-        host.reason = str(strain)
-        if strain.rest:
-            host.reason = f"{strain}, asked to wait until {clock(now + strain.rest)}"
-        # A host that goes on with others after its rest means this image.
-        if not strain.rest or (job.strain and host.images > job.images_before):
-            job.tries += 1
-        job.strain = strain
-        job.images_before = host.images
-        if job.tries == TRIES:
+        if not strain.rest:
+            job.strains.append(strain)
+        if pace.given_up and not given_up:
+            self.give_up(host, strain)
+        elif pace.rest_until > rested_until + 1:
+            log.info("%s rests until %s: %s", host.label, clock(pace.rest_until - now), strain)
+        if len(job.strains) == TRIES:
             self.take_failure(job, "fetch", strain)
         else:
             self.put_into_queue(job)
-        if pace.given_up and not known_given_up:
-            self.give_up(host)
-        elif pace.rest_until >= max(known_rest, now) + 1:
-            log.info("%s rests until %s: %s", host.label, clock(pace.rest_until), strain)
 
-    def give_up(self, host: Host) -> None:
-        """Images that were tried count as failed, the others are left."""
+    def give_up(self, host: Host, strain: Strain) -> None:
+        """From now on its images that were tried count as failed, and the others are left."""
+        host.reason = str(strain)
+        if strain.rest:
+            host.reason = f"{strain}, asked to wait until {clock(strain.rest)}"
         log.warning("%s is given up for this run: %s", host.label, host.reason)
         if host.queue:
             self.turns.remove(host)
         while host.queue:
-            self.leave(self.take_from_queue(host), host)
+            self.leave(host.queue.popleft(), host)
 
     def leave(self, job: Job, host: Host) -> None:
         """Ends the work at an image of a host that was given up. One that was not tried, or only
         told to wait, is left for the next run, with nothing noted."""
-        if job.tries:
-            self.take_failure(job, "fetch", job.strain or ImageError(host.reason))
+        if job.strains:
+            self.take_failure(job, "fetch", job.strains[-1])
             return
         self.jobs.pop(str(job.source.where), None)
-        self.without_result -= len(job.assets)
-        self.report.leave(host.label, host.reason, len(job.assets))
+        self.in_work -= sum(map(weight, job.assets))
+        self.report.left_of[f"{host.label}: {host.reason}"] += len(job.assets)
 
     def check_network(self) -> None:
         """Where all hosts were given up, and none ever sent an image, the network is gone."""
@@ -1335,7 +1270,7 @@ class Run:
 
     def start_embeds(self) -> None:
         """Gives each lane a batch, and one to follow it. A batch that is not full is started only
-        while no other is under way, or of the run's last images, which the lanes share."""
+        while no other is under way, or at the run's end, when the lanes share the last images."""
         size = self.settings.batch_size
         if not self.turns and not self.under_way("find", "fetch", "decode"):
             share = math.ceil(len(self.ready) / self.lanes)
@@ -1349,7 +1284,7 @@ class Run:
             batch = self.ready[:size]
             self.ready = self.ready[size:]
             take = partial(self.take_vectors, batch)
-            task = Task("embed", take, self.end, images=len(batch))
+            task = Task("embed", take, self.end)
             self.start(task, self.encoder.embed, [job.pixels for job in batch])
 
     def take_vectors(self, batch: list[Job], vectors: np.ndarray) -> None:
@@ -1361,19 +1296,13 @@ class Run:
                 self.take_failure(job, "embed", ImageError(NOT_FINITE))
 
     def finish(self, job: Job, result: Result) -> None:
-        """Counts a result for each asset that shares the image, and keeps it for those to come."""
+        """Notes a result for each asset that shares the image. Those to come find it in `jobs`."""
         job.result = result
         for asset in job.assets:
             self.take_result(result._replace(asset=asset))
-        url = str(job.source.where)
-        if self.jobs.get(url) is job:
-            self.kept.append(url)
-        if len(self.kept) > RESULTS_KEPT:
-            del self.jobs[self.kept.popleft()]
 
     def take_result(self, result: Result) -> None:
         self.results.append(result)
-        self.without_result -= 1
         failed = isinstance(result, Failed)
         if failed:
             log.debug("%s: %s", result.asset, result)
@@ -1393,11 +1322,12 @@ class Run:
         batch = self.results[:WRITE_ROWS]
         self.results = self.results[WRITE_ROWS:]
         self.store_by = time.monotonic() + WRITE_SECONDS
-        task = self.ask_store("store", partial(self.take_stored, batch), self.end_storing)
-        self.start(task, self.store.save, batch)
+        task = Task("store", partial(self.take_stored, batch), self.end_storing)
+        self.start(task, in_time, self.store, self.store.save, batch)
 
     def take_stored(self, batch: list[Result], taken: set[Id]) -> None:
         for result in batch:
+            self.in_work -= weight(result.asset)
             self.report.count(result, result.asset.id in taken)
 
     def end_storing(self, error: Exception) -> None:
@@ -1412,69 +1342,39 @@ def is_silent(fetch: Task) -> bool:
     return brought_nothing and time.monotonic() - fetch.since > SILENT_SECONDS
 
 
-def clock(moment: float) -> str:
-    """A moment of time.monotonic() as people read it."""
-    when = datetime.now() + timedelta(seconds=moment - time.monotonic())
-    if when.date() != datetime.now().date():
-        return f"{when.day} {when:%B, %H:%M}"
-    return f"{when:%H:%M:%S}" if moment - time.monotonic() < 60 else f"{when:%H:%M}"
+def weight(asset: Asset) -> int:
+    """As how many assets one counts: its URL may be the whole image."""
+    return 1 + len(asset.image) // LONG_URL
 
 
 class Progress:
-    """How far the run is: a bar on a terminal, lines in a log elsewhere."""
+    """How far the run is: a bar on a terminal, elsewhere lines in the log, by a bar unseen."""
 
     FIRST_LINE = 10  # images, after which a log has its first line
     LINE_SECONDS = 10.0  # from one to the next
 
     def __init__(self, goal: int) -> None:
         self._goal = goal
-        self._done = 0  # stored or not, of which
-        self._failed = 0  # so many
-        self._since = time.monotonic()
-        self._line_due = self._since + self.LINE_SECONDS
-        self._bar: Any = None
-        if sys.stderr.isatty():
-            width = shutil.get_terminal_size().columns - 1
-            self._bar = tqdm(total=goal, unit=" images", leave=False, smoothing=0, ncols=width)
-        self._log_above_bar = logging_redirect_tqdm()
-
-    def __enter__(self) -> Progress:
-        self._log_above_bar.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        if self._bar:
-            self._bar.close()
-        self._log_above_bar.__exit__(*error)
-
-    def restart_clock(self) -> None:
-        """The rate is that without the loading of the model."""
-        self._since = time.monotonic()
-        if self._bar:
-            self._bar.unpause()
+        self._failed = 0
+        self._seen = sys.stderr.isatty()
+        look: dict[str, Any] = {"ncols": shutil.get_terminal_size().columns - 1}
+        if not self._seen:
+            look = {
+                "file": io.StringIO(),
+                "mininterval": self.LINE_SECONDS,
+                "miniters": 1,
+                "bar_format": "{rate_noinv_fmt}, {remaining} left",
+            }
+        self.bar: Any = tqdm(total=goal, unit=" images", leave=False, smoothing=0, **look)
 
     def step(self, failed: bool) -> None:
-        """One more image is done."""
-        self._done += 1
-        if failed:
-            self._failed += 1
-        if self._bar:
-            self._bar.set_postfix(failed=self._failed, refresh=False)
-            self._bar.update()
-        else:
-            self._log_now_and_then()
-
-    def _log_now_and_then(self) -> None:
-        now = time.monotonic()
-        if now < self._line_due and self._done != self.FIRST_LINE:
-            return
-        self._line_due = now + self.LINE_SECONDS
-        rate = self._done / max(0.001, now - self._since)
-        left = timedelta(seconds=math.ceil(max(0, self._goal - self._done) / rate))
-        log.info(
-            f"{self._done:,}/{self._goal:,} done, {self._failed:,} failed, "
-            f"{rate:.1f} images/s, {left} left"
-        )
+        """One more image is done, stored or not."""
+        self._failed += failed
+        self.bar.set_postfix(failed=self._failed, refresh=False)
+        drawn = self.bar.update()
+        if not self._seen and (drawn or self.bar.n == self.FIRST_LINE):
+            counts = f"{self.bar.n:,}/{self._goal:,} done, {self._failed:,} failed"
+            log.info("%s, %s", counts, str(self.bar).strip())
 
 
 class Stop:
@@ -4100,7 +4000,7 @@ class Page:
                 cosine = f"{self._similarity[one.id]:.6f}"
                 yield self._row(one, what="looks the same", group=number, similarity=cosine)
         for failure in self._catalog.failures:
-            words = {"reason": cell(failure.reason), "advice": advice(failure.reason)}
+            words = {"reason": cell(failure.reason), "advice": advice_on(failure.reason)}
             yield self._row(failure.picture, what="can't be used", **words)
 
     def _row(self, picture: Picture, **row: Any) -> dict[str, Any]:
@@ -4211,7 +4111,7 @@ class Page:
             failed = by_reason[reason]
             lines = [self._line(one) for one in failed[:SHOWN_NAMES]]
             title = f"{escaped(reason[:1].upper() + reason[1:], 200)} <mark>{len(failed):,}</mark>"
-            text = f"<p>{advice(reason) or 'Ask your developer.'}</p>"
+            text = f"<p>{advice_on(reason) or 'Ask your developer.'}</p>"
             cards.append(card(title, lines, text, self._cut(len(failed) - SHOWN_NAMES)))
         text = (
             "Similar-product search can't find these until they are mended. Later runs try them "
@@ -4333,7 +4233,7 @@ def page_file(text: str) -> Path:
     return page
 
 
-def question(text: str) -> str:
+def to_question(text: str) -> str:
     """A flag's question; raises ArgumentTypeError for an empty one."""
     if not text.strip():
         raise argparse.ArgumentTypeError("there is no question")
@@ -4348,9 +4248,7 @@ examples:
   %(prog)s --client "BigClient" --limit 10
   %(prog)s --local photos --search "red mug" --search mug.jpg
 
-settings, from the environment or .env (README.md explains them):
-  SUPABASE_URL, SUPABASE_SECRET_KEY, STORAGE_BUCKETS, CLIP_MODEL, MODEL_VERSION,
-  FETCH_SECONDS, DB_RETRY_SECONDS, ALLOW_PRIVATE_IMAGE_HOSTS
+settings come from the environment or .env: see .env.example
 
 exit codes:
   0    all done, or nothing to do
@@ -4381,7 +4279,7 @@ def parser() -> argparse.ArgumentParser:
     what("--limit", type=positive_number, metavar="N", help="try at most N images")
     what("--client", metavar="NAME", help="only this client's (with --local: subfolder's) images")
     what("--local", type=full_path, metavar="DIR", help="embed a folder's images; needs no account")
-    what("--shard", type=shard, metavar="I/N", help="only part I of N parts of a database")
+    what("--shard", type=to_shard, metavar="I/N", help="only part I of N parts of a database")
     what("--retry-failed", action="store_true", help="also try failures that are not due yet")
 
     speed = usage.add_argument_group("how fast").add_argument
@@ -4391,7 +4289,7 @@ def parser() -> argparse.ArgumentParser:
     speed("--device", choices=["cpu", "cuda", "mps"], help="where the model runs (cpu)")
 
     show = usage.add_argument_group("what to show").add_argument
-    show("--search", action="append", type=question, metavar="TEXT|FILE|URL", help=search)
+    show("--search", action="append", type=to_question, metavar="TEXT|FILE|URL", help=search)
     show("--gallery", type=page_file, metavar="FILE", help=gallery)
     show("--dry-run", action="store_true", help="say what would be done; load and write nothing")
     show("-v", "--verbose", action="store_true", help="say each failure as it happens, and more")
@@ -4400,13 +4298,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def read_flags(argv: list[str] | None) -> dict[str, Any]:
-    """The flags that were given; exits with 2 where they are of no use."""
+    """The flags that were given. Exits with code 2 where they are wrong."""
     usage = parser()
-    found, unknown = usage.parse_known_args(argv)
-    flags = vars(found)
-    if unknown:
-        hints = [f": did you mean --local {text}?" for text in unknown if Path(text).is_dir()]
-        usage.error(f"unrecognized arguments: {' '.join(unknown)}{''.join(hints[:1])}")
+    flags = vars(usage.parse_args(argv))
     if "shard" in flags and "gallery" in flags:
         usage.error("--gallery shows a whole catalog: leave --shard out")
     if "shard" in flags and "local" in flags:
@@ -4416,13 +4310,13 @@ def read_flags(argv: list[str] | None) -> dict[str, Any]:
 
 def positive_number(text: str) -> int:
     """A flag's number; raises ArgumentTypeError below 1."""
-    if not (text.isascii() and text.isdecimal()) or int(text) < 1:
+    if not re.fullmatch("0*[1-9][0-9]*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
     return int(text)
 
 
-def shard(text: str) -> Shard:
-    """ "I/N" as a part; raises ArgumentTypeError for what is none."""
+def to_shard(text: str) -> Shard:
+    """Reads "I/N"; raises ArgumentTypeError."""
     found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text, re.ASCII)
     if not found or not 1 <= int(found[1]) <= int(found[2]):
         raise argparse.ArgumentTypeError(f"{text!r} is not a part like 1/4, 2/4, 3/4 or 4/4")
@@ -4484,8 +4378,11 @@ def read_settings(flags: dict[str, Any]) -> Settings:
     """Flags, environment and the nearest .env as Settings; raises RunError that names the setting
     at fault. Nothing of .env enters the environment, which libraries read as well."""
     file = full_path(".env")
+    # An app's .env.local is not read. It hides the .env beside the script, which is for another
+    # project's database.
+    if not file.is_file() and not file.with_name(".env.local").is_file():
+        file = HERE / ".env"
     try:
-        file = nearest_env_file()
         # Nothing in a key is filled in: a ${...} there is part of it.
         in_file = dotenv.dotenv_values(file, encoding="utf-8-sig", interpolate=False)
     except (UnicodeDecodeError, OSError):
@@ -4493,17 +4390,24 @@ def read_settings(flags: dict[str, Any]) -> Settings:
             f"{file} can't be read: it must be text in UTF-8, and yours to read"
         ) from None
     needs_database = "local" not in flags
+    values = dict(flags)
     found: dict[str, FoundSetting] = {}
     for setting in SETTINGS:
         of_database = setting.field in ("url", "key")
         if of_database and not needs_database:
             continue
-        value = find_setting(setting, file, in_file)
-        if value:
-            found[setting.field] = value
+        source = find_setting(setting, file, in_file)
+        found[setting.field] = source
+        looks_right = re.fullmatch(setting.pattern, source.text, re.ASCII)
+        if looks_right:
+            values[setting.field] = setting.read(looks_right[1])
+        elif source.text:
+            raise RunError(f"{source} {setting.advice}")
         elif of_database:
-            raise RunError(how_to_set(setting.names[0], file))
-    values = flags | {name: setting.value for name, setting in found.items()}
+            raise RunError(
+                f"{source.name} is not set: put it into {file}, not .env.local (.env.example shows "
+                "how), or use --local DIR, which needs no account"
+            )
     if needs_database:
         values["key_source"] = str(found["key"])
         if found["url"].origin != found["key"].origin:
@@ -4513,55 +4417,29 @@ def read_settings(flags: dict[str, Any]) -> Settings:
 
 
 class FoundSetting(NamedTuple):
-    """A setting's value, its name, and in words where that was read."""
+    """A setting's name, its text, and in words where that was read."""
 
-    value: Any
     name: str
+    text: str
     origin: str
 
     def __str__(self) -> str:
         return f"{self.name} (from {self.origin})"
 
 
-def nearest_env_file() -> Path:
-    """The .env of the current folder, else the one beside this script."""
-    file = full_path(".env")
-    if file.is_file() or file.with_name(".env.local").is_file():
-        return file
-    return HERE / ".env"
-
-
-def find_setting(
-    setting: Setting, file: Path, in_file: Mapping[str, str | None]
-) -> FoundSetting | None:
-    """A setting's value, from the environment, else from .env; raises RunError where it does not
-    look like one."""
+def find_setting(setting: Setting, file: Path, in_file: Mapping[str, str | None]) -> FoundSetting:
+    """A setting as the environment has it, else .env; without text where neither does."""
     for name in setting.names:
         given = os.environ.get(name, "").strip()
         kept = (in_file.get(name) or "").strip()
-        if not given and not kept:
-            continue
-        origin = str(file)
+        if given and kept not in ("", given):
+            hidden = f"the environment, which hides the one in {file}"
+            return FoundSetting(name, given, hidden)
         if given:
-            origin = "the environment"
-            if kept not in ("", given):
-                origin = f"the environment, which hides the one in {file}"
-        looks_right = re.fullmatch(setting.pattern, given or kept, re.ASCII)
-        if not looks_right:
-            raise RunError(f"{FoundSetting(None, name, origin)} {setting.advice}")
-        return FoundSetting(setting.read(looks_right[1]), name, origin)
-    return None
-
-
-def how_to_set(name: str, file: Path) -> str:
-    """What to say where a setting is lacking."""
-    where = str(file)
-    if file.with_name(".env.local").is_file():
-        where = f"{file}, not .env.local, which is not read"
-    return (
-        f"{name} is not set: put it into {where} (.env.example shows how), "
-        "or use --local DIR, which needs no account"
-    )
+            return FoundSetting(name, given, "the environment")
+        if kept:
+            return FoundSetting(name, kept, str(file))
+    return FoundSetting(setting.names[0], "", "")
 
 
 def say_version() -> None:
@@ -4571,9 +4449,7 @@ def say_version() -> None:
     python = sys.version.split()[0]
     print(f"generate_embeddings.py {VERSION}, schema.sql {CONTRACT}, Python {python}")
     print(f"{MODEL_VERSION}: {MODEL_ID} at {MODEL_REVISION}")
-    kind = torch.backends.cpu.get_cpu_capability()
-    bfloat16 = "yes" if has_bfloat16() else "no"
-    print(f"torch {torch.__version__}, {kind}, bfloat16: {bfloat16}")
+    print(f"torch {torch.__version__}, bfloat16: {'yes' if has_bfloat16() else 'no'}")
 
 
 def say_error(trouble: str) -> None:

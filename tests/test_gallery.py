@@ -297,7 +297,7 @@ def test_each_row_of_a_folders_table_is_complete(album, album_page):
         if row["group"]:
             with Image.open(folder / path) as image:
                 assert (row["width"], row["height"]) == tuple(map(str, image.size))
-        assert row["advice"] == script.advice(row["reason"])
+        assert row["advice"] == script.advice_on(row["reason"])
     assert [row["keep"] for row in rows[:4]] == ["coffee.png"] * 3 + [""]
     assert {row["reason"] for row in rows[9:]} >= {"an empty file", "a riddle (42)"}
 
@@ -511,7 +511,7 @@ def test_a_picture_without_a_title_is_called_by_its_url():
 
 def test_advice_is_in_the_words_of_a_shops_owner():
     for reason in script.ADVICE:
-        words = script.advice(f"{reason} (a detail)")
+        words = script.advice_on(f"{reason} (a detail)")
         assert words.endswith(".")
         assert not re.search(r"--\w|\.sql|\.env|vector|embed", f"{reason} {words}")
         if re.search("[A-Z]+_[A-Z]|install|proxy|memory is", words):

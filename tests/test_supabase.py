@@ -210,7 +210,7 @@ def test_the_good_ones_are_embedded_and_the_bad_ones_named(story):
         assert (f"{stage}: {reason}".partition(" (")[0], attempts) == (BAD[path][1], 1)
         lines = run.out.splitlines()
         (at,) = [n for n, line in enumerate(lines) if f"{stage}: {reason}" in line]
-        assert lines[at + 1].strip() == script.advice(reason)
+        assert lines[at + 1].strip() == script.advice_on(reason)
         assert str(asset) in lines[at + 2]
 
 
