@@ -2286,9 +2286,10 @@ class Fetcher:
             try:
                 data = self._follow(read_url(source.where), source.headers, deadline)
             except (OSError, ValueError, HTTPError, zlib.error) as error:
-                if deadline.first_byte:
-                    deadline.left()
-                raise network_error(error) from None
+                trouble = network_error(error)
+                if str(trouble) == NO_ANSWER and deadline.first_byte:
+                    trouble = deadline.missed()
+                raise trouble from None
         now = time.monotonic()
         return Download(data, now - started, now - (deadline.first_byte or now))
 
@@ -2321,7 +2322,8 @@ class Fetcher:
 
     def _ask(self, request: requests.PreparedRequest, deadline: Deadline) -> requests.Response:
         url = str(request.url)
-        proxies = self._proxies_of(urljoin(url, "/"))
+        origin = url[: url.index("/", len("https://"))]
+        proxies = self._proxies_of(origin)
         if proxies:
             self._guard.check_name(url)
         this_thread.deadline = deadline
@@ -2582,8 +2584,12 @@ class Timed(socket.SocketIO):
     """A socket's bytes, all of which come by the deadline. A time-out of the socket alone would
     begin again with each byte."""
 
+    _sock: socket.socket
+
     def readinto(self, buffer: Any) -> int | None:
-        self._sock.settimeout(this_thread.deadline.left())  # type: ignore[attr-defined]
+        seconds = this_thread.deadline.left()
+        if abs(seconds - (self._sock.gettimeout() or 0)) > 1:  # to set it is a system call
+            self._sock.settimeout(seconds)
         return super().readinto(buffer)
 
 

@@ -129,9 +129,9 @@ class _Host:
     Subclasses answer requests in `answer(handler)`. `connections` counts those ever accepted.
     """
 
-    def __init__(self, address="127.0.0.1"):
+    def __init__(self, address="127.0.0.1", port=0):
         self.address = address  # "" for all of this machine's
-        self.port = 0  # the first start picks a free one
+        self.port = port  # 0: the first start picks a free one
         self.connections = 0
         self._server = None
         self._held = None  # a socket that keeps the port while stopped
