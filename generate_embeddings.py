@@ -2683,8 +2683,8 @@ def check_proxies() -> None:
         usable = packages and scheme in ("socks5", "socks5h")
         if colon and scheme.startswith("socks") and not usable:
             raise RunError(
-                f"{name.upper()}_PROXY is a SOCKS proxy: begin it with socks5h://, and run "
-                "pip install PySocks socksio; or unset it"
+                f"{name.upper()}_PROXY is a SOCKS proxy: write socks5h:// before its host, and "
+                "run pip install PySocks socksio; or unset it"
             )
 
 

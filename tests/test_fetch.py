@@ -823,7 +823,7 @@ def test_a_socks_proxy_that_can_not_be_used_ends_the_run(monkeypatch, scheme):
     if scheme == "socks5h":
         monkeypatch.setattr(script, "find_spec", lambda name: name != "socksio")
     monkeypatch.setenv("ALL_PROXY", f"{scheme}://127.0.0.1:9")
-    with pytest.raises(RunError, match="ALL_PROXY is a SOCKS proxy: begin it with socks5h://"):
+    with pytest.raises(RunError, match="ALL_PROXY is a SOCKS proxy: write socks5h://"):
         script.open_store(script.Settings(url=PROJECT, key="x"), script.Stop())
 
 
