@@ -78,11 +78,10 @@ Where other questions are answered
     How a flag or a setting is added: Settings
 
 What an upgrade of a package may break, as no documentation promises it
-    urllib3     connection._new_conn, response_class, pool_classes_by_scheme,
-                util.connection.create_connection (guarded_adapter, Guard)
-    http.client _MAXHEADERS, response.fp, _read_and_discard_trailer (guarded_adapter)
-    requests    adapter.cert_verify, proxy_manager, utils.select_proxy, utils.get_environ_proxies
-                (Fetcher); brings certifi, which is used here
+    urllib3     connection._new_conn, response_class, pool_classes_by_scheme (guarded_adapter)
+    http.client _MAXHEADERS, response.fp (guarded_adapter); socket.SocketIO._sock (Timed)
+    requests    adapter.cert_verify, proxy_manager, utils.get_environ_proxies (Fetcher); brings
+                certifi, which is used here
     huggingface_hub    the cache's layout, `*.incomplete`, file_download._ETAG_RETRY_TIMEOUT
                 (Model); brings filelock, which is used here
     torch       torch.ops.mkldnn._linear_pointwise, _reorder_linear_weight (Linear), names in
@@ -187,7 +186,6 @@ try:
 
     if not IN_DECODER:  # which has no use for these, and starts in half the time without them
         import http.client
-        from email.utils import parsedate_to_datetime
         from urllib.request import getproxies
 
         import certifi
@@ -199,7 +197,6 @@ try:
         from tqdm import tqdm
         from tqdm.contrib.logging import logging_redirect_tqdm
         from urllib3.exceptions import HTTPError
-        from urllib3.util.connection import create_connection
 except ImportError as error:
     if __name__ != "__main__":
         raise
@@ -290,7 +287,7 @@ def open_store(settings: Settings, stop: Stop) -> Store:
     """Where this run's assets and embeddings are."""
     if settings.local:
         return FolderStore(settings)
-    check_proxies("socks", "socksio")
+    check_proxies()
     return SupabaseStore(settings, stop)
 
 
@@ -512,7 +509,6 @@ REFUSED = enter_reason("connection refused", _LATER)
 UNREACHABLE = enter_reason("host not reachable", _LATER)
 CONNECTION_LOST = enter_reason("connection lost", _LATER)
 BAD_COMPRESSION = enter_reason("a broken compression", _LATER)
-BAD_HEADERS = enter_reason("a response with too many headers", _LATER)
 BAD_REDIRECT = enter_reason("a redirect that leads nowhere", _CORRECT)
 for _statuses, _words in (
     (range(100, 500), "The host does not give us the image: see whether the address is right."),
@@ -2038,14 +2034,14 @@ def unreadable(error: OSError) -> None:
 # ============================================================================= Fetching
 
 MAX_BYTES = 50 * 2**20  # of one image file
-HEADER_BYTES = 2**17  # of an answer, all its headers together
-MOST_HEADERS = 400  # of an answer; some shops send 120, Python's limit is 100
-PAGE_BYTES = 2**16  # that are read of an answer without an image
+HEADER_BYTES = 2**18  # of a response: what stands in lines before and behind its body
+MOST_HEADERS = 400  # of a response; some shops send 120, Python's limit is 100
+PAGE_BYTES = 2**16  # that are read of a response without an image
 MAX_REDIRECTS = 5
 LONGEST_URL = 2**16  # characters; longer ones no host takes, and to quote them takes memory
 LIVELY_BYTES = 50_000  # arrived bytes that give a download one more second
 DEAD_SECONDS = 2.0  # for an address that does not answer, where its host has others
-A_YEAR = 366 * 86_400.0  # seconds; a date may be of the year 9999, where dates end
+A_YEAR = 366 * 86_400  # seconds; no host means a longer rest
 HOSTS_KEPT = 64  # hosts whose connections stay open
 
 # The statuses by which a host says that it did not cope. Every other one is about its image alone:
@@ -2063,26 +2059,29 @@ HEADERS = {
 }
 PORTS = {"http": 80, "https": 443}
 
+this_thread = threading.local()  # its deadline: requests hands on seconds alone
+
 
 class Fetcher:
     """Gets the bytes of images over connections that stay open, for any number of threads."""
 
     def __init__(self, settings: Settings) -> None:
-        self._settings = settings
         self._guard = Guard(settings)
+        self._workers = settings.workers
         # By origin: it takes as long as half a download to look for them in the environment.
         self._proxies_of = lru_cache(maxsize=1000)(requests.utils.get_environ_proxies)
 
     @cached_property
     def _adapter(self) -> requests.adapters.HTTPAdapter:
         """Made for the first URL: a folder needs none."""
-        return guarded_adapter(self._guard, self._settings.workers)
+        return guarded_adapter(self._guard, self._workers)
 
     def fetch(self, source: Source, deadline: Deadline) -> Download:
         """One attempt at an image, of at most MAX_BYTES.
 
         Raises Strain where its host did not cope, and ImageError where the image can't be had.
         """
+        started = time.monotonic()
         if isinstance(source.where, Path):
             data = read_file(source.where)
         elif source.where[:5].lower() == "data:":
@@ -2091,61 +2090,48 @@ class Fetcher:
             try:
                 data = self._follow(read_url(source.where), source.headers, deadline)
             except (OSError, ValueError, HTTPError, zlib.error) as error:
-                raise failure_of(error, deadline) from None
-        return deadline.download(data)
+                trouble = network_error(error)
+                if str(trouble) == NO_ANSWER and deadline.first_byte:
+                    trouble = deadline.missed()
+                raise trouble from None
+        now = time.monotonic()
+        return Download(data, now - started, now - (deadline.first_byte or now))
 
-    def _follow(self, url: str, headers: Mapping[str, str], deadline: Deadline) -> bytes:
+    def _follow(self, target: str, headers: Mapping[str, str], deadline: Deadline) -> bytes:
         """Goes along an image's redirects. Cookies live that long.
 
         This is not left to requests, which reads all of a redirect's body and sends the key on.
         """
         cookies = RequestsCookieJar()
+        url = ""
         for hop in range(MAX_REDIRECTS + 1):
-            # Without a session: one would read passwords from .netrc.
-            sent = HEADERS | dict(headers)
-            request = requests.Request("GET", url, sent, cookies=cookies)
             try:
-                prepared = request.prepare()
+                url = urljoin(url, target)
+                if not re.match("https?:", url, re.IGNORECASE):
+                    raise ValueError(url)
+                # Without a session: one would read passwords from .netrc.
+                sent = HEADERS | dict(headers)
+                request = requests.Request("GET", url, sent, cookies=cookies).prepare()
             except ValueError:
                 raise ImageError(BAD_REDIRECT if hop else NOT_A_URL) from None
-            with contextlib.closing(self._ask(prepared, deadline)) as answer:
-                if not answer.is_redirect:
-                    return self._image(answer, deadline)
-                cookies.update(answer.cookies)
-                url = next_url(answer)
+            with contextlib.closing(self._ask(request, deadline)) as response:
+                if not response.is_redirect:
+                    return image_of(response, deadline)
+                cookies.update(response.cookies)
+                # Headers come as latin-1, hosts mean UTF-8.
+                location = response.headers["Location"].encode("latin-1")
+                target = location.decode("utf-8", "replace").strip()
             headers = {}  # they were for the first URL alone
         raise ImageError(f"{BAD_REDIRECT} (more than {MAX_REDIRECTS})")
 
     def _ask(self, request: requests.PreparedRequest, deadline: Deadline) -> requests.Response:
         url = str(request.url)
-        proxies = self._proxies_of(urljoin(url, "/"))
-        if requests.utils.select_proxy(url, proxies):
-            check_proxies("socks")
+        origin = url[: url.index("/", len("https://"))]
+        proxies = self._proxies_of(origin)
+        if proxies:
             self._guard.check_name(url)
+        this_thread.deadline = deadline
         return self._adapter.send(request, True, deadline.left(), proxies=proxies)
-
-    def _image(self, answer: requests.Response, deadline: Deadline) -> bytes:
-        """The bytes of an answer that is the image. Raises what any other answer means."""
-        status = answer.status_code
-        if status in (200, 203, 206):  # a part of a file shows when it is decoded
-            return body_of(answer, deadline)
-        page = first_bytes(answer)
-        if status == 400:
-            # So Supabase's Storage refuses nearly everything, and names the true status.
-            self._check_bucket(answer.url, page)
-            named = re.search(rb'"statusCode": ?"?([45]\d\d)\b', page)
-            if named:
-                status = int(named[1])
-        if status in STRAINED:
-            raise Strain(f"HTTP {status}", retry_after(answer.headers))
-        raise ImageError(f"HTTP {status}")
-
-    def _check_bucket(self, url: str, page: bytes) -> None:
-        """Raises ImageError where the project's own Storage has no such bucket for the public."""
-        if b"Bucket not found" in page and url.startswith(self._settings.url):
-            path = unquote(url).partition("/public/")[2]
-            bucket = path.partition("/")[0]
-            raise ImageError(f"{PRIVATE_BUCKET} ({shorten(bucket)})")
 
 
 class Deadline:
@@ -2154,8 +2140,7 @@ class Deadline:
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self._started = time.monotonic()
-        self._end = self._started + seconds
+        self._end = time.monotonic() + seconds
         self.first_byte: float | None = None  # when the body began to come
 
     def arrived(self, count: int) -> None:
@@ -2173,37 +2158,51 @@ class Deadline:
 
     @property
     def overdue(self) -> bool:
-        """Whether it was over a second ago, and the download hangs where no time-out reaches:
-        in headers that drip, or on a dead file system."""
+        """Whether it was over a second ago: the download hangs where no time-out reaches, as on a
+        dead file system."""
         return time.monotonic() > self._end + 1
 
     def missed(self) -> Strain:
         """What to raise, or to note, once it is over."""
         return Strain(f"{TOO_LATE} ({self._seconds:g} s)", first_byte=self.first_byte)
 
-    def download(self, data: bytes) -> Download:
-        """What arrived, with the time that it took."""
-        now = time.monotonic()
-        seconds = now - self._started
-        first_byte = self.first_byte or now
-        return Download(data, seconds, now - first_byte)
+
+# What a response means
 
 
-# What an answer holds
+def image_of(response: requests.Response, deadline: Deadline) -> bytes:
+    """The bytes of the image that a response holds. Raises what any other response means."""
+    status = response.status_code
+    if status in (200, 203, 206):  # a part of a file shows when it is decoded
+        return body_of(response, deadline)
+    first_bytes = b""
+    # By HTTP other statuses have no body. What comes anyway must not become another image's.
+    if status >= 400:
+        # Their connection is used again if this was all.
+        with contextlib.suppress(OSError, HTTPError, Strain):
+            first_bytes = response.raw.read(PAGE_BYTES)
+    # So Supabase's Storage refuses nearly everything, and names the true status.
+    named = re.search(rb'"statusCode": ?"?([45]\d\d)\b', first_bytes)
+    if status == 400 and named:
+        status = int(named[1])
+        if b"Bucket not found" in first_bytes:
+            raise ImageError(PRIVATE_BUCKET)
+    if status in STRAINED:
+        raise Strain(f"HTTP {status}", rest_of(response.raw))
+    raise ImageError(f"HTTP {status}")
 
 
-def body_of(answer: requests.Response, deadline: Deadline) -> bytes:
+def body_of(response: requests.Response, deadline: Deadline) -> bytes:
     """The bytes of an image, unpacked where its host packed them, unasked."""
     unpacker = None
     piece = 2**16
-    encoding = answer.headers.get("Content-Encoding", "").lower()
-    if encoding in ("gzip", "x-gzip", "deflate"):
+    if response.headers.get("Content-Encoding", "").lower() in ("gzip", "deflate"):
         unpacker = zlib.decompressobj(wbits=47)  # either of gzip's and zlib's headers
         piece = 2**12  # of which no more than 4 MB can come
     data = bytearray()
     # A packed body may end before its Content-Length, which some hosts take from the plain file.
     while not (unpacker and unpacker.eof):
-        chunk = answer.raw.read1(piece)
+        chunk = response.raw.read1(piece)
         if not chunk:
             break
         if unpacker:
@@ -2212,92 +2211,46 @@ def body_of(answer: requests.Response, deadline: Deadline) -> bytes:
         if len(data) > MAX_BYTES:
             raise ImageError(TOO_LARGE)
         deadline.arrived(len(chunk))
-        deadline.left()
     if unpacker and not unpacker.eof:
         raise ImageError(BAD_COMPRESSION)
     return bytes(data)
 
 
-def first_bytes(answer: requests.Response) -> bytes:
-    """How a page begins. Its connection is used again if that was all."""
-    page = b""
-    # By HTTP others than these have no body. What comes anyway must not be another image's answer.
-    if answer.status_code >= 400:
-        with contextlib.suppress(OSError, HTTPError):
-            page = answer.raw.read(PAGE_BYTES)
-    return page
-
-
-def next_url(answer: requests.Response) -> str:
-    """Where a redirect leads. Raises ImageError where no image can be."""
-    # Headers come as latin-1, hosts mean UTF-8.
-    location = answer.headers["Location"].encode("latin-1")
+def rest_of(response: urllib3.BaseHTTPResponse) -> float:
+    """The seconds of rest that a host asks for (Retry-After); 0 where that makes no sense."""
     try:
-        url = urljoin(answer.url, location.decode("utf-8", "replace").strip())
-    except ValueError:
-        url = ""
-    if not re.match("https?:", url, re.IGNORECASE):
-        raise ImageError(BAD_REDIRECT)
-    return url
-
-
-def retry_after(headers: Mapping[str, str]) -> float:
-    """The seconds that Retry-After asks for, as a number or a date; 0 where it makes no sense."""
-    text = headers.get("Retry-After", "")
-    if re.fullmatch(r"\d{1,9}(\.\d+)?", text, re.ASCII):
-        return float(text)
-    try:
-        seconds = parsedate_to_datetime(text).timestamp() - time.time()
-    except (ValueError, OverflowError):
+        return urllib3.Retry(retry_after_max=A_YEAR).get_retry_after(response) or 0.0
+    except (ValueError, OverflowError, HTTPError):
         return 0.0
-    return min(max(0.0, seconds), A_YEAR)
 
 
-# What goes wrong on the way
-
-# The errors at the root of those of requests, urllib3 and httpx, the more special ones first
-NETWORK_REASONS: dict[type[Exception], str] = {
-    ssl.SSLCertVerificationError: CERTIFICATE,
-    ssl.SSLEOFError: CONNECTION_LOST,
-    ssl.SSLError: NO_TLS,
-    socket.gaierror: NO_HOST,
-    TimeoutError: NO_ANSWER,
-    ConnectionRefusedError: REFUSED,
-    ConnectionError: CONNECTION_LOST,
-    OSError: UNREACHABLE,
-    UnicodeError: NOT_A_URL,  # a part of the host's name is too long
-    zlib.error: BAD_COMPRESSION,
-}
-# These say nothing of how the host copes.
-LASTING = (CERTIFICATE, NO_TLS, NOT_A_URL, BAD_COMPRESSION, BAD_HEADERS)
+# What went wrong at the root of an error, the more special kinds first, and its reason: an
+# ImageError says nothing of how the host copes.
+NETWORK_ERRORS: tuple[tuple[type[Exception], type[ImageError], str], ...] = (
+    (ssl.SSLCertVerificationError, ImageError, CERTIFICATE),
+    (ssl.SSLEOFError, Strain, CONNECTION_LOST),
+    (ssl.SSLError, ImageError, NO_TLS),
+    (socket.gaierror, Strain, NO_HOST),
+    (TimeoutError, Strain, NO_ANSWER),
+    (ConnectionRefusedError, Strain, REFUSED),
+    (ConnectionError, Strain, CONNECTION_LOST),
+    (OSError, Strain, UNREACHABLE),
+    (UnicodeError, ImageError, NOT_A_URL),  # a part of the host's name is too long
+    (zlib.error, ImageError, BAD_COMPRESSION),
+    (Exception, Strain, CONNECTION_LOST),
+)
 
 
-def network_reason(error: BaseException) -> str:
-    """What went wrong on the way to a host."""
-    root = error
-    while root.__context__:
-        root = root.__context__
-    if str(root).startswith("got more than"):
-        return BAD_HEADERS
-    if isinstance(root, socket.gaierror) and root.errno == socket.EAI_AGAIN:
-        return NO_NAME_SERVER
-    for kind, reason in NETWORK_REASONS.items():
-        if isinstance(root, kind):
-            return reason
-    return CONNECTION_LOST
-
-
-def failure_of(error: Exception, deadline: Deadline) -> ImageError:
+def network_error(error: BaseException) -> ImageError:
     """What became of an image whose download broke off."""
-    reason = network_reason(error)
-    if reason in LASTING:
-        return ImageError(reason)
-    if reason == NO_ANSWER and deadline.first_byte:
-        return deadline.missed()
-    return Strain(reason)
+    while error.__context__:
+        error = error.__context__
+    if isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN:
+        return Strain(NO_NAME_SERVER)
+    return next(kind(reason) for root, kind, reason in NETWORK_ERRORS if isinstance(error, root))
 
 
-# What is no answer of a host
+# What is not fetched, or not from a host
 
 
 def refuse_long(url: str) -> None:
@@ -2324,13 +2277,10 @@ def read_url(text: str) -> str:
 def read_data_url(text: str) -> bytes:
     """The bytes that a data: URL holds in base64. Raises ImageError."""
     found = re.match(r"data:[^,]*;\s*base64\s*,([^#]*)", text, re.IGNORECASE)
-    if not found:
-        raise ImageError(BROKEN_DATA_URL)
-    letters = found[1].translate(dict.fromkeys(b"\t\n\f\r "))
-    letters = letters.rstrip("=")
-    padding = "=" * (-len(letters) % 4)
     try:
-        return base64.b64decode(letters + padding, validate=True)
+        if not found:
+            raise ValueError(text)
+        return base64.b64decode("".join(found[1].split()), validate=True)
     except ValueError:
         raise ImageError(BROKEN_DATA_URL) from None
 
@@ -2371,34 +2321,31 @@ class Guard:
         self._failing: set[str] = set()  # addresses that failed when last tried
 
     def connect(self, connection: urllib3.connection.HTTPConnection) -> socket.socket:
-        """A socket to the first of a host's addresses that answers. Raises OSError, ImageError."""
-        port = connection.port
-        options = connection.socket_options
-        allowed = self._allowed(connection.host, port)
-        addresses = [address for address in allowed if address not in self._failing]
-        if not addresses:
-            addresses = allowed
-        seconds = float(connection.timeout or 0)
-        share = min(DEAD_SECONDS, seconds / len(addresses))
+        """A socket to the first of a host's addresses that answers. Those that failed when last
+        tried are tried last. Raises OSError, ImageError."""
+        addresses = self._allowed(connection.host, connection.port)
+        addresses.sort(key=self._failing.__contains__)
         while True:
             address = addresses.pop(0)
-            patience = share if addresses else seconds
+            seconds = this_thread.deadline.left()
+            if addresses:
+                seconds = min(DEAD_SECONDS, seconds)
             try:
-                opened = create_connection((address, port), patience, None, options)
+                opened = socket.create_connection((address, connection.port), seconds)
             except OSError:
                 self._failing.add(address)
-                seconds -= share
                 if not addresses:
                     raise
             else:
                 self._failing.discard(address)
+                opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 return opened
 
     def check_name(self, url: str) -> None:
         """Raises ImageError where the host is a private address itself, no name of one."""
         host, port = host_and_port(url)
         host = unquote(host).rstrip(".")
-        if re.fullmatch(r"(.+\.)?localhost", host):
+        if re.fullmatch(r"(.+\.)?localhost", host) and (host, port) != self._own:
             host = "127.0.0.1"
         with contextlib.suppress(socket.gaierror):  # a name
             self._allowed(host, port, socket.AI_NUMERICHOST)
@@ -2437,67 +2384,72 @@ def host_and_port(url: str) -> tuple[str, int]:
     return parts.hostname or "", port
 
 
+class Timed(socket.SocketIO):
+    """A socket's bytes, all of which come by the deadline. A time-out of the socket alone would
+    begin again with each byte."""
+
+    _sock: socket.socket
+
+    def readinto(self, buffer: Any) -> int | None:
+        seconds = this_thread.deadline.left()
+        if abs(seconds - (self._sock.gettimeout() or 0)) > 1:  # to set it is a system call
+            self._sock.settimeout(seconds)
+        return super().readinto(buffer)
+
+
+class Bounded(io.BufferedReader):
+    """A response's bytes. http.client reads by lines what is no body, also a proxy's headers and
+    what may follow a body. All its lines together fit into HEADER_BYTES."""
+
+    _left = HEADER_BYTES
+
+    def readline(self, limit: int | None = -1) -> bytes:
+        line = super().readline(limit)
+        self._left -= len(line)
+        if self._left < 0:
+            raise ConnectionError("too many headers")
+        return line
+
+
 def guarded_adapter(guard: Guard, workers: int) -> requests.adapters.HTTPAdapter:
-    """requests' connections, for all threads together. Those without a proxy ask the guard; the
-    headers of any answer must fit into HEADER_BYTES.
+    """requests' connections, for all threads together. Those without a proxy ask the guard.
 
     The classes stand in a function, as decoders do without requests.
     """
     # No documentation promises this hook. Without it nobody would ask the guard.
     if not hasattr(urllib3.connection.HTTPConnection, "_new_conn"):
         raise RunError(f"another version of urllib3 is needed: {INSTALL}")
-    http.client._MAXHEADERS = MOST_HEADERS  # type: ignore[attr-defined]
     tls = tls_as_browsers()
 
-    class Headers:
-        """The lines of a stream before a body."""
+    class Response(http.client.HTTPResponse):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            raw = self.fp.detach()
+            raw.__class__ = Timed
+            self.fp = Bounded(raw)
 
-        def __init__(self, stream: IO[bytes]) -> None:
-            self._stream = stream
-            self._left = HEADER_BYTES
-            self.close = stream.close
+    # For the whole process, in which nobody else uses these.
+    http.client._MAXHEADERS = MOST_HEADERS  # type: ignore[attr-defined]
+    urllib3.connection.HTTPConnection.response_class = Response
 
-        def readline(self, limit: int) -> bytes:
-            line = self._stream.readline(limit)
-            self._left -= len(line)
-            if self._left < 0:
-                raise http.client.HTTPException(f"got more than {HEADER_BYTES} bytes of headers")
-            return line
+    def connect(connection: urllib3.connection.HTTPConnection) -> socket.socket:
+        return guard.connect(connection)
 
-    class Answer(http.client.HTTPResponse):
-        def begin(self) -> None:
-            self._bounded(super().begin)
+    class Http(urllib3.HTTPConnectionPool):
+        class ConnectionCls(urllib3.connection.HTTPConnection):
+            _new_conn = connect
 
-        def _read_and_discard_trailer(self) -> None:
-            """The headers behind a body in chunks, which may have no end, either."""
-            self._bounded(super()._read_and_discard_trailer)  # type: ignore[misc]
-
-        def _bounded(self, read: Callable[[], None]) -> None:
-            stream = self.fp
-            self.fp = Headers(stream)  # type: ignore[assignment]
-            try:
-                read()
-            finally:
-                self.fp = stream
-
-    def change(manager: Any, **changes: Any) -> None:
-        """Changes the connections that a manager of urllib3 opens."""
-        changes["response_class"] = Answer
-        pools = {}
-        for scheme, pool in manager.pool_classes_by_scheme.items():
-            connection = type("Connection", (pool.ConnectionCls,), changes)
-            pools[scheme] = type("Pool", (pool,), {"ConnectionCls": connection})
-        manager.pool_classes_by_scheme = pools
+    class Https(urllib3.HTTPSConnectionPool):
+        class ConnectionCls(urllib3.connection.HTTPSConnection):
+            _new_conn = connect
 
     class Adapter(requests.adapters.HTTPAdapter):
         def init_poolmanager(self, *counts: Any, **options: Any) -> None:
             super().init_poolmanager(*counts, ssl_context=tls, **options)
-            change(self.poolmanager, _new_conn=lambda connection: guard.connect(connection))
+            self.poolmanager.pool_classes_by_scheme = {"http": Http, "https": Https}
 
         def proxy_manager_for(self, proxy: str, **options: Any) -> Any:
-            if proxy not in self.proxy_manager:
-                change(super().proxy_manager_for(proxy, ssl_context=tls, **options))
-            return self.proxy_manager[proxy]
+            return super().proxy_manager_for(proxy, ssl_context=tls, **options)
 
         def cert_verify(self, *_: Any) -> None:
             """requests would read its certificates for each connection. The context has ours."""
@@ -2505,24 +2457,15 @@ def guarded_adapter(guard: Guard, workers: int) -> requests.adapters.HTTPAdapter
     return Adapter(HOSTS_KEPT, workers)
 
 
-def certificates() -> str:
-    """The file of trusted certificates, for images, the database and the hub alike:
-    the one that REQUESTS_CA_BUNDLE or SSL_CERT_FILE names, else certifi's."""
-    for name in ("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE"):
-        path = os.environ.get(name)
-        if path:
-            return path
-    return certifi.where()
-
-
 def tls_context() -> ssl.SSLContext:
-    """A context that trusts `certificates`. Raises RunError."""
-    path = certificates()
+    """A context that trusts the file that REQUESTS_CA_BUNDLE or SSL_CERT_FILE names, else
+    certifi's: for images, the database and the hub alike. Raises RunError."""
+    names = ("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
+    path = next(filter(None, map(os.environ.get, names)), certifi.where())
     try:
         return ssl.create_default_context(cafile=path)
     except OSError as error:
-        names = "REQUESTS_CA_BUNDLE, SSL_CERT_FILE"
-        raise RunError(f"{path} is no file of certificates ({names}): {error}") from None
+        raise RunError(f"{path} is no file of certificates ({', '.join(names)}): {error}") from None
 
 
 def tls_as_browsers() -> ssl.SSLContext:
@@ -2535,19 +2478,18 @@ def tls_as_browsers() -> ssl.SSLContext:
     return context
 
 
-def check_proxies(*needed: str) -> None:
-    """Raises RunError where the environment names a SOCKS proxy that can't be used: one of another
-    kind, or without the packages that are needed."""
+def check_proxies() -> None:
+    """Raises RunError where the environment names a SOCKS proxy that can't be used."""
     proxies = getproxies()
-    for kind in ("http", "https", "all"):
-        name = f"{kind}_proxy".upper()
-        scheme, separator, _ = proxies.get(kind, "").lower().partition("://")
-        if not separator or not scheme.startswith("socks"):
-            continue
-        if scheme not in ("socks5", "socks5h"):
-            raise RunError(f"{name}: write socks5h:// for {scheme}://, which httpx does not know")
-        if not all(map(find_spec, needed)):
-            raise RunError(f"{name} is a SOCKS proxy: run pip install PySocks socksio, or unset it")
+    packages = find_spec("socks") and find_spec("socksio")  # requests' and httpx's
+    for name in ("http", "https", "all"):
+        scheme, colon, _ = proxies.get(name, "").lower().partition(":")
+        usable = packages and scheme in ("socks5", "socks5h")
+        if colon and scheme.startswith("socks") and not usable:
+            raise RunError(
+                f"{name.upper()}_PROXY is a SOCKS proxy: write socks5h:// before its host, and "
+                "run pip install PySocks socksio; or unset it"
+            )
 
 
 # ============================================================================= Pictures
@@ -3560,7 +3502,7 @@ def download_model(folder: Path) -> None:
     """Downloads the model's files that are not yet in this folder of our cache."""
     from filelock import FileLock
 
-    check_proxies("socksio")
+    check_proxies()
     set_up_hub()
     log.info("downloading %s once, about 600 MB, to %s", MODEL_ID, MODEL_CACHE)
     MODEL_CACHE.mkdir(parents=True, exist_ok=True)

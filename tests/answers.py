@@ -2,6 +2,7 @@
 that speak TLS, and proxies."""
 
 import contextlib
+import functools
 import ipaddress
 import socket
 import socketserver
@@ -11,13 +12,21 @@ import time
 from datetime import UTC, datetime, timedelta
 
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from stack import ImageHost, reset
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: image/png\r\n"
 NO_LENGTH = OK + b"Connection: close\r\n\r\n"
 CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
+PEM = Encoding.PEM
+
+
+@functools.cache
+def private_key():
+    """Of all hosts, and of who signs their certificates."""
+    return rsa.generate_private_key(65537, 2048)
 
 
 def length(n):
@@ -94,29 +103,27 @@ class TlsHost(ImageHost):
 
     def _certificate(self):
         """A file with a new certificate and its key."""
-        root_key, key = (rsa.generate_private_key(65537, 2048) for _ in range(2))
-        root = self._signed("authority", root_key, root_key, x509.BasicConstraints(True, None))
         address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
-        made = self._signed("host", key, root_key, x509.SubjectAlternativeName([address]))
-        form, pkcs8 = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
-        secret = key.private_bytes(form, pkcs8, serialization.NoEncryption())
-        self.authority.write_bytes(root.public_bytes(form))
+        made = self._signed("host", x509.SubjectAlternativeName([address]))
+        self.authority.write_bytes(self._signed("authority", x509.BasicConstraints(True, None)))
+        secret = private_key().private_bytes(PEM, PrivateFormat.PKCS8, NoEncryption())
         file = self.folder / "certificate.pem"
-        file.write_bytes(secret + made.public_bytes(form))
+        file.write_bytes(secret + made)
         return file
 
-    def _signed(self, subject, key, by, extension):
+    def _signed(self, subject, extension):
         names = [
             x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
             for name in ("authority", subject)
         ]
         now = datetime.now(UTC)
         return (
-            x509.CertificateBuilder(*names, key.public_key(), x509.random_serial_number())
+            x509.CertificateBuilder(*names, private_key().public_key(), x509.random_serial_number())
             .not_valid_before(now - timedelta(days=9))
             .not_valid_after(now + timedelta(days=self.days))
             .add_extension(extension, critical=subject == "authority")
-            .sign(by, hashes.SHA256())
+            .sign(private_key(), hashes.SHA256())
+            .public_bytes(PEM)
         )
 
     @property
@@ -133,6 +140,7 @@ class Tunnel(socketserver.ThreadingTCPServer):
         super().__init__(("127.0.0.1", 0), handler)
         self.port, self.asked = port, []
         self.place = f"127.0.0.1:{self.server_address[1]}"
+        self.greeting = b"HTTP/1.1 200 OK\r\n\r\n"  # of a Connect
 
     def __enter__(self):
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
@@ -159,6 +167,7 @@ def _pump(source, target):
     with contextlib.suppress(OSError):
         while data := source.recv(2**16):
             target.sendall(data)
+    with contextlib.suppress(OSError):
         target.shutdown(socket.SHUT_WR)
 
 
@@ -178,5 +187,5 @@ class Connect(_Tunnelled):
         lines = []
         while line := self.rfile.readline().strip():
             lines.append(line.decode())
-        self.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        self.wfile.write(self.server.greeting)
         return lines[0].split(" ")[1], [line for line in lines if "Basic" in line]

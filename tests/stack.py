@@ -46,9 +46,7 @@ JSON = [("Content-Type", "application/json")]
 START_SECONDS = 60  # for a shared, busy machine; usually a fraction of a second is enough
 
 
-# --------------------------------------------------------------------------------------------------
 # HTTP servers on loopback
-# --------------------------------------------------------------------------------------------------
 
 
 def reset(connection):
@@ -83,18 +81,6 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
-class _UnixConnection(http.client.HTTPConnection):
-    """To a server that listens on a Unix socket, at `path`."""
-
-    def __init__(self, path):
-        super().__init__("localhost")
-        self._path = path
-
-    def connect(self):
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.connect(self._path)
-
-
 class _HTTPServer(ThreadingHTTPServer):
     """Knows its open connections, so that stopping cuts off keep-alive clients as well."""
 
@@ -102,8 +88,7 @@ class _HTTPServer(ThreadingHTTPServer):
     block_on_close = False
 
     def __init__(self, owner):
-        self.owner = owner
-        self.open = set()
+        self.owner, self.open = owner, set()
         super().__init__((owner.address, owner.port), _Handler)
 
     def server_bind(self):
@@ -129,9 +114,9 @@ class _Host:
     Subclasses answer requests in `answer(handler)`. `connections` counts those ever accepted.
     """
 
-    def __init__(self, address="127.0.0.1"):
+    def __init__(self, address="127.0.0.1", port=0):
         self.address = address  # "" for all of this machine's
-        self.port = 0  # the first start picks a free one
+        self.port = port  # 0: the first start picks a free one
         self.connections = 0
         self._server = None
         self._held = None  # a socket that keeps the port while stopped
@@ -274,25 +259,18 @@ class Gateway(_Host):
         try:
             if fault == "hang":
                 handler.connection.recv(1)
-                handler.close_connection = True
-            elif fault == "reset":
-                self._reset(handler)
-            else:
+            elif fault != "reset":
                 done = fault if isinstance(fault, tuple) else self._route(request)
-                if fault == "after":
-                    self._reset(handler)
-                else:
+                if fault != "after":
                     request.status = done[0]
-                    handler.reply(*done)
+                    return handler.reply(*done)
+            handler.close_connection = True
+            if fault != "hang":
+                reset(handler.connection)
         finally:
             request.seconds = time.monotonic() - start
             request.answered = True
             request.body = b""
-
-    @staticmethod
-    def _reset(handler):
-        reset(handler.connection)
-        handler.close_connection = True
 
     def _route(self, request):
         """Returns (status, headers, body)."""
@@ -306,13 +284,8 @@ class Gateway(_Host):
     def _rest(self, request):
         role = self.stack.roles.get(request.headers.get("apikey"))
         if role is None:
-            return _json(
-                401,
-                {
-                    "message": "Invalid API key",
-                    "hint": "Double check your Supabase `anon` or `service_role` API key.",
-                },
-            )
+            hint = "Double check your Supabase `anon` or `service_role` API key."
+            return _json(401, {"message": "Invalid API key", "hint": hint})
         key = request.headers["apikey"]
         if key == self.stack.secret_key and "Mozilla" in request.headers.get("user-agent", ""):
             return _json(401, {"message": "Forbidden use of secret API key in browser"})
@@ -323,8 +296,8 @@ class Gateway(_Host):
         try:
             return self.stack.ask_postgrest(request.method, path, passed_on, request.body)
         except (OSError, http.client.HTTPException):
-            message = "An invalid response was received from the upstream server"
-            return _json(502, {"message": message})
+            said = "An invalid response was received from the upstream server"
+            return _json(502, {"message": said})
 
     def _stored(self, request, access, bucket, path):
         if access == "public" and bucket not in self.public_buckets:
@@ -341,7 +314,7 @@ class Gateway(_Host):
 
 
 def _json(status, value):
-    return status, [("Content-Type", "application/json; charset=utf-8")], json.dumps(value).encode()
+    return status, JSON, json.dumps(value).encode()
 
 
 def _storage_error(code, error, message):
@@ -349,9 +322,7 @@ def _storage_error(code, error, message):
     return _json(400, {"statusCode": code, "error": error, "message": message})
 
 
-# --------------------------------------------------------------------------------------------------
 # Database
-# --------------------------------------------------------------------------------------------------
 
 # As Supabase sets up a new project, as far as the script and schema.sql can tell. The editor is
 # what Supabase calls postgres: the user of the SQL editor, who owns the tables and is no superuser.
@@ -607,24 +578,20 @@ class Stack:
 
     def vectors(self):
         """asset_id -> its row: vector (512,), version, created, updated."""
-        columns = "asset_id, embedding::text, model_version, created_at, updated_at"
-        return {
-            asset: SimpleNamespace(
-                vector=np.array(json.loads(vector), np.float32),
-                version=version,
-                created=created,
-                updated=updated,
-            )
-            for asset, vector, version, created, updated in self.sql(
-                f"select {columns} from product_embeddings"
-            )
-        }
+        rows = self.sql(
+            "select asset_id, embedding::text, model_version, created_at, updated_at "
+            "from product_embeddings"
+        )
+        names = ("vector", "version", "created", "updated")
+        found = {id_: SimpleNamespace(**dict(zip(names, row))) for id_, *row in rows}  # noqa: B905
+        for row in found.values():
+            row.vector = np.array(json.loads(row.vector), np.float32)
+        return found
 
     def failures(self):
         """asset_id -> (stage, reason, attempts)."""
-        columns = "asset_id, stage, reason, attempts"
-        rows = self.sql(f"select {columns} from product_embedding_failures")
-        return {asset: rest for asset, *rest in rows}
+        query = "select asset_id, stage, reason, attempts from product_embedding_failures"
+        return {id_: rest for id_, *rest in self.sql(query)}
 
     def reload_schema(self):
         """Returns once PostgREST answers by the tables and functions that are there now."""
@@ -670,13 +637,15 @@ class Stack:
 
     def ask_postgrest(self, method, path, headers, body=b""):
         """Returns (status, headers as pairs, body). OSError or HTTPException if it is not there."""
-        connection = _UnixConnection(self._postgrest_socket)
+        connection = http.client.HTTPConnection("localhost")
+        connection.sock = socket.socket(socket.AF_UNIX)
         try:
+            connection.sock.connect(self._postgrest_socket)
             connection.request(method, path, body, headers)
-            answer = connection.getresponse()
+            response = connection.getresponse()
             unwanted = ("connection", "content-length", "date", "server", "transfer-encoding")
-            kept = [(n, v) for n, v in answer.getheaders() if n.lower() not in unwanted]
-            return answer.status, kept, answer.read()
+            kept = [(n, v) for n, v in response.getheaders() if n.lower() not in unwanted]
+            return response.status, kept, response.read()
         finally:
             connection.close()
 
@@ -686,26 +655,23 @@ class Stack:
         Now and then, because PostgREST hears no notification while it is still starting.
         """
         headers = {"Authorization": f"Bearer {self.service_key}"}
-        answer = None
         for attempt in range(START_SECONDS * 50):
             if attempt % 50 == 0:
                 self.sql(nudge)
             try:
-                answer = self.ask_postgrest("GET", path, headers)
-                if answer[0] == 200:
+                status, *said = self.ask_postgrest("GET", path, headers)
+                if status == 200:
                     return
             except (OSError, http.client.HTTPException) as error:
-                answer = error
+                said = error
             if self._postgrest.poll() is not None:
                 break
             time.sleep(0.02)
         log = (self._folder / "postgrest.log").read_text()
-        raise RuntimeError(f"PostgREST does not serve {path}: {answer}\n{log[-2000:]}")
+        raise RuntimeError(f"PostgREST does not serve {path}: {said}\n{log[-2000:]}")
 
 
-# --------------------------------------------------------------------------------------------------
 # Photographs and the sample catalog
-# --------------------------------------------------------------------------------------------------
 
 # Those in the wheels that are photographs (taken through a lens, microscopes included): the
 # folders also hold charts, logos and text.
@@ -731,25 +697,15 @@ def photographs():
 
 
 def main():
-    """Serves the sample catalog until Ctrl-C or SIGTERM."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    """Serves the sample catalog until Ctrl-C."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's "&" has it ignored
     files = {f"/{name}": data for name, data in photographs().items()}
-    try:
-        with Stack() as stack, ImageHost(files) as images:
-            stack.add_assets(
-                (uuid.uuid5(uuid.NAMESPACE_URL, path), images.url_of(path), f"client-{n % 2 + 1}")
-                for n, path in enumerate(files)
-            )
-            print(f"# {len(files)} photographs of client-1 and client-2; paste elsewhere:")
-            settings = stack.env()
-            for name in ("SUPABASE_URL", "SUPABASE_SERVICE_ROLE_KEY", "ALLOW_PRIVATE_IMAGE_HOSTS"):
-                print(f"export {name}={settings[name]}")
-            print("python generate_embeddings.py --limit 5")
-            print(f"# The database: psql '{stack.db_uri}'.  Ctrl-C stops everything.", flush=True)
-            signal.pause()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    with Stack() as stack, ImageHost(files) as images, contextlib.suppress(KeyboardInterrupt):
+        stack.add_images(map(images.url_of, files), "client-1")
+        for name in ("SUPABASE_URL", "SUPABASE_SERVICE_ROLE_KEY", "ALLOW_PRIVATE_IMAGE_HOSTS"):
+            print(f"export {name}={stack.env()[name]}")
+        print(f"# The database: psql '{stack.db_uri}'.  Ctrl-C stops everything.", flush=True)
+        signal.pause()
 
 
 if __name__ == "__main__":
