@@ -2457,15 +2457,20 @@ def guarded_adapter(guard: Guard, workers: int) -> requests.adapters.HTTPAdapter
     return Adapter(HOSTS_KEPT, workers)
 
 
-def tls_context() -> ssl.SSLContext:
-    """A context that trusts the file that REQUESTS_CA_BUNDLE or SSL_CERT_FILE names, else
-    certifi's: for images, the database and the hub alike. Raises RunError."""
+def certificates() -> str:
+    """The file of trusted certificates, for images, the database and the hub alike."""
     names = ("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
-    path = next(filter(None, map(os.environ.get, names)), certifi.where())
+    return next(filter(None, map(os.environ.get, names)), certifi.where())
+
+
+def tls_context() -> ssl.SSLContext:
+    """A context that trusts `certificates`. Raises RunError."""
+    path = certificates()
     try:
         return ssl.create_default_context(cafile=path)
     except OSError as error:
-        raise RunError(f"{path} is no file of certificates ({', '.join(names)}): {error}") from None
+        names = "REQUESTS_CA_BUNDLE, SSL_CERT_FILE"
+        raise RunError(f"{path} is no file of certificates ({names}): {error}") from None
 
 
 def tls_as_browsers() -> ssl.SSLContext:

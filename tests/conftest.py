@@ -4,6 +4,7 @@ Beside it: answers.py, what image hosts may answer; samples.py, image files made
 """
 
 import contextlib
+import fcntl
 import io
 import json
 import os
