@@ -526,6 +526,7 @@ def test_an_odd_image_costs_itself_alone(ride, good, monkeypatch, opened):
     def fetch(self, source, deadline):
         if source.where.endswith("/2"):
             opened.wait(PERSON)
+            raise EOFError("after the loop has given it up")
 
     monkeypatch.setattr(script, "ClipEncoder", NotFinite)
     monkeypatch.setattr(script.Loader, "load", load)
