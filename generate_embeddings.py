@@ -2059,7 +2059,14 @@ HEADERS = {
 }
 PORTS = {"http": 80, "https": 443}
 
-this_thread = threading.local()  # its deadline: requests hands on seconds alone
+
+class ThisThread(threading.local):
+    """The deadline of the download in a thread: requests hands on seconds alone."""
+
+    deadline: Deadline | None = None
+
+
+this_thread = ThisThread()
 
 
 class Fetcher:
@@ -2094,6 +2101,8 @@ class Fetcher:
                 if str(trouble) == NO_ANSWER and deadline.first_byte:
                     trouble = deadline.missed()
                 raise trouble from None
+            finally:
+                this_thread.deadline = None
         now = time.monotonic()
         return Download(data, now - started, now - (deadline.first_byte or now))
 
@@ -2327,7 +2336,7 @@ class Guard:
         addresses.sort(key=self._failing.__contains__)
         while True:
             address = addresses.pop(0)
-            seconds = this_thread.deadline.left()
+            seconds = float(connection.timeout or 0)  # what the deadline left
             if addresses:
                 seconds = min(DEAD_SECONDS, seconds)
             try:
@@ -2391,9 +2400,10 @@ class Timed(socket.SocketIO):
     _sock: socket.socket
 
     def readinto(self, buffer: Any) -> int | None:
-        seconds = this_thread.deadline.left()
-        if abs(seconds - (self._sock.gettimeout() or 0)) > 1:  # to set it is a system call
-            self._sock.settimeout(seconds)
+        if this_thread.deadline:  # else the download is another program's
+            seconds = this_thread.deadline.left()
+            if abs(seconds - (self._sock.gettimeout() or 0)) > 1:  # to set it is a system call
+                self._sock.settimeout(seconds)
         return super().readinto(buffer)
 
 
@@ -2428,7 +2438,7 @@ def guarded_adapter(guard: Guard, workers: int) -> requests.adapters.HTTPAdapter
             raw.__class__ = Timed
             self.fp = Bounded(raw)
 
-    # For the whole process, in which nobody else uses these.
+    # For the whole process: a proxy's connections are among those.
     http.client._MAXHEADERS = MOST_HEADERS  # type: ignore[attr-defined]
     urllib3.connection.HTTPConnection.response_class = Response
 
