@@ -91,7 +91,7 @@ def told(end):
     host did not cope. Each reason is one of the table, with what to do about it."""
     if isinstance(end, bytes):
         return end
-    assert script.advice(str(end)), f"not in the table of reasons: {end}"
+    assert script.advice_on(str(end)), f"not in the table of reasons: {end}"
     return f"strain: {end}" if isinstance(end, Strain) else str(end)
 
 

@@ -38,7 +38,7 @@ from generate_embeddings import (
     WEB_PAGE,
     Decoder,
     ImageError,
-    advice,
+    advice_on,
     decoded,
     in_srgb,
     levels_of,
@@ -75,7 +75,7 @@ def refused(data):
     """The reason for which the product refuses a file. The page has an advice for it."""
     with pytest.raises(ImageError) as refusal:
         levels_of(data)
-    assert advice(str(refusal.value))
+    assert advice_on(str(refusal.value))
     return str(refusal.value)
 
 
