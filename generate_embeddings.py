@@ -30,7 +30,7 @@
 `main` reads flags and settings. `embed_all` asks the store for its status. With --search it then
 answers questions, with --dry-run it lists assets, and that is all. Else, if anything is pending,
 the steps overlap in `Run.loop`: the first images are fetched while the model is loaded. The report
-is printed in any case, also after an error. The page (--gallery) comes last, unless the run was
+is printed in any case, also after an error. The gallery comes last, unless the run was
 stopped or could not go on.
 
 Words
@@ -67,7 +67,7 @@ Who runs where
     For moments      a timer for each file being decoded (answer_to), a thread a core while weights
                      are laid out (read_layers), on a terminal tqdm's own thread
     --gallery, --search    after the run, or without one: the main thread, with decoders of their
-                     own and, for the page, a pool that fetches
+                     own and, for the gallery, a pool that fetches
 
 Where the answers to other questions stand
     What must be called before what, and what a third store must offer: Store
@@ -463,7 +463,7 @@ class Strain(ImageError):  # noqa: N818 - a host's, and no defect
 
 
 # Reasons: each stands here once, with what its reader can do about it. A reason that is reported
-# may have a detail in parentheses behind its name. The page shows the advice to a shop's owner.
+# may have a detail in parentheses behind its name. The gallery shows the advice to a shop's owner.
 
 ADVICE: dict[str, str] = {}
 
@@ -638,7 +638,7 @@ class Status(NamedTuple):
     next_attempt: datetime | None = None  # and the first of them is at this time
 
 
-# What a store tells the page, and a question
+# What a store tells the gallery, and a question
 
 
 @dataclass(frozen=True)
@@ -690,7 +690,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Catalog:
-    """What a store tells the page."""
+    """What a store tells the gallery."""
 
     pairs: list[Pair]
     embedded: int  # pictures
@@ -739,7 +739,7 @@ class Store(Protocol):
         were taken: the other assets changed or vanished meanwhile."""
 
     def catalog(self) -> Catalog:
-        """What the page shows; raises RunError."""
+        """What the gallery shows; raises RunError."""
 
     def search(self, vector: np.ndarray, wanted: int) -> list[Match]:
         """The pictures whose vectors are nearest to one (512,), nearest first."""
@@ -1500,7 +1500,7 @@ ANSWER_SECONDS = 58.0  # of the database, for a question: Supabase's API ends it
 CONNECT_SECONDS = 10.0  # to the database
 CHECK_SECONDS = 5.0  # patience with the database before the run, when the URL may be wrong
 STOP_SECONDS = 10.0  # patience with it after Ctrl-C
-SAMPLES = 16  # products on the page, each with the nearest to it
+SAMPLES = 16  # products in the gallery, each with the nearest to it
 COMPARED_AT_ONCE = 200  # products; they have five neighbours each, and the API cuts at 1,000 rows
 FAILURES_AT_ONCE = 1000  # rows
 
@@ -4193,8 +4193,8 @@ similar-product search
 group comes first. A picture opens its original. Its name leads to the product, or else a click on
 the line below the name selects that, to be copied. {{ table() }} has all of them, with the one to
 keep of those that are the same. An empty cell there means: not known.</p>
-<p>A similarity of {{ SAME }} counts as the same. Compared is the square in a picture's middle. How
-similar other pictures are stands under the last heading.
+<p>A similarity of {{ SAME }} counts as the same. Compared is the square in a picture's middle. See
+under the last heading how similar other pictures are.
 {% if local and gallery.unknown() %}
 {{ counted(gallery.unknown(), "file") }} could not be looked at, or not in time.
 {% endif %}
@@ -4333,7 +4333,7 @@ class Gallery:
             if show:
                 look = look._replace(thumbnail=thumbnail_of(self._loader.decode(data)))
         except ImageError as error:
-            return self.looks[picture.id]._replace(trouble=str(error))
+            return self.looks.get(picture.id, Look())._replace(trouble=str(error))
         return look
 
     def _sort_groups(self) -> None:
