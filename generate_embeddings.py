@@ -30,8 +30,8 @@
 `main` reads flags and settings. `embed_all` asks the store for its status. With --search it then
 answers questions, with --dry-run it lists assets, and that is all. Else, if anything is pending,
 the steps overlap in `Run.loop`: the first images are fetched while the model is loaded. The report
-is printed in any case, also after an error. The gallery comes last, unless the run was
-stopped or could not go on.
+is printed in any case, also after an error. The gallery comes last, unless the run was stopped or
+could not go on.
 
 Words
     asset     one product image to embed: an id, and where its image is
@@ -2090,18 +2090,16 @@ class FolderStore:
         blocks.clear()  # 200 MB
         alike, compared = rows_alike(vectors)
         pairs = [Pair(pictures[one], pictures[other], cosine) for one, other, cosine in alike]
-        sought_among = len(vectors)
         copies = copies_in(pairs)
-        apart = [row for row, picture in enumerate(pictures) if picture.id not in copies]
-        pictures = [pictures[row] for row in apart]
-        vectors = vectors[apart]
-        spread = np.linspace(0, len(apart) - 1, min(SAMPLES, len(apart))).astype(int)
+        rows = [row for row, picture in enumerate(pictures) if picture.id not in copies]
+        apart = np.array(rows, int)
+        spread = apart[np.linspace(0, len(apart) - 1, min(SAMPLES, len(apart))).astype(int)]
         samples = []
         for row, cosines in zip(spread, vectors[spread] @ vectors.T, strict=True):
             cosines[row] = np.inf  # it comes first
-            nearest = np.argsort(-cosines)[: NEAREST + 1]
+            nearest = apart[np.argsort(-cosines[apart])][: NEAREST + 1]
             samples.append([Match(pictures[near], float(cosines[near])) for near in nearest])
-        return Catalog(pairs, embedded, sought_among, compared, samples, self._failures())
+        return Catalog(pairs, embedded, len(vectors), compared, samples, self._failures())
 
     def _vectors(self) -> Iterator[tuple[list[Picture], np.ndarray]]:
         """The pictures that `status` found with their vectors (n, 512), in blocks of thousands."""
@@ -4316,14 +4314,15 @@ class Gallery:
 
     def _look(self, pictures: Iterable[Picture], seconds: float, show: bool) -> None:
         """Looks at pictures for so long; at those that are to be shown more closely."""
+        deadline = time.monotonic() + seconds
         pool = ThreadPoolExecutor(self.settings.workers)
-        futures = {
-            picture.id: pool.submit(self._look_at, picture, show)
-            for picture in dict.fromkeys(pictures)
-        }
-        done, _ = wait(futures.values(), seconds)
+        left = list(dict.fromkeys(pictures))
+        while left and time.monotonic() < deadline:
+            some, left = left[:1000], left[1000:]  # a future takes memory
+            futures = {one.id: pool.submit(self._look_at, one, show) for one in some}
+            done, _ = wait(futures.values(), deadline - time.monotonic())
+            self.looks |= {id_: made.result() for id_, made in futures.items() if made in done}
         pool.shutdown(wait=False, cancel_futures=True)
-        self.looks |= {id_: future.result() for id_, future in futures.items() if future in done}
 
     def _look_at(self, picture: Picture, show: bool) -> Look:
         try:
