@@ -10,6 +10,7 @@
 #     "supabase==2.34.1",
 #     "python-dotenv==1.2.4",
 #     "tqdm==4.70.1",
+#     "jinja2==3.1.6",
 # ]
 #
 # # On Linux uv takes torch's build without CUDA, gigabytes smaller.
@@ -157,8 +158,8 @@ import traceback
 import unicodedata
 import warnings
 import zlib
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -277,7 +278,7 @@ def embed_all(settings: Settings, stop: Stop) -> int:
         log.info("stopped: run the same command again to go on")
     elif settings.gallery:
         done = status.done + report.embedded
-        write_gallery(store, settings, status._replace(done=done))
+        Gallery(store, settings, {}).write(status._replace(done=done))
     elif settings.local and report.embedded and sys.stderr.isatty():
         log.info("next: --gallery FILE.html shows what looks alike; README.md: with Supabase")
     return report.exit_code
@@ -624,7 +625,7 @@ class Status(NamedTuple):
     next_attempt: datetime | None = None  # and the first of them is at this time
 
 
-# What a store tells the page, and a question
+# What a store tells the gallery, and a question
 
 
 @dataclass(frozen=True)
@@ -657,14 +658,6 @@ class Match:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """A picture with those nearest to it."""
-
-    picture: Picture
-    nearest: list[Match]
-
-
-@dataclass(frozen=True)
 class FailedPicture:
     """A picture that could not be used, and why."""
 
@@ -679,19 +672,18 @@ class Pair:
     one: Picture
     other: Picture
     similarity: float
-    same: bool  # their vectors are equal
+    same: bool = False  # their vectors are equal; a folder compares files
 
 
 @dataclass(frozen=True)
 class Catalog:
-    """What a store tells the page."""
+    """What a store tells the gallery."""
 
     pairs: list[Pair]
     embedded: int  # pictures
     sought_among: int  # how many of these were searched for exact copies
     compared: int  # how many of these were compared with all others
-    samples: list[Sample]
-    typical: float | None  # the median cosine of the samples, which have little in common
+    samples: list[list[Match]]  # a picture, then those nearest to it
     failures: list[FailedPicture]
 
 
@@ -1404,7 +1396,7 @@ class Stop:
 ANSWER_SECONDS = 58.0  # of the database, for a question: Supabase's API ends it after 60
 CONNECT_SECONDS = 10.0  # to the database
 CHECK_SECONDS = 5.0  # patience with the database until it has answered once, and after Ctrl-C
-SAMPLES = 16  # products on the page, each with the nearest to it
+SAMPLES = 16  # products in the gallery, each with the nearest to it
 COMPARED_AT_ONCE = 200  # products; they have five neighbours each, and the API cuts at 1,000 rows
 FAILURES_AT_ONCE = 1000  # rows
 
@@ -1586,13 +1578,10 @@ class SupabaseStore:
         pairs, sought_among = self._call(
             "embedding_copies", read_copies, min_similarity=SAME, **self._scope
         )
-        copies = {(pair.one.id, pair.other.id) for pair in pairs}
         near, compared = self._near_pairs(embedded)
-        pairs += [pair for pair in near if (pair.one.id, pair.other.id) not in copies]
-        samples = self._samples()
-        typical = self._typical([sample.picture.id for sample in samples])
-        failures = list(self._failures())
-        return Catalog(pairs, embedded, sought_among, compared, samples, typical, failures)
+        pairs += near
+        samples = self._samples(copies_in(pairs))
+        return Catalog(pairs, embedded, sought_among, compared, samples, list(self._failures()))
 
     def _near_pairs(self, embedded: int) -> tuple[list[Pair], int]:
         """Pairs that look the same, of the products that LOOK_SECONDS were enough for; and how
@@ -1608,38 +1597,31 @@ class SupabaseStore:
                 return pairs, embedded * part // parts
         return pairs, embedded
 
-    def _samples(self) -> list[Sample]:
-        """Some products, of as many clients as possible, each with those nearest to it, without
-        copies of it. They are what is found by random vectors."""
+    def _samples(self, copies: set[Id]) -> list[list[Match]]:
+        """Some products, of as many clients as possible, each with those nearest to it. They are
+        what is found by random vectors, without copies."""
         random_vectors = np.random.default_rng(0).standard_normal((SAMPLES, DIMENSIONS))
         clients: Counter[str] = Counter()
-        samples: dict[Id, Sample] = {}
+        samples: dict[Id, list[Match]] = {}
         question = {"client": self._settings.client, "max_similarity": SAME}
-        question["match_count"] = 4 * NEAREST  # variants share a picture, which is shown once
+        question["match_count"] = 4 * NEAREST  # some of them are copies of each other
         for vector in random_vectors:
-            found = [match.picture for match in self.search(vector, SAMPLES)]
-            fresh = [picture for picture in found if picture.id not in samples]
+            found = self.search(vector, SAMPLES)
+            fresh = [match for match in found if match.picture.id not in samples.keys() | copies]
             if fresh:
-                one = min(fresh, key=lambda picture: clients[picture.client])
-                clients[one.client] += 1
-                near = self._call("similar_products", read_matches, asset_id=one.id, **question)
-                samples[one.id] = Sample(one, near)
+                one = min(fresh, key=lambda match: clients[match.picture.client])
+                clients[one.picture.client] += 1
+                id_ = one.picture.id
+                near = self._call("similar_products", read_matches, asset_id=id_, **question)
+                nearest = [match for match in near if match.picture.id not in copies]
+                samples[id_] = [one, *nearest[:NEAREST]]
         return list(samples.values())
-
-    def _typical(self, ids: list[Id]) -> float | None:
-        """The median cosine of some products, which have little in common."""
-        table = self._database.table("product_embeddings")
-        rows = self._ask("product_embeddings", table.select("embedding").in_("asset_id", ids), list)
-        vectors = np.array([json.loads(row["embedding"]) for row in rows])
-        if len(vectors) < 2:
-            return None
-        return float(np.median((vectors @ vectors.T)[np.triu_indices(len(vectors), 1)]))
 
     def _failures(self) -> Iterator[FailedPicture]:
         """What failed and has no vector, in the order of the ids."""
 
         def read(rows: Any) -> list[FailedPicture]:
-            return [FailedPicture(picture_in(row), str(row["reason"])) for row in rows]
+            return [FailedPicture(read_picture(row), str(row["reason"])) for row in rows]
 
         last: Id | None = None
         while True:
@@ -1709,19 +1691,15 @@ def code_and_words(response: Any) -> tuple[str, str]:
         return status, response.reason_phrase
 
 
-def picture_in(row: dict[str, Any]) -> Picture:
+def read_picture(row: dict[str, Any], id_: str = "asset_id", prefix: str = "") -> Picture:
     """The product that a row of the database is about."""
-    return Picture(row["asset_id"], *texts_in(row))
-
-
-def texts_in(row: dict[str, Any], prefix: str = "") -> list[str]:
-    """What people know a product by."""
-    return [str(row[prefix + name] or "") for name in ("image", "client", "title", "link")]
+    texts = (row[prefix + name] for name in ("image", "client", "title", "link"))
+    return Picture(row[id_], *(str(text or "") for text in texts))
 
 
 def read_matches(rows: Any) -> list[Match]:
     """What a search found, nearest first."""
-    return [Match(picture_in(row), float(row["similarity"])) for row in rows]
+    return [Match(read_picture(row), float(row["similarity"])) for row in rows]
 
 
 def read_copies(answer: Any) -> tuple[list[Pair], int]:
@@ -1731,15 +1709,11 @@ def read_copies(answer: Any) -> tuple[list[Pair], int]:
 
 def read_pairs(rows: Any) -> list[Pair]:
     """Pairs that look the same."""
-    return [
-        Pair(
-            picture_in(row),
-            Picture(row["duplicate_id"], *texts_in(row, "duplicate_")),
-            float(row["similarity"]),
-            bool(row["same"]),
-        )
-        for row in rows
-    ]
+    pairs = []
+    for row in rows:
+        other = read_picture(row, "duplicate_id", "duplicate_")
+        pairs.append(Pair(read_picture(row), other, float(row["similarity"]), bool(row["same"])))
+    return pairs
 
 
 def vector_text(vector: np.ndarray) -> str:
@@ -1940,26 +1914,17 @@ class FolderStore:
         vectors = np.concatenate(blocks)
         blocks.clear()  # 200 MB
         alike, compared = rows_alike(vectors)
-        pairs = [
-            Pair(
-                pictures[one], pictures[other], cosine, bool((vectors[one] == vectors[other]).all())
-            )
-            for one, other, cosine in alike
-        ]
-        copies = {other for _, other, _ in alike}
-        apart = np.array([row for row in range(len(pictures)) if row not in copies], int)
+        pairs = [Pair(pictures[one], pictures[other], cosine) for one, other, cosine in alike]
+        copies = copies_in(pairs)
+        rows = [row for row, picture in enumerate(pictures) if picture.id not in copies]
+        apart = np.array(rows, int)
         spread = apart[np.linspace(0, len(apart) - 1, min(SAMPLES, len(apart))).astype(int)]
         samples = []
-        for own, cosines in zip(spread, vectors[spread] @ vectors.T, strict=True):
+        for row, cosines in zip(spread, vectors[spread] @ vectors.T, strict=True):
+            cosines[row] = np.inf  # it comes first
             nearest = apart[np.argsort(-cosines[apart])][: NEAREST + 1]
-            matches = [Match(pictures[row], float(cosines[row])) for row in nearest if row != own]
-            samples.append(Sample(pictures[own], matches))
-        typical = None
-        if len(spread) > 1:
-            cosines = vectors[spread] @ vectors[spread].T
-            typical = float(np.median(cosines[np.triu_indices(len(spread), 1)]))
-        among = len(vectors)
-        return Catalog(pairs, embedded, among, compared, samples, typical, self._failures())
+            samples.append([Match(pictures[near], float(cosines[near])) for near in nearest])
+        return Catalog(pairs, embedded, len(vectors), compared, samples, self._failures())
 
     def _vectors(self) -> Iterator[tuple[list[Picture], np.ndarray]]:
         """The pictures that `status` found with their vectors (n, 512), in blocks of thousands."""
@@ -3580,16 +3545,15 @@ def hub_trouble(error: BaseException) -> str:
     return getattr(error, "strerror", None) or type(error).__name__
 
 
-# =============================================================== The page, the question
+# ============================================================ The gallery, the question
 
 # Cosine from which pictures look the same. Photo libraries draw the line there: immich's duplicate
-# detection takes a distance of 0.01. What unrelated pictures have depends on the catalog, and is
-# said on the page.
+# detection takes a distance of 0.01.
 SAME = 0.99
 LOOK_SECONDS = 4.0  # for that search, and as many for a look at a folder's files
 MATCHES = 12  # pictures for a question; --limit says another number
-# With these numbers a page has at most 3 MB, which mail programs and phones take.
-SHOWN_QUESTIONS = 4
+# With these numbers a gallery has at most 3 MB, also with four questions. Mail programs and phones
+# take that.
 SHOWN_MATCHES = 24
 SHOWN_GROUPS = 60
 SHOWN_MEMBERS = 6
@@ -3599,14 +3563,12 @@ SHOWN_NAMES = 8  # of pictures that failed for one reason
 THUMBNAIL = 160  # pixels a side
 THUMBNAIL_BYTES = 2700
 LONGEST_LINK = 800  # bytes of HTML
-LONGEST_ADDRESS = 2000  # characters of a table's cell; spreadsheets take 32,767
+LONGEST_CELL = 2000  # characters; spreadsheets take 32,767
 HEAD_BYTES = 2**20  # of a file: its width and height stand there
 # Where a cell, or what a spreadsheet that splits at semicolons takes for one, begins a formula.
 FORMULA = re.compile(r"""(?:^|[;\t\r\n])[\s"]*(?=[=+\-@\uff1d\uff0b\uff0d\uff20])""")
 
 NEAR_TO_WORDS = "0.2 to 0.35 is near; pictures are nearer to each other"
-
-Answer = tuple[str, list[Match]]  # a question, and what is nearest to it
 
 
 def answer_questions(store: Store, settings: Settings, status: Status) -> int:
@@ -3618,14 +3580,14 @@ def answer_questions(store: Store, settings: Settings, status: Status) -> int:
         )
     vectors = question_vectors(settings)
     wanted = settings.limit or MATCHES
-    answers = [(asked, store.search(vectors[asked], wanted)) for asked in settings.search]
+    answers = {question: store.search(vectors[question], wanted) for question in settings.search}
     with contextlib.suppress(OSError):  # as in: ... | head -1
-        for question, matches in answers:
+        for question, matches in answers.items():
             for match in matches:
                 print(answer_line(question, match, settings))
         sys.stdout.flush()
     if settings.gallery:
-        write_gallery(store, settings, status, answers)
+        Gallery(store, settings, answers).write(status)
     return 0
 
 
@@ -3652,9 +3614,8 @@ def question_vectors(settings: Settings) -> dict[str, np.ndarray]:
             words.append(question)
     vectors: dict[str, np.ndarray] = {}
     if pixels:
-        vectors |= zip(
-            pixels, ClipEncoder(settings).encode(np.stack([*pixels.values()])), strict=True
-        )
+        made = ClipEncoder(settings).encode(np.stack([*pixels.values()]))
+        vectors |= zip(pixels, made, strict=True)
     if words:
         log.info("for words %s", NEAR_TO_WORDS)
         vectors |= zip(words, TextEncoder(settings).encode(words), strict=True)
@@ -3677,8 +3638,7 @@ def question_pixels(question: str, source: Source, settings: Settings) -> np.nda
     """The pixels (3, 224, 224) of a question's picture; raises RunError."""
     loader = Loader(settings)
     try:
-        data = loader.fetch(source, Deadline(settings.fetch_seconds)).data
-        return normalise(loader.decode(data))
+        return loader.load(loader.fetch(source, Deadline(settings.fetch_seconds)).data)
     except ImageError as error:
         raise RunError(f"--search {shorten(question, 200)}: {error}") from None
 
@@ -3692,43 +3652,32 @@ def joined(pairs: Iterable[Pair]) -> list[list[Picture]]:
     for pair in pairs:
         ours = list_of.setdefault(pair.one.id, [pair.one])
         theirs = list_of.setdefault(pair.other.id, [pair.other])
-        if ours is theirs:
-            continue
-        if len(ours) < len(theirs):
-            ours, theirs = theirs, ours
-        ours += theirs
-        for picture in theirs:
-            list_of[picture.id] = ours
+        if ours is not theirs:
+            shorter, longer = sorted((ours, theirs), key=len)
+            longer += shorter
+            list_of |= dict.fromkeys((picture.id for picture in shorter), longer)
     return list({id(pictures): pictures for pictures in list_of.values()}.values())
 
 
-class File(NamedTuple):
+def copies_in(pairs: Iterable[Pair]) -> set[Id]:
+    """All but one picture of each group. They are no samples, and no look-alikes."""
+    return {picture.id for group in joined(pairs) for picture in group[1:]}
+
+
+class Look(NamedTuple):
     """What a look at a picture's file told."""
 
-    size: int  # bytes
-    pixels: tuple[int, ...] = ()  # width and height, where they are known
+    width: int | None = None
+    height: int | None = None
+    size: int | None = None  # bytes
     digest: bytes = b""
+    thumbnail: str = ""  # an address that holds it, or else
+    trouble: str = "not in time"
 
     @property
-    def measures(self) -> str:
-        """As in: 1500 x 1000, 240 KB."""
-        size = f"{math.ceil(self.size / 1000):,} KB"
-        return ", ".join(filter(None, [" x ".join(map(str, self.pixels)), size]))
-
-
-def files_in(folder: Path, pictures: list[Picture]) -> dict[Id, File]:
-    """What the pictures' files are like: of those that can be read, in LOOK_SECONDS."""
-    deadline = time.monotonic() + LOOK_SECONDS
-    files = {}
-    for picture in pictures:
-        path = folder / picture.image
-        if time.monotonic() < deadline and path.is_file():  # a named pipe would never end
-            with contextlib.suppress(OSError), path.open("rb") as file:
-                pixels = pixels_of(file.read(HEAD_BYTES))
-                file.seek(0)
-                digest = hashlib.file_digest(file, "sha256").digest()
-                files[picture.id] = File(file.tell(), pixels, digest)
-    return files
+    def largeness(self) -> tuple[int, int]:
+        """What the largest of some pictures has most of: pixels, then bytes."""
+        return (self.width or 0) * (self.height or 0), self.size or 0
 
 
 # Where a WebP's kinds have their width and height, which are side by side as numbers of as many
@@ -3736,9 +3685,10 @@ def files_in(folder: Path, pictures: list[Picture]) -> dict[Id, File]:
 WEBP = {b"VP8 ": (26, 16, 14, 0), b"VP8L": (21, 14, 14, 1), b"VP8X": (24, 24, 24, 1)}
 
 
-def pixels_of(head: bytes) -> tuple[int, ...]:
+def measures_of(data: bytes) -> tuple[int | None, int | None]:
     """Width and height, as far as the first bytes of a file tell. What Pillow opens with code in
     C, which may crash on a file, is read here."""
+    head = data[:HEAD_BYTES]
     if head[8:12] == b"WEBP" and head[12:16] in WEBP:
         first, apart, bits, more = WEBP[head[12:16]]
         both = int.from_bytes(head[first : first + 6], "little")
@@ -3746,38 +3696,15 @@ def pixels_of(head: bytes) -> tuple[int, ...]:
     # AVIF and HEIC have one of these for the image, and one for the tiles that it is made of.
     sizes = re.findall(rb"ispe\0{4}(.{4})(.{4})", head, re.DOTALL)
     if sizes:
-        return tuple(map(int.from_bytes, max(sizes)))
+        width, height = max(sizes)
+        return int.from_bytes(width), int.from_bytes(height)
     with contextlib.suppress(Exception):  # Pillow raises nearly every type there is
         formats = ["JPEG", "PNG", "GIF", "BMP", "TIFF"]
         return Image.open(io.BytesIO(head), formats=formats).size
-    return ()
+    return None, None
 
 
-def views_of(
-    pictures: set[Picture], store: Store, settings: Settings
-) -> dict[Id, tuple[str, File | None]]:
-    """Each picture as HTML, or why there is none; and what its file is like. All together they get
-    the time of one image: no host keeps the page waiting. Those that are late are left out."""
-    loader = Loader(settings)
-
-    def view(picture: Picture) -> tuple[str, File | None]:
-        try:
-            source = store.locate(Asset(picture.id, picture.image))
-            data = loader.fetch(source, Deadline(settings.fetch_seconds)).data
-            levels = loader.decode(data)
-        except ImageError as error:
-            return NO_PICTURE.format(escaped(str(error), 100)), None
-        file = File(len(data), pixels_of(data[:HEAD_BYTES]), hashlib.sha256(data).digest())
-        return f'<img src="{thumbnail(levels)}" alt="{escaped(picture.name, 60)}">', file
-
-    pool = ThreadPoolExecutor(settings.workers)
-    futures = {picture.id: pool.submit(view, picture) for picture in pictures}
-    done, _ = wait(futures.values(), settings.fetch_seconds + 1)
-    pool.shutdown(wait=False, cancel_futures=True)
-    return {asset: future.result() for asset, future in futures.items() if future in done}
-
-
-def thumbnail(levels: np.ndarray) -> str:
+def thumbnail_of(levels: np.ndarray) -> str:
     """A picture as an address that holds it."""
     small = Image.fromarray(levels).resize((THUMBNAIL, THUMBNAIL))
     for quality in (60, 30, 10, 1):
@@ -3790,7 +3717,80 @@ def thumbnail(levels: np.ndarray) -> str:
 
 # What --gallery writes
 
-STYLE = """
+TABLE_HEAD = "what,group,name,client,similarity,copy,keep,width,height,bytes,id,image,link"
+TABLE_HEAD += ",reason,advice\r\n"
+# A template of Jinja, which escapes whatever is filled in. It may name what stands in this file.
+GALLERY = """\
+{% set catalog = gallery.catalog %}
+{% set settings = gallery.settings %}
+{% set local = settings.local is not none %}
+{% set origin = settings.local.name if local else urlsplit(settings.url).netloc %}
+{% set now = datetime.now() %}
+{% set title = settings.client or (origin if local else "Products") %}
+
+{% macro number(count) %}{{ "{:,}".format(count) }}{% endmacro %}
+
+{% macro link(address) %}
+{% if fits(address) %}
+<a href="{{ address }}" target="_blank" rel="noreferrer">{{ caller() }}</a>
+{%- else %}{{ caller() }}{% endif %}
+{% endmacro %}
+
+{% macro table() %}
+{% call link(gallery.table.name|urlencode) %}{{ gallery.table.name }}{% endcall %}
+{% endmacro %}
+
+{% macro more(count) %}
+{% if count > 0 %}<p>And {{ number(count) }} more: see {{ table()|trim }}.</p>{% endif %}
+{% endmacro %}
+
+{% macro similarity(cosine) %}
+<small>similarity {{ "%.3f"|format([cosine, 0.999]|min) }}</small>
+{% endmacro %}
+
+{% macro name(picture) %}
+{% set product = gallery.address(picture.link) %}
+<b>{% call link(product) %}<bdi>{{ shorten(picture.name) }}</bdi>{% endcall %}</b>
+{% if not fits(product) %}
+<small><bdi class="id">{{ shorten(picture.id|string, 200) }}</bdi></small>
+{% endif %}
+{% if picture.client and not local %}
+<small><bdi>{{ shorten(picture.client) }}</bdi></small>
+{% endif %}
+{% endmacro %}
+
+{% macro figure(picture) %}
+{% set look = gallery.looks[picture.id] %}
+<figure>
+{% call link(gallery.original(picture)) %}
+{% if look.thumbnail %}<img src="{{ look.thumbnail }}" alt="{{ shorten(picture.name) }}">
+{%- else %}<span class="none">{{ shorten(look.trouble, 100) }}</span>{% endif %}
+{% endcall %}
+<figcaption>{{ name(picture) }}{{ caller() }}
+{% if look.size is not none %}
+<small>{% if look.width %}{{ look.width }} x {{ look.height }}, {% endif %}
+{{ number((look.size + 999) // 1000) }} KB</small>
+{% endif %}
+</figcaption></figure>
+{% endmacro %}
+
+{% macro nearest(title, matches, sample=false) %}
+<article style="--n:{{ matches|length }}"><h3>{{ shorten(title, 100) }}</h3><div class="grid">
+{% for match in matches %}
+{% call figure(match.picture) %}
+{% if not (sample and loop.first) %}{{ similarity(match.similarity) }}{% endif %}
+{% endcall %}
+{% endfor %}
+</div></article>
+{% endmacro %}
+<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{{ shorten(title, 200) }}</title>
+<style>
 :root { color-scheme: light dark; --page: #f6f6f4; --card: #fff; --line: #e3e3df; --dim: #66665f;
   --mark: #e4f2e7; --ink: #17311d }
 @media (prefers-color-scheme: dark) { :root { --page: #131314; --card: #1e1e20; --line: #353538;
@@ -3811,11 +3811,10 @@ nav a:hover { border-color: currentcolor }
 nav b { display: block; color: CanvasText; font-size: 1.5rem; line-height: 1.2 }
 article { flex: var(--n) 1 calc(var(--n) * 8.75rem + 1.3rem); max-width: calc(var(--n) * 13rem) }
 #failed article { flex: 1 1 20rem; max-width: 40rem }
-#failed .grid { display: block }
 article p { margin: .6rem 0 0; font-size: .85rem }
 .grid { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)) }
-#failed figure { margin-top: .6rem }
 figure { margin: 0; min-width: 0; font-size: .8rem; line-height: 1.35 }
+#failed figure { margin-top: .6rem }
 img, .none { display: block; width: 100%; aspect-ratio: 1; border-radius: .5rem;
   box-shadow: 0 0 0 1px var(--line) }
 .none { display: grid; place-content: center; padding: .5rem; color: var(--dim); text-align: center;
@@ -3827,367 +3826,288 @@ small { display: block; color: var(--dim); font-size: .75rem }
 .id { -webkit-user-select: all; user-select: all }
 mark { display: inline-block; padding: 0 .45rem; border-radius: 1rem; background: var(--mark);
   color: var(--ink); font-size: .75rem }
-"""
-PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{title}</title>
-<style>{style}</style>
-<header><h1>{title}</h1><p>{about}</p></header>
-<nav aria-label="Sections"><a href="#same">{same}</a><a href="#failed">{failed}</a>
-<a href="#alike">{alike}</a></nav>
-<main>{sections}</main>
+</style>
+<header><h1>{{ shorten(title, 200) }}</h1>
+<p>{{ number(status.done) }} of {{ number(status.assets) }} pictures can be found by
+similar-product search
+· {{ now.day }} {{ now.strftime("%B %Y, %H:%M") }}
+{{ " · " ~ shorten(origin, 200) if origin != title }}</p></header>
+<nav aria-label="Sections">
+<a href="#same"><b>{{ number(gallery.groups|length) }}</b>groups look the same; superfluous:
+{{ counted(gallery.superfluous|sum, "identical file" if local else "repeated picture") }} in
+{{ counted(gallery.superfluous|select|list|length, "group") }}</a>
+<a href="#failed"><b>{{ number(catalog.failures|length) }}</b>pictures can't be used</a>
+<a href="#alike"><b>{{ catalog.samples|length }}</b>samples of what looks alike</a>
+</nav>
+<main>
+{% if gallery.answers %}
+<section id="asked"><h2>Asked</h2>
+<p>Nearest first; the search printed them all. For words {{ NEAR_TO_WORDS }}.</p>
+<div class="cards">
+{% for question, matches in gallery.answers.items() %}
+{{ nearest(question, matches) }}
+{% endfor %}
+</div></section>
+{% endif %}
+
+<section id="same"><h2>Looks the same</h2>
+<p>Copies, resized pictures, or variants of one product: look before you delete. The largest of a
+group comes first. A picture opens its original. Its name leads to the product, or else a click on
+the line below the name selects that, to be copied. {{ table() }} has all of them, with the one to
+keep of those that are the same. An empty cell there means: not known.</p>
+<p>A similarity of {{ SAME }} counts as the same. Compared is the square in a picture's middle. See
+under the last heading how similar other pictures are.
+{% if local and gallery.unknown() %}
+{{ counted(gallery.unknown(), "file") }} could not be looked at, or not in time.
+{% endif %}
+</p>
+{% if catalog.compared < catalog.embedded %}
+<p>Time was short: of {{ number(catalog.embedded) }} pictures {{ number(catalog.compared) }} were
+compared with all others, {{ number(catalog.sought_among) }} searched for copies.</p>
+{% endif %}
+<div class="cards">
+{% for group in gallery.groups[:SHOWN_GROUPS] %}
+{% set last = gallery.looks[group[-1].id] %}
+<article style="--n:{{ group[:SHOWN_MEMBERS]|length }}"><h3>Group {{ loop.index }}:
+{{ number(group|length) }}
+{% if gallery.superfluous[loop.index0] == group|length - 1 %}times the {{ gallery.same }}
+{% else %}look the same{% endif %}</h3><div class="grid">
+{% for picture in group[:SHOWN_MEMBERS] %}
+{% call figure(picture) %}
+{% if loop.first and last.size and gallery.looks[picture.id].largeness > last.largeness %}
+<mark>largest</mark>
+{% endif %}
+{% if gallery.copies[picture.id]|length > 1 %}<mark>{{ gallery.same }}</mark>
+{% else %}{{ similarity(gallery.similarity[picture.id]) }}{% endif %}
+{% endcall %}
+{% endfor %}
+</div>{{ more(group|length - SHOWN_MEMBERS) }}</article>
+{% endfor %}
+</div>{{ more(gallery.groups|length - SHOWN_GROUPS) }}</section>
+
+{% set reasons = gallery.reasons() %}
+<section id="failed"><h2>Can't be used</h2>
+<p>Similar-product search can't find these until they are mended. Later runs try them again by
+themselves. {{ table() }} has all.</p>
+<div class="cards">
+{% for reason, pictures in reasons[:SHOWN_REASONS] %}
+<article><h3>{{ shorten(reason[:1]|upper ~ reason[1:], 200) }}
+<mark>{{ number(pictures|length) }}</mark></h3>
+<p>{{ advice_on(reason) or "Ask your developer." }}</p>
+{% for picture in pictures[:SHOWN_NAMES] %}
+<figure>{{ name(picture) }}{% call link(gallery.original(picture)) %}
+{{ "Open it" if local else shorten(picture.image, 100) }}
+{%- endcall %}</figure>
+{% endfor %}
+{{ more(pictures|length - SHOWN_NAMES) }}</article>
+{% endfor %}
+</div>{{ more(reasons|length - SHOWN_REASONS) }}</section>
+
+<section id="alike"><h2>Looks alike</h2>
+<p>Some pictures from all over, each with the nearest to it, as a shop would show them.</p>
+<div class="cards">
+{% for matches in catalog.samples %}
+{{ nearest(matches[0].picture.name, matches, true) }}
+{% endfor %}
+</div></section>
+</main>
 </html>
 """
-ABOUT_ASKED = f"Nearest first; the search printed them all. For words {NEAR_TO_WORDS}."
-ABOUT_ALIKE = "Some pictures from all over, each with the nearest to it, as a shop would show them."
-NO_PICTURE = '<span class="none">{}</span>'
-TABLE_COLUMNS = ["what", "group", "name", "client", "similarity", "copy", "keep"]
-TABLE_COLUMNS += ["width", "height", "bytes", "id", "image", "link", "reason", "advice"]
 
 
-def write_gallery(
-    store: Store, settings: Settings, status: Status, answers: Sequence[Answer] = ()
-) -> None:
-    """Writes the page, and the table beside it. Raises RunError where that can't be done."""
-    log.info("making the page")
-    warnings.simplefilter("ignore")  # Pillow's, of what a file claims
-    page = Page(store, settings, answers)
-    written = settings.gallery or Path()
-    table = table_beside(written)
-    try:
-        written.write_text(page.html(status), "utf-8", "replace")
-        # Excel takes a file without this encoding's first bytes for another one.
-        with table.open("w", encoding="utf-8-sig", errors="replace", newline="") as file:
-            writer = csv.DictWriter(file, TABLE_COLUMNS)
-            writer.writeheader()
-            writer.writerows(page.rows())
-    except OSError as error:
-        raise RunError(f"{error.filename} can't be written: {error.strerror}") from None
-    log.info("for a spreadsheet: %s", table)
-    log.info("look at %s", written.as_uri())
+class Gallery:
+    """What --gallery shows. The page loads nothing and runs nothing, so it can be sent around. Its
+    template reads what has no underscore here."""
 
-
-class Page:
-    """What --gallery writes. The page loads nothing and runs nothing, so it can be sent around.
-    Text from outside goes through `escaped`, an address through `link`."""
-
-    def __init__(self, store: Store, settings: Settings, answers: Sequence[Answer]) -> None:
-        self._settings = settings
-        self._catalog = store.catalog()
-        self._find_groups()
-        self._answers = [(asked, found[:SHOWN_MATCHES]) for asked, found in answers]
-        del self._answers[SHOWN_QUESTIONS:]
-        self._samples = [self._without_copies(sample) for sample in self._catalog.samples]
-        self._files: dict[Id, File] = {}
+    def __init__(
+        self, store: Store, settings: Settings, answers: Mapping[str, list[Match]]
+    ) -> None:
+        log.info("making the page")
+        warnings.simplefilter("ignore")  # Pillow's, of what a file claims
+        self._store = store
+        self._loader = Loader(settings)
+        self._path = settings.gallery or Path()
+        self.settings = settings
+        self.table = self._path.with_suffix(".csv")
+        self.same = "same file" if settings.local else "same picture"
+        self.catalog = store.catalog()
+        self.answers = {asked: matches[:SHOWN_MATCHES] for asked, matches in answers.items()}
+        self.similarity: dict[Id, float] = defaultdict(float)  # to the nearest of the same group
+        for pair in self.catalog.pairs:
+            for id_ in (pair.one.id, pair.other.id):
+                self.similarity[id_] = max(self.similarity[id_], round(pair.similarity, 6))
+        # Those that are more alike come first.
+        self.groups = joined(self.catalog.pairs)
+        self.groups.sort(key=lambda group: -min(self.similarity[one.id] for one in group))
+        self.looks: dict[Id, Look] = defaultdict(Look)
         if settings.local:
-            self._files = files_in(settings.local, self._listed())
-        self._compare()
-        self._views = views_of(self._shown(), store, settings)
-        self._files |= {asset: file for asset, (_, file) in self._views.items() if file}
-        self._compare()
-        page = settings.gallery or Path()
-        self._folder = page.parent
-        table = table_beside(page).name
-        self._table = link(quote(table), html.escape(table))
+            self._look(self._listed(), LOOK_SECONDS, show=False)
+        self._sort_groups()  # which says what is shown
+        # No host keeps the gallery waiting: all pictures together get the time of one.
+        self._look(self._shown(), settings.fetch_seconds + 1, show=True)
+        self._sort_groups()
+        self.copies = self._find_copies()
+        # One of each kind is not superfluous.
+        self.superfluous = [
+            len(group) - len({self.copies[one.id][0] for one in group}) for group in self.groups
+        ]
 
-    def _find_groups(self) -> None:
-        """Those that are more alike come first."""
-        self._similarity: dict[Id, float] = {}  # of a picture to the nearest of its group
-        for pair in self._catalog.pairs:
-            for asset in (pair.one.id, pair.other.id):
-                known = self._similarity.get(asset, 0.0)
-                self._similarity[asset] = max(known, pair.similarity)
-        self._groups = joined(self._catalog.pairs)
-        self._groups.sort(key=lambda group: -min(self._similarity[one.id] for one in group))
-
-    def _without_copies(self, sample: Sample) -> Answer:
-        """A sample's name, and its nearest behind it, one of each group: a copy is no
-        look-alike."""
-        group_of = {one.id: group[0].id for group in self._groups for one in group}
-        found: dict[Id, Match] = {}
-        for match in [Match(sample.picture, math.inf), *sample.nearest]:
-            found.setdefault(group_of.get(match.picture.id, match.picture.id), match)
-        return sample.picture.name, [*found.values()][: NEAREST + 1]
+    def write(self, status: Status) -> None:
+        """Writes the page, and the table beside it. Raises RunError where that can't be done."""
+        try:
+            self._path.write_text(self._html(status), "utf-8", "replace")
+            # Excel takes a file without this encoding's first bytes for another one.
+            with self.table.open("w", encoding="utf-8-sig", errors="replace", newline="") as file:
+                file.write(TABLE_HEAD)
+                csv.writer(file).writerows(self._rows())
+        except OSError as error:
+            raise RunError(f"{error.filename} can't be written: {error.strerror}") from None
+        log.info("for a spreadsheet: %s", self.table)
+        log.info("look at %s", self._path.as_uri())
 
     def _listed(self) -> list[Picture]:
         """The pictures of the table, in its order."""
-        failed = [failure.picture for failure in self._catalog.failures]
-        return [*itertools.chain(*self._groups), *failed]
+        failed = [failure.picture for failure in self.catalog.failures]
+        return [*itertools.chain(*self.groups), *failed]
 
-    def _shown(self) -> set[Picture]:
-        """The pictures of the page."""
-        groups = [group[:SHOWN_MEMBERS] for group in self._groups[:SHOWN_GROUPS]]
-        found = itertools.chain(*(found for _, found in self._answers + self._samples))
-        return {match.picture for match in found}.union(*groups)
+    def _shown(self) -> list[Picture]:
+        """The pictures of the page, some of them more than once."""
+        groups = [group[:SHOWN_MEMBERS] for group in self.groups[:SHOWN_GROUPS]]
+        found = itertools.chain(*self.catalog.samples, *self.answers.values())
+        return [*itertools.chain(*groups), *(match.picture for match in found)]
 
-    def _compare(self) -> None:
-        """Sorts each group, as far as files are known: the largest first, and of equal ones the
-        shortest name, which is rarely a copy's. Finds what is the same: in a folder by its file,
-        else by its vector."""
-        for group in self._groups:
-            group.sort(key=lambda one: (*self._smallness(one), len(one.name), str(one.id)))
-        self._same = "same picture"
-        equal = enumerate(joined(pair for pair in self._catalog.pairs if pair.same))
-        kinds: dict[Id, Any] = {one.id: kind for kind, found in equal for one in found}
-        if self._settings.local:
-            self._same = "same file"
-            kinds = {asset: file.digest for asset, file in self._files.items()}
-        ids_of: dict[Any, list[Id]] = {}
-        for picture in self._listed():
-            if picture.id in kinds:
-                ids_of.setdefault(kinds[picture.id], []).append(picture.id)
-        self._kept: dict[Id, Id] = {}  # by ids of what is the same, the one that can stay
-        for ids in ids_of.values():
-            if len(ids) > 1:
-                self._kept |= dict.fromkeys(ids, ids[0])
+    def _look(self, pictures: Iterable[Picture], seconds: float, show: bool) -> None:
+        """Looks at pictures for so long; at those that are to be shown more closely."""
+        deadline = time.monotonic() + seconds
+        pool = ThreadPoolExecutor(self.settings.workers)
+        left = list(dict.fromkeys(pictures))
+        while left and time.monotonic() < deadline:
+            some, left = left[:1000], left[1000:]  # a future takes memory
+            futures = {one.id: pool.submit(self._look_at, one, show) for one in some}
+            done, _ = wait(futures.values(), deadline - time.monotonic())
+            self.looks |= {id_: made.result() for id_, made in futures.items() if made in done}
+        pool.shutdown(wait=False, cancel_futures=True)
 
-    def _smallness(self, picture: Picture) -> tuple[int, int]:
-        """What sorts the largest first, and last what is not known."""
-        file = self._files.get(picture.id, File(0, (0, 0)))
-        return -math.prod(file.pixels), -file.size
-
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """The table."""
-        for number, group in enumerate(self._groups, 1):
-            for one in group:
-                cosine = f"{self._similarity[one.id]:.6f}"
-                yield self._row(one, what="looks the same", group=number, similarity=cosine)
-        for failure in self._catalog.failures:
-            words = {"reason": cell(failure.reason), "advice": advice_on(failure.reason)}
-            yield self._row(failure.picture, what="can't be used", **words)
-
-    def _row(self, picture: Picture, **row: Any) -> dict[str, Any]:
-        for name in ("name", "client", "id", "image", "link"):
-            row[name] = cell(str(getattr(picture, name)))
-        file = self._files.get(picture.id)
-        if file:
-            row |= zip(("bytes", "width", "height"), (file.size, *file.pixels), strict=False)
-            row["copy"] = "no" if self._settings.local else ""
-        if picture.id in self._kept:
-            row |= {"copy": self._same, "keep": cell(str(self._kept[picture.id]))}
-        return row
-
-    def html(self, status: Status) -> str:
-        """The page."""
-        settings = self._settings
-        place = settings.local.name if settings.local else urlsplit(settings.url).netloc
-        title = settings.client or (place if settings.local else "Products")
-        now = datetime.now()
-        about = (
-            f"{status.done:,} of {status.assets:,} pictures can be found by similar-product search"
-            f" · {now.day} {now:%B %Y, %H:%M}"
-        )
-        if place != title:
-            about += f" · {place}"
-        sections = [self._looks_same(), self._failed()]
-        sections.append(self._nearest("alike", "Looks alike", ABOUT_ALIKE, self._samples))
-        if self._answers:
-            sections.insert(0, self._nearest("asked", "Asked", ABOUT_ASKED, self._answers))
-        return PAGE.format(
-            title=escaped(title, 200),
-            style=STYLE,
-            about=escaped(about, 400),
-            same=f"<b>{len(self._groups):,}</b>groups look the same{self._superfluous()}",
-            failed=f"<b>{len(self._catalog.failures):,}</b>pictures can't be used",
-            alike=f"<b>{len(self._samples)}</b>samples of what looks alike",
-            sections="".join(sections),
-        )
-
-    def _superfluous(self) -> str:
-        """As in: 21 identical files in 9 groups. One of each kind is not superfluous."""
-        counts = [
-            sum(self._kept.get(one.id, one.id) != one.id for one in group) for group in self._groups
-        ]
-        noun = "identical file" if self._settings.local else "repeated picture"
-        groups = counted(sum(map(bool, counts)), "group")
-        return f"; superfluous: {counted(sum(counts), noun)} in {groups}"
-
-    def _nearest(self, name: str, title: str, text: str, answers: list[Answer]) -> str:
-        """A section of answers, or of samples."""
-        cards = []
-        for asked, found in answers:
-            figures = [self._figure(one.picture, similarity(one.similarity)) for one in found]
-            cards.append(card(escaped(asked, 100), figures))
-        return section(name, title, text, cards)
-
-    def _looks_same(self) -> str:
-        catalog = self._catalog
-        text = (
-            "Copies, resized pictures, or variants of one product: look before you delete. The "
-            "largest of a group comes first. A picture opens its original. Its name leads to the "
-            "product, or else a click on the line below the name selects that, to be copied. "
-            f"{self._table} has all of them, with the one to keep of those that are the same. An "
-            f"empty cell there means: not known.</p><p>A similarity of {SAME} counts as the same. "
-            "Compared is the square in a picture's middle."
-        )
-        if catalog.typical is not None:
-            text += f" Pictures that have little in common have {catalog.typical:.2f} here."
-        if catalog.compared < catalog.embedded:
-            text += (
-                f"</p><p>Time was short: of {catalog.embedded:,} pictures {catalog.compared:,} "
-                f"were compared with all others, {catalog.sought_among:,} searched for copies."
-            )
-        not_seen = sum(one.id not in self._files for one in self._listed())
-        if self._settings.local and not_seen:
-            text += f" {counted(not_seen, 'file')} could not be looked at, or not in time."
-        cards = [self._group(*both) for both in enumerate(self._groups[:SHOWN_GROUPS], 1)]
-        cut = self._cut(len(self._groups) - SHOWN_GROUPS)
-        return section("same", "Looks the same", text, cards, cut)
-
-    def _group(self, number: int, group: list[Picture]) -> str:
-        kept = {self._kept.get(picture.id) for picture in group}
-        what = "look the same"
-        if len(kept) == 1 and None not in kept:
-            what = f"times the {self._same}"
-        figures = []
-        for one in group[:SHOWN_MEMBERS]:
-            note = similarity(self._similarity[one.id])
-            if one.id in self._kept:
-                note = f"<mark>{self._same}</mark>"
-            if one is group[0] and self._smallness(one) < self._smallness(group[-1]) < (0, 0):
-                note = f"<mark>largest</mark> {note}"
-            figures.append(self._figure(one, note))
-        cut = self._cut(len(group) - SHOWN_MEMBERS)
-        return card(f"Group {number:,}: {len(group):,} {what}", figures, cut=cut)
-
-    def _cut(self, count: int) -> str:
-        """What is said of so many that have no room."""
-        return f"<p>And {count:,} more: see {self._table}.</p>" if count > 0 else ""
-
-    def _failed(self) -> str:
-        by_reason: dict[str, list[Picture]] = {}
-        for failure in self._catalog.failures:
-            reason = failure.reason.partition(" (")[0]
-            by_reason.setdefault(reason, []).append(failure.picture)
-        cards = []
-        for reason in sorted(by_reason, key=lambda reason: -len(by_reason[reason])):
-            failed = by_reason[reason]
-            lines = [self._line(one) for one in failed[:SHOWN_NAMES]]
-            title = f"{escaped(reason[:1].upper() + reason[1:], 200)} <mark>{len(failed):,}</mark>"
-            text = f"<p>{advice_on(reason) or 'Ask your developer.'}</p>"
-            cards.append(card(title, lines, text, self._cut(len(failed) - SHOWN_NAMES)))
-        text = (
-            "Similar-product search can't find these until they are mended. Later runs try them "
-            f"again by themselves. {self._table} has all."
-        )
-        cut = self._cut(len(cards) - SHOWN_REASONS)
-        return section("failed", "Can't be used", text, cards[:SHOWN_REASONS], cut)
-
-    def _line(self, picture: Picture) -> str:
-        """A picture that can't be shown."""
-        where = "Open it" if self._settings.local else escaped(picture.image, 100)
-        return f"<figure>{self._name(picture)}{link(self._original(picture), where)}</figure>"
-
-    def _figure(self, picture: Picture, note: str = "") -> str:
-        """A picture, or why there is none, and what is said of it."""
-        shown, file = self._views.get(picture.id, (NO_PICTURE.format("not in time"), None))
-        if file:
-            note += f"<small>{file.measures}</small>"
-        return (
-            f"<figure>{link(self._original(picture), shown)}"
-            f"<figcaption>{self._name(picture)}{note}</figcaption></figure>"
-        )
-
-    def _name(self, picture: Picture) -> str:
-        """What leads to the product: its name, or else its id, to be copied."""
-        name = f"<bdi>{escaped(picture.name, 60)}</bdi>"
-        page = self._web(picture.link)
-        lines = [f"<b>{link(page, name)}</b>"]
-        if not page:
-            lines.append(f'<small><bdi class="id">{escaped(str(picture.id), 200)}</bdi></small>')
-        if picture.client and not self._settings.local:
-            lines.append(f"<small><bdi>{escaped(picture.client, 60)}</bdi></small>")
-        return "".join(lines)
-
-    def _original(self, picture: Picture) -> str:
-        """The address of a picture's file; empty where there is none."""
-        if not self._settings.local:
-            return self._web(picture.image)
-        path = self._settings.local / picture.image
+    def _look_at(self, picture: Picture, show: bool) -> Look:
         try:
-            return quote(Path(os.path.relpath(path, self._folder)).as_posix())
+            source = self._store.locate(Asset(picture.id, picture.image))
+            data = self._loader.fetch(source, Deadline(self.settings.fetch_seconds)).data
+            look = Look(*measures_of(data), len(data), hashlib.sha256(data).digest())
+            if show:
+                look = look._replace(thumbnail=thumbnail_of(self._loader.decode(data)))
+        except ImageError as error:
+            return self.looks.get(picture.id, Look())._replace(trouble=str(error))
+        return look
+
+    def _sort_groups(self) -> None:
+        """The largest comes first, as far as files are known, and of equal ones the shortest name,
+        which is rarely a copy's."""
+        for group in self.groups:
+            group.sort(key=lambda one: (len(one.name), str(one.id)))
+            group.sort(key=lambda one: self.looks[one.id].largeness, reverse=True)
+
+    def _find_copies(self) -> dict[Id, list[Id]]:
+        """By each id of the table the ids of what is the same, itself included, in a folder by its
+        file, else by its vector. The first can stay."""
+        same = joined(pair for pair in self.catalog.pairs if pair.same)
+        kinds: dict[Id, Any] = {picture.id: group[0].id for group in same for picture in group}
+        if self.settings.local:
+            kinds = {id_: look.digest for id_, look in self.looks.items() if look.digest}
+        ids_of: dict[Any, list[Id]] = defaultdict(list)
+        for picture in self._listed():
+            ids_of[kinds.get(picture.id, picture.id)].append(picture.id)
+        return {id_: ids for ids in ids_of.values() for id_ in ids}
+
+    def _html(self, status: Status) -> str:
+        import jinja2
+
+        template = jinja2.Template(
+            GALLERY, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
+        )
+        page: str = template.render(globals(), gallery=self, status=status)
+        return page
+
+    def unknown(self) -> int:
+        """How many files could not be looked at."""
+        return sum(self.looks[picture.id].size is None for picture in self._listed())
+
+    def reasons(self) -> list[tuple[str, list[Picture]]]:
+        """Why pictures can't be used, and which; the most frequent reason first."""
+        pictures: dict[str, list[Picture]] = defaultdict(list)
+        for failure in self.catalog.failures:
+            pictures[failure.reason.partition(" (")[0]].append(failure.picture)
+        return sorted(pictures.items(), key=lambda item: -len(item[1]))
+
+    def original(self, picture: Picture) -> str:
+        """The address of a picture's file; empty where there is none."""
+        if not self.settings.local:
+            return self.address(picture.image)
+        path = self.settings.local / picture.image
+        try:
+            return quote(Path(os.path.relpath(path, self._path.parent)).as_posix())
         except ValueError:  # on another drive
             return path.as_uri()
 
-    def _web(self, text: str) -> str:
-        """A URL that a browser may follow; empty where it is none."""
+    def address(self, text: str) -> str:
+        """A URL that a browser may follow; empty where the text is none."""
         if text.startswith("//"):
-            return f"https:{text}"
+            text = f"https:{text}"
         if text.startswith(STORAGE):
-            return f"{self._settings.url}{text}"
+            text = self.settings.url + text
         return text if re.match("(?i)https?://", text) else ""
 
+    def _rows(self) -> Iterator[list[Any]]:
+        for number, group in enumerate(self.groups, 1):
+            for picture in group:
+                yield self._row("looks the same", picture, number, "")
+        for failure in self.catalog.failures:
+            yield self._row("can't be used", failure.picture, "", failure.reason)
 
-def section(name: str, title: str, text: str, cards: list[str], cut: str = "") -> str:
-    """A part of the page."""
-    return (
-        f'<section id="{name}"><h2>{title}</h2><p>{text}</p>'
-        f'<div class="cards">{"".join(cards)}</div>{cut}</section>'
-    )
-
-
-def card(title: str, figures: list[str], text: str = "", cut: str = "") -> str:
-    """A part of a section."""
-    return (
-        f'<article style="--n:{len(figures)}"><h3>{title}</h3>{text}'
-        f'<div class="grid">{"".join(figures)}</div>{cut}</article>'
-    )
-
-
-def link(address: str, shown: str) -> str:
-    """HTML that leads to an address, where there is one, and no longer than a link may be."""
-    address = html.escape(address)
-    if not address or len(address.encode("utf-8", "replace")) > LONGEST_LINK:
-        return shown
-    return f'<a href="{address}" target="_blank" rel="noreferrer">{shown}</a>'
+    def _row(self, what: str, one: Picture, number: int | str, reason: str) -> list[Any]:
+        look = self.looks[one.id]
+        copies = self.copies[one.id]
+        copy = "no" if self.settings.local and look.digest else ""
+        keep: Id = ""
+        if len(copies) > 1:
+            copy = self.same
+            keep = copies[0]
+        row = [what, number, one.name, one.client, self.similarity.get(one.id), copy, keep]
+        row += [look.width, look.height, look.size, one.id, one.image, one.link]
+        return [cell(value) for value in [*row, reason, advice_on(reason)]]
 
 
-def escaped(text: str, width: int) -> str:
-    """Text from outside as HTML, with its middle left out where it is too long."""
-    return html.escape(shorten(text, width))
+def fits(address: str) -> bool:
+    """Whether there is an address, no longer than a link may be."""
+    return 0 < len(html.escape(address).encode("utf-8", "replace")) <= LONGEST_LINK
 
 
-def similarity(cosine: float) -> str:
-    """To another picture, never 1.000: to be the same takes more. Empty of a picture to itself."""
-    return f"<small>similarity {min(cosine, 0.999):.3f}</small>" if cosine < math.inf else ""
+def cell(value: Any) -> Any:
+    """A value that no spreadsheet takes for a formula, nor for too long a text. Some split a line
+    at semicolons, some at tabs."""
+    if not isinstance(value, str):
+        return value
+    return FORMULA.sub(r"\g<0>'", shorten(value, LONGEST_CELL))
 
 
-def cell(text: str) -> str:
-    """Text that no spreadsheet takes for a formula, nor for too long. Some split a line at
-    semicolons, some at tabs."""
-    return FORMULA.sub(r"\g<0>'", shorten(text, LONGEST_ADDRESS))
-
-
-def table_beside(page: Path) -> Path:
-    """Where the table of a page is."""
-    return page.with_suffix(".csv")
-
-
-def page_file(text: str) -> Path:
-    """A flag's path of a page; raises ArgumentTypeError where that, or the table beside it, can't
-    be written, or where the table would take the place of somebody's own."""
-    page = full_path(str(Path(text).parent)) / Path(text).name
-    if page.suffix != ".html":
+def to_gallery(text: str) -> Path:
+    """A flag's path of a gallery; raises ArgumentTypeError where that, or the table beside it,
+    can't be written, or where the table would take the place of somebody's own."""
+    gallery = full_path(str(Path(text).parent)) / Path(text).name
+    if gallery.suffix != ".html":
         raise argparse.ArgumentTypeError(f"{text!r} does not end in .html")
-    table = table_beside(page)
-    for path in (page, table):
-        if is_link(path):  # somebody else may have made it, and it may lead anywhere
-            raise argparse.ArgumentTypeError(f"'{path}' is a link")
-        if path.exists() and not path.is_file():  # a pipe would wait for somebody who reads it
-            raise argparse.ArgumentTypeError(f"'{path}' is no file")
-        if not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise argparse.ArgumentTypeError(f"'{path}' can't be written")
+    table = gallery.with_suffix(".csv")
+    for path in (gallery, table):
+        # Somebody else may have made a link, which may lead anywhere. A pipe waits for a reader.
+        strange = is_link(path) or (path.exists() and not path.is_file())
+        if strange or not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise argparse.ArgumentTypeError(f"'{path}' can't be written, or is a link")
     if table.exists():
         with table.open(encoding="utf-8-sig", errors="replace") as lines:
             if not lines.readline(500).startswith("what,group,name,"):
                 raise argparse.ArgumentTypeError(
                     f"'{table}' was not made by this script: take another name"
                 )
-    return page
+    return gallery
 
 
 def to_question(text: str) -> str:
@@ -4247,7 +4167,7 @@ def parser() -> argparse.ArgumentParser:
 
     show = usage.add_argument_group("what to show").add_argument
     show("--search", action="append", type=to_question, metavar="TEXT|FILE|URL", help=search)
-    show("--gallery", type=page_file, metavar="FILE", help=gallery)
+    show("--gallery", type=to_gallery, metavar="FILE", help=gallery)
     show("--dry-run", action="store_true", help="say what would be done; load and write nothing")
     show("-v", "--verbose", action="store_true", help="say each failure as it happens, and more")
     show("--version", action="store_true", help="say what a bug report needs, and exit")

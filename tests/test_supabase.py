@@ -448,21 +448,18 @@ def test_the_catalog_has_what_the_page_shows(stack, monkeypatch):
     assert set().union(*known) == copies | near
     assert not known.pop(near).same
     assert all(pair.same for pair in known.values())
-    assert len(known) == len(catalog.pairs) - 1
     assert len(catalog.samples) == script.SAMPLES
-    assert "small" in {sample.picture.client for sample in catalog.samples}
-    for sample in catalog.samples:
-        assert sample.picture.id not in {match.picture.id for match in sample.nearest}
-        assert all(match.similarity < script.SAME for match in sample.nearest)
-    assert abs(catalog.typical) < 0.05
+    assert "small" in {one.picture.client for one, *_ in catalog.samples}
+    for one, *nearest in catalog.samples:
+        assert one.picture.id not in {match.picture.id for match in nearest}
+        assert all(match.similarity < script.SAME for match in nearest)
     failed = [(failure.picture.id, failure.reason) for failure in catalog.failures]
     assert failed == [(a.id, "HTTP 404") for a in assets[40:]]
     assert store.search(vectors[7], 1)[0].picture.id == assets[7].id
     client = open_store(stack, client="small").catalog()
-    assert (client.embedded, len(client.samples), client.typical) == (1, 1, None)
+    assert (client.embedded, len(client.samples)) == (1, 1)
 
 
 def test_an_empty_catalog_has_a_page_too(stack):
     catalog = open_store(stack).catalog()
     assert (catalog.pairs, catalog.samples, catalog.failures) == ([], [], [])
-    assert catalog.typical is None
