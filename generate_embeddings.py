@@ -817,7 +817,8 @@ SLOW_SECONDS = 8.0  # one that comes later narrows it
 TRIES = 4  # at one image, in a run
 PATIENT_ROUNDS = 3  # of strain in a row, before a host is given up
 PATIENT_SECONDS = 60.0  # without an image, before that
-LONGEST_REST = 900.0  # seconds that a host may ask for
+ASKING_ROUNDS = 6  # in a row, in which a host may ask for rests; then they count as its silence
+LONGEST_REST = 900.0  # seconds of rest that a host may ask for, since its last image
 SILENT_SECONDS = 2.0  # a download that has brought nothing for so long does not use the line
 
 PAGE_ROWS = 250  # assets to a page
@@ -870,7 +871,8 @@ class Pace:
     window below three, leave one download at a time, with rests of 1, 2, 4, 8 and 16 s, longer with
     each round. A host that asks for a rest (Retry-After) gets that instead. A host is given up
     after PATIENT_ROUNDS of strain and PATIENT_SECONDS without an image, or when it asks for more
-    than LONGEST_REST. tests/test_pace.py tries all this on habits of hosts.
+    than LONGEST_REST. Rests that it asked for don't count as seconds without an image, unless it
+    asks again and again. tests/test_pace.py tries all this on habits of hosts.
 
     Times are those of time.monotonic(). What a 503 with Retry-After: 5 does: the window is halved,
     no download of the host starts for 5 s, and Run puts the image at the end of its queue.
@@ -886,12 +888,14 @@ class Pace:
         self._fastest = math.inf  # seconds of an image
         self._strains = 0  # since the last image,
         self._rounds = 0  # in so many rounds,
-        self._row_began = 0.0  # the first of them then
+        self._row_began = 0.0  # the first of them then,
+        self._asked_for = 0.0  # with so many seconds of rest that the host asked for
 
     def arrived(self, now: float, seconds: float) -> None:
         """An image came, after so many seconds."""
         self._strains = 0
         self._rounds = 0
+        self._asked_for = 0.0
         self._fastest = min(self._fastest, seconds)
         if seconds < max(QUICK_SECONDS, 1.5 * self._fastest):
             step = 1.0 if self.window < self.threshold else 1 / self.window
@@ -907,13 +911,18 @@ class Pace:
         narrow = self.window < 3
         if self.slow_down(now, since):
             self._rounds += 1
-        if not rest and (narrow or self._strains >= 3):
+        if rest:
+            self._asked_for += max(0.0, now + rest - max(self.rest_until, now))
+        elif narrow or self._strains >= 3:
             self.window = 1.0
             rest = min(16, 2 ** (self._rounds - 1))
         if rest:
             self.rest_until = max(self.rest_until, now + rest)
-        tired = self._rounds >= PATIENT_ROUNDS and now - self._row_began > PATIENT_SECONDS
-        if tired or rest > LONGEST_REST:
+        patience = PATIENT_SECONDS
+        if self._rounds < ASKING_ROUNDS:
+            patience += self._asked_for
+        tired = self._rounds >= PATIENT_ROUNDS and now - self._row_began > patience
+        if tired or self._asked_for > LONGEST_REST:
             self.given_up = True
 
     def slow_down(self, now: float, since: float) -> bool:

@@ -223,7 +223,8 @@ GIVEN_UP = {
     "silence, four downloads at a time": ([30, 30, 30, 30, 61, 92], 0, 92),
     "refusals": ([0, 1, 3, 7, 15, 31, 47, 63], 0, 63),
     "a rest, again and again": (range(0, 999, 5), 5, 65),
-    "long rests": (range(0, 999, 70), 70, 140),
+    "long rests, six times": (range(0, 999, 70), 70, 350),
+    "rests that it asked for, five times": (range(0, 350, 70), 70, None),
     "a crowd is told to rest, then one more": ([*[0] * 16, 70], 70, None),
     "two strains, far apart": ([0, 500], 0, None),
 }
