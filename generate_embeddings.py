@@ -3593,8 +3593,7 @@ def answer_questions(store: Store, settings: Settings, status: Status) -> int:
     with contextlib.suppress(OSError):  # as in: ... | head -1
         for question, matches in answers.items():
             for match in matches:
-                print(answer_line(question, match, settings))
-        sys.stdout.flush()
+                print(answer_line(question, match, settings), flush=True)
     if settings.gallery:
         Gallery(store, settings, answers).write(status)
     return 0
