@@ -3841,11 +3841,14 @@ similar-product search
 · {{ now.day }} {{ now.strftime("%B %Y, %H:%M") }}
 {{ " · " ~ shorten(origin, 200) if origin != title }}</p></header>
 <nav aria-label="Sections">
-<a href="#same"><b>{{ number(gallery.groups|length) }}</b>groups look the same; superfluous:
+<a href="#same"><b>{{ number(gallery.groups|length) }}</b>
+{{ plural(gallery.groups|length, "group") }} of pictures that look the same; superfluous:
 {{ counted(gallery.superfluous|sum, "identical file" if local else "repeated picture") }} in
 {{ counted(gallery.superfluous|select|list|length, "group") }}</a>
-<a href="#failed"><b>{{ number(catalog.failures|length) }}</b>pictures can't be used</a>
-<a href="#alike"><b>{{ catalog.samples|length }}</b>samples of what looks alike</a>
+<a href="#failed"><b>{{ number(catalog.failures|length) }}</b>
+{{ plural(catalog.failures|length, "picture") }} can't be used</a>
+<a href="#alike"><b>{{ catalog.samples|length }}</b>
+{{ plural(catalog.samples|length, "sample") }} of what looks alike</a>
 </nav>
 <main>
 {% if gallery.answers %}
