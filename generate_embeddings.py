@@ -87,9 +87,10 @@ What an upgrade of a package may break, as no documentation promises it
                 (Model); brings filelock, which is used here
     torch       torch.ops.mkldnn._linear_pointwise, _reorder_linear_weight (Linear), names in
                 torch.cpu.get_capabilities (has_bfloat16)
-    transformers    brings tokenizers and safetensors, which are used here (Model)
+    transformers    brings numpy, tokenizers and safetensors, which are used here
     supabase    brings httpx and postgrest, whose errors are known here (SupabaseStore)
-    pillow      TiffImagePlugin.READ_LIBTIFF, a GIF's dispose_extent (Pictures)
+    pillow      TiffImagePlugin.READ_LIBTIFF, PngImagePlugin.MAX_TEXT_CHUNK, a GIF's dispose_extent
+                (Pictures), Image.preinit, AvifImagePlugin.DEFAULT_MAX_THREADS (Decoders)
     PostgreSQL, PostgREST    codes of errors (SupabaseStore)
 
 Exit codes: 0 all done, 1 some images failed or their host did not cope, 2 the run could not start
@@ -580,6 +581,8 @@ class Source(NamedTuple):
         """The image host; empty for files, data: URLs and what is no URL."""
         if isinstance(self.where, Path) or not re.match("(?i)https?://", self.where):
             return ""
+        if len(self.where) > LONGEST_URL:  # to read it takes seconds, in the loop
+            return ""
         # As requests reads it: else http://one\@other/ would strain another host than it asks.
         with contextlib.suppress(ValueError):
             return urllib3.util.parse_url(self.where).netloc or ""
@@ -778,8 +781,9 @@ class Shard(NamedTuple):
 
 
 def printable(text: str) -> str:
-    """Text from outside on its way to the screen: one line, no escape codes."""
-    return "".join(c if c.isprintable() else "?" for c in text)
+    """Text from outside on its way to the screen: one line, no escape codes. Any space is printed:
+    macOS has rare ones in the names of screenshots."""
+    return "".join(c if c.isprintable() or unicodedata.category(c) == "Zs" else "?" for c in text)
 
 
 def shorten(text: str, width: int = 60) -> str:
@@ -857,7 +861,8 @@ class Job:
     source: Source
     assets: list[Asset]
     since: float = 0.0  # when the last try began
-    strains: list[Strain] = field(default_factory=list)  # without a Retry-After; one ends a try
+    strains: list[Strain] = field(default_factory=list)  # those that count as a try
+    told_at: float = math.inf  # how many images its host had sent when it told this one to wait
     pixels: np.ndarray | None = None  # while they wait for the model
     result: Result | None = None  # of the first asset, as soon as there is one
 
@@ -959,8 +964,9 @@ class Run:
 
     Each host has a queue and a Pace, and the line to the internet has a Pace, too: a host that is
     slow, or rests, delays its own images alone. An image that met strain goes to the end of its
-    host's queue, and has failed after TRIES tries. A try that a Retry-After ended does not count.
-    Images that share a URL are loaded once.
+    host's queue, and has failed after TRIES tries. A try that a Retry-After ended counts only if
+    the host has sent other images since it told this image to wait before. Images that share a URL
+    are loaded once.
     On CPUs each core embeds a batch of its own in one thread: threads that share an image wait for
     each other at every layer.
 
@@ -1015,15 +1021,16 @@ class Run:
         self.start(Task("model", self.take_model, self.end), ClipEncoder, self.settings)
         with logging_redirect_tqdm(), self.progress.bar:
             while True:
-                if not self.ending:
-                    self.start_fetches()
-                    self.start_find()
-                    self.start_embeds()
-                self.start_store()
-                if not self.under_way(*self.awaited) and (self.ending or not self.turns):
-                    break
-                self.take_what_finished()
-                self.give_up_what_hangs()
+                try:
+                    self.start_what_is_next()
+                    if not self.under_way(*self.awaited) and (self.ending or not self.turns):
+                        break
+                    self.take_what_finished()
+                    self.give_up_what_hangs()
+                except Exception as defect:  # what is embedded is still stored
+                    if self.trouble:
+                        raise
+                    self.end(defect)
         self.check_network()
         if self.trouble:
             raise self.trouble
@@ -1041,6 +1048,13 @@ class Run:
         return ("model", "find", "fetch", "decode", "embed", "store")
 
     # Tasks, in general
+
+    def start_what_is_next(self) -> None:
+        if not self.ending:
+            self.start_fetches()
+            self.start_find()
+            self.start_embeds()
+        self.start_store()
 
     def start(self, task: Task, work: Callable[..., Any], *arguments: Any) -> None:
         pool = self.embedders if task.step == "embed" else self.background
@@ -1061,13 +1075,10 @@ class Run:
         if task is None:
             return  # it was given up before
         error = future.exception()
-        try:
-            if isinstance(error, Exception):
-                task.fail(error)
-            else:
-                task.take(future.result())
-        except Exception as defect:  # ours, which shall cost nothing that is embedded
-            self.end(defect)
+        if isinstance(error, Exception):
+            task.fail(error)
+        else:
+            task.take(future.result())
 
     def give_up_what_hangs(self) -> None:
         """Gives up tasks that no time-out of a socket can end: headers that drip, a dead disk."""
@@ -1205,8 +1216,11 @@ class Run:
         pace.strained(now, job.since, strain.rest)
         if strain.first_byte is not None:
             self.line.slow_down(now, strain.first_byte)
-        if not strain.rest:
+        # A host that went on with others since it told this image to wait means this image.
+        if not strain.rest or host.images > job.told_at:
             job.strains.append(strain)
+        if strain.rest:
+            job.told_at = host.images
         if pace.given_up and not given_up:
             self.give_up(host, strain)
         elif pace.rest_until > rested_until + 1:
@@ -1246,7 +1260,7 @@ class Run:
             self.end(
                 RunError(
                     f"no image came from any host (the last was {last.name}: {last.reason}): "
-                    "check this machine's network, then run again"
+                    "check this machine's network and the host, then run again"
                 )
             )
 
@@ -1257,7 +1271,7 @@ class Run:
             self.end(error)
             return
         first = job.assets[0]
-        reason = str(error)
+        reason = printable(str(error))  # PostgreSQL takes no text with a NUL
         if not isinstance(error, ImageError):
             log.debug("%s", first, exc_info=error)
             reason = f"{DEFECT} ({type(error).__name__})"
@@ -1468,7 +1482,8 @@ class SupabaseStore:
         self._run_began = ""  # by the database's clock; empty until it has answered once
         self.label = f"product_embeddings at {settings.url}"
         answer_seconds = min(ANSWER_SECONDS, max(CHECK_SECONDS, settings.db_retry_seconds))
-        self.patience = settings.db_retry_seconds + answer_seconds  # all attempts at a call
+        # All attempts at a call, the pauses between them included
+        self.patience = settings.db_retry_seconds + answer_seconds + CONNECT_SECONDS
         http = httpx.Client(
             timeout=httpx.Timeout(answer_seconds, connect=CONNECT_SECONDS),
             verify=tls_context(),
@@ -1615,8 +1630,10 @@ class SupabaseStore:
         question = {"client": self._settings.client, "max_similarity": SAME}
         question["match_count"] = 4 * NEAREST  # some of them are copies of each other
         for vector in random_vectors:
-            found = self.search(vector, SAMPLES)
-            fresh = [match for match in found if match.picture.id not in samples.keys() | copies]
+            found = [
+                match for match in self.search(vector, SAMPLES) if match.picture.id not in copies
+            ]
+            fresh = [match for match in found if match.picture.id not in samples]
             if fresh:
                 one = min(fresh, key=lambda match: clients[match.picture.client])
                 clients[one.picture.client] += 1
@@ -1827,7 +1844,7 @@ class FolderStore:
         with self._database() as database:
             query = "select asset_id, modified, model_version, reason is not null from images"
             known = {path: row for path, *row in database.execute(query)}
-            if not self._settings.dry_run:
+            if not self._settings.dry_run and not self._settings.search:
                 gone = [(path,) for path in known.keys() - files.keys()]
                 database.executemany("delete from images where asset_id = ?", gone)
         done = 0
@@ -1974,10 +1991,12 @@ def rows_alike(vectors: np.ndarray) -> tuple[list[tuple[int, int, float]], int]:
     copies = len(pairs)
     rows = list(first.values())
     for start in range(0, len(rows), BLOCK):
-        if start and (time.monotonic() > deadline or len(pairs) > MOST_PAIRS):
+        if start and time.monotonic() > deadline:
             return pairs, copies + start
         ours = rows[start : start + BLOCK]
         for other in range(start, len(rows), BLOCK):
+            if len(pairs) > MOST_PAIRS:
+                return pairs, copies + start
             theirs = rows[other : other + BLOCK]
             cosines = vectors[ours] @ vectors[theirs].T
             for i, j in np.argwhere(cosines >= SAME):
@@ -3842,13 +3861,13 @@ similar-product search
 {{ " · " ~ shorten(origin, 200) if origin != title }}</p></header>
 <nav aria-label="Sections">
 <a href="#same"><b>{{ number(gallery.groups|length) }}</b>
-{{ plural(gallery.groups|length, "group") }} of pictures that look the same; superfluous:
+group{{ "s" if gallery.groups|length != 1 }} of pictures that look the same; superfluous:
 {{ counted(gallery.superfluous|sum, "identical file" if local else "repeated picture") }} in
 {{ counted(gallery.superfluous|select|list|length, "group") }}</a>
 <a href="#failed"><b>{{ number(catalog.failures|length) }}</b>
-{{ plural(catalog.failures|length, "picture") }} can't be used</a>
+picture{{ "s" if catalog.failures|length != 1 }} can't be used</a>
 <a href="#alike"><b>{{ catalog.samples|length }}</b>
-{{ plural(catalog.samples|length, "sample") }} of what looks alike</a>
+sample{{ "s" if catalog.samples|length != 1 }} of what looks alike</a>
 </nav>
 <main>
 {% if gallery.answers %}
@@ -4229,7 +4248,7 @@ class Setting(NamedTuple):
 A_URL = r"(https?://(?!YOUR-PROJECT|supabase\.com/)[\w-]+(?:\.[\w-]+)*(?::\d{1,5})?(?:/[\w.-]+)*?)"
 A_KEY = r"(sb_secret_[\w-]+|[\w-]+\.[\w-]+\.[\w-]+)"
 A_TEXT = r"([^\x00-\x1f\x7f-\x9f\ud800-\udfff]+)"
-A_NUMBER = r"(\d+(?:\.\d+)?)"
+A_NUMBER = r"(\d{1,6}(?:\.\d+)?)"
 NOT_A_TEXT = "has a control character in it"
 NOT_A_NUMBER = "is not a number of seconds"
 
