@@ -48,6 +48,7 @@ def start():
         [sys.executable, __file__, str(listener.fileno()), folder],
         pass_fds=[listener.fileno()],
         stdin=subprocess.PIPE,  # closes with this process
+        stdout=subprocess.PIPE,  # sys.stdout of a file would seek, also in a fork's terminal
         env=kept | {"OPENBLAS_NUM_THREADS": "1"},  # numpy's threads would be in no fork
     )
 
@@ -65,33 +66,25 @@ def needs_cold(environment):
 class Run:
     """A process that the server starts, with what is needed here of subprocess.Popen."""
 
-    def __init__(self, argv, folder, environment, out, err):
+    def __init__(self, argv, folder, environment, files):
         start()
         self._server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._server.connect(os.environ[ADDRESS])
         request = json.dumps([argv, str(folder), environment]).encode()
         assert len(request) < REQUEST_BYTES
-        socket.send_fds(self._server, [request], [out, err])
+        socket.send_fds(self._server, [request], files)
         self.returncode = None
-        self.pid = self._number()
+        self.pid = int(self._server.recv(16))
 
-    def _number(self):
-        number = self._server.recv(16)
-        assert number, "the process between this one and the run's is gone"
-        return int(number)
-
-    def poll(self):
-        return self._look(0)
-
-    def wait(self, timeout=None):
-        if self._look(timeout) is None:
-            raise subprocess.TimeoutExpired("the run", timeout)
+    def poll(self, timeout=0):
+        if self.returncode is None and select.select([self._server], [], [], timeout)[0]:
+            self.returncode = int(self._server.recv(16))
+            self._server.close()
         return self.returncode
 
-    def _look(self, timeout):
-        if self.returncode is None and select.select([self._server], [], [], timeout)[0]:
-            self.returncode = self._number()
-            self._server.close()
+    def wait(self, timeout=None):
+        if self.poll(timeout) is None:
+            raise subprocess.TimeoutExpired("the run", timeout)
         return self.returncode
 
     def send_signal(self, number):
@@ -146,8 +139,5 @@ if __name__ == "__main__":
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as end:
-        if end.code is not None and not isinstance(end.code, int):
-            print(end.code, file=sys.stderr)
-            end.code = 1
         sys.stdout.flush()
-        os._exit(end.code or 0)  # Python's own end takes seconds where torch was imported
+        os._exit(end.code)  # Python's own end takes seconds where torch was imported
