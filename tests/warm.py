@@ -1,11 +1,9 @@
 """Starts Python scripts as processes of their own that need not import torch again.
 
-Most of a short run of generate_embeddings.py is importing packages, which the tests would pay some
-hundreds of times. A server imports them once for all processes of the tests, and forks for each
-run. The script itself begins anew in each, as `__main__`, with arguments, environment, folder and
-output of its own; it can be signalled and killed as any process.
-
-Used as a program this is the server.
+Most of a short run of generate_embeddings.py is importing packages. A server (this file as a
+program) imports them once for all processes of the tests, and forks for each run. The script itself
+begins anew in each, as `__main__`, with arguments, environment, folder and output of its own; it
+can be signalled and killed as any process.
 """
 
 import gc
@@ -38,11 +36,8 @@ def start():
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.bind(f"{folder}/socket")
     listener.listen(64)  # whoever asks before it has imported all waits
-    kept = {
-        name: text
-        for name, text in os.environ.items()
-        if name.startswith(("LANG", "LC_")) or not name.startswith(READ_AT_START)
-    }
+    read = tuple(set(READ_AT_START) - {"LANG", "LC_"})
+    kept = {name: text for name, text in os.environ.items() if not name.startswith(read)}
     os.environ[ADDRESS] = f"{folder}/socket"
     return subprocess.Popen(
         [sys.executable, __file__, str(listener.fileno()), folder],
@@ -55,12 +50,9 @@ def start():
 
 def needs_cold(environment):
     """Whether a process with this environment has to be started anew."""
-    if sys.platform != "linux":  # macOS's own libraries may crash in a fork
-        return True
-    return any(
-        name.startswith(READ_AT_START) and os.environ.get(name) != value
-        for name, value in environment.items()
-    )
+    read = {name for name in environment if name.startswith(READ_AT_START)}
+    changed = any(os.environ.get(name) != environment[name] for name in read)
+    return changed or sys.platform != "linux"  # macOS's own libraries may crash in a fork
 
 
 class Run:
