@@ -7,11 +7,11 @@ import sqlite3
 
 import numpy as np
 import pytest
-from conftest import Cli, model_settings, near, open_folder, open_store, pending
+from conftest import Cli, model_settings, near, open_folder, pending
 from database import unit
 from PIL import Image
 from samples import saved
-from stack import JSON, ImageHost
+from stack import ImageHost
 
 import generate_embeddings as script
 
@@ -137,7 +137,7 @@ def test_words_are_compared_by_the_text_tower(full, tmp_path, capsys, caplog):
     assert "0.2 to 0.35" in caplog.text
 
 
-def test_a_database_answers_with_names_and_ids(cli, stack, host, photos, monkeypatch):
+def test_a_database_answers_with_names_and_ids(cli, stack, host, photos):
     stack.sql_as_editor(
         "create or replace function embedding_sources() returns table "
         "(id uuid, image text, client text, title text, link text) language sql stable as $$ "
@@ -155,19 +155,3 @@ def test_a_database_answers_with_names_and_ids(cli, stack, host, photos, monkeyp
     assert rows[6][1:3] == ["coffee.png", ids[1]]
     rows = lines(cli("--client", "client 0", "--search", "photo.webp", "--limit", 2))
     assert {row[2][-1] for row in rows} < set("024")
-    # A search that takes too long, as at hundreds of thousands of rows without the index, is asked
-    # three times.
-    store = open_store(stack)
-    store.status()
-    asked = []
-
-    def fault(request):
-        if request.function != "duplicate_products":
-            return None
-        asked.append(request.function)
-        return 500, JSON, b'{"code":"57014","message":"canceling statement"}'
-
-    monkeypatch.setattr(stack.gateway, "fault", fault)
-    with pytest.raises(script.RunError, match="has product_embeddings its HNSW index"):
-        store.catalog()
-    assert len(asked) == 3
