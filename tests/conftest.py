@@ -14,10 +14,10 @@ import sqlite3
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import models
 import numpy as np
@@ -71,8 +71,7 @@ STAMPED = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")  # how a line of the log
 COUNTS = re.compile(r"embedded=\d+ failed=\d+ left=\d+ attempted=\d+( \w+=[\d.]+)*")
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(NamedTuple):
     """How a run of the script ended."""
 
     code: int

@@ -246,30 +246,22 @@ def test_a_page_may_be_of_a_subfolder_and_elsewhere(album, tmp_path):
     assert all((tmp_path / link).is_file() for link in links)
 
 
-def test_an_image_that_broke_since_is_a_box_with_the_reason(photos, tmp_path):
-    names = ("a.jpg", "b.jpg")
-    for name in names:
-        (tmp_path / name).write_bytes(photos["rocket.jpg"])
-    store = keep(open_folder(tmp_path), dict.fromkeys(names, vectors_for(1)[0]), {})
-    (tmp_path / "b.jpg").write_bytes(b"")
-    (group,) = page_of(store, tmp_path, local=tmp_path)[0].of("same")
-    assert (group.pictures, group.boxes, group.names) == (1, 1, ["a.jpg", "b.jpg"])
-    assert group.title == "Group 1: 2 look the same"
-    assert script.EMPTY in group.text
-
-
-def test_where_time_was_short_the_page_says_so(monkeypatch, tmp_path):
+def test_short_time_and_images_that_broke_since_are_said(monkeypatch, photos, tmp_path):
     monkeypatch.setattr(script, "LOOK_SECONDS", 0)
     monkeypatch.setattr(script, "BLOCK", 4)
     vectors = {f"{n}.jpg": vector for n, vector in enumerate(vectors_for(9))}
     vectors["8.jpg"] = vectors["0.jpg"]
     for path in vectors:
         (tmp_path / path).touch()
+    (tmp_path / "8.jpg").write_bytes(photos["rocket.jpg"])
     store = keep(open_folder(tmp_path), vectors, {})
     page, _ = page_of(store, tmp_path, local=tmp_path)
     assert "Time was short: of 9 pictures 5 were compared with all others, 9 searched" in page.text
-    assert "2 files could not be looked at, or not in time." in page.text
-    assert page.of("same")[0].marks == []
+    assert "1 file could not be looked at, or not in time." in page.text
+    (group,) = page.of("same")
+    assert (group.title, group.names) == ("Group 1: 2 look the same", ["8.jpg", "0.jpg"])
+    assert (group.pictures, group.boxes, group.marks) == (1, 1, [])
+    assert script.EMPTY in group.text
 
 
 def store_of(pairs=(), samples=(), failures=()):
