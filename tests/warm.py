@@ -1,11 +1,9 @@
 """Starts Python scripts as processes of their own that need not import torch again.
 
-Most of a short run of generate_embeddings.py is importing packages, which the tests would pay some
-hundreds of times. A server imports them once for all processes of the tests, and forks for each
-run. The script itself begins anew in each, as `__main__`, with arguments, environment, folder and
-output of its own; it can be signalled and killed as any process.
-
-Used as a program this is the server.
+Most of a short run of generate_embeddings.py is importing packages. A server (this file as a
+program) imports them once for all processes of the tests, and forks for each run. The script itself
+begins anew in each, as `__main__`, with arguments, environment, folder and output of its own; it
+can be signalled and killed as any process.
 """
 
 import gc
@@ -38,60 +36,47 @@ def start():
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.bind(f"{folder}/socket")
     listener.listen(64)  # whoever asks before it has imported all waits
-    kept = {
-        name: text
-        for name, text in os.environ.items()
-        if name.startswith(("LANG", "LC_")) or not name.startswith(READ_AT_START)
-    }
+    read = tuple(set(READ_AT_START) - {"LANG", "LC_"})
+    kept = {name: text for name, text in os.environ.items() if not name.startswith(read)}
     os.environ[ADDRESS] = f"{folder}/socket"
     return subprocess.Popen(
         [sys.executable, __file__, str(listener.fileno()), folder],
         pass_fds=[listener.fileno()],
         stdin=subprocess.PIPE,  # closes with this process
+        stdout=subprocess.PIPE,  # sys.stdout of a file would seek, also in a fork's terminal
         env=kept | {"OPENBLAS_NUM_THREADS": "1"},  # numpy's threads would be in no fork
     )
 
 
 def needs_cold(environment):
     """Whether a process with this environment has to be started anew."""
-    if sys.platform != "linux":  # macOS's own libraries may crash in a fork
-        return True
-    return any(
-        name.startswith(READ_AT_START) and os.environ.get(name) != value
-        for name, value in environment.items()
-    )
+    read = {name for name in environment if name.startswith(READ_AT_START)}
+    changed = any(os.environ.get(name) != environment[name] for name in read)
+    return changed or sys.platform != "linux"  # macOS's own libraries may crash in a fork
 
 
 class Run:
     """A process that the server starts, with what is needed here of subprocess.Popen."""
 
-    def __init__(self, argv, folder, environment, out, err):
+    def __init__(self, argv, folder, environment, files):
         start()
         self._server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._server.connect(os.environ[ADDRESS])
         request = json.dumps([argv, str(folder), environment]).encode()
         assert len(request) < REQUEST_BYTES
-        socket.send_fds(self._server, [request], [out, err])
+        socket.send_fds(self._server, [request], files)
         self.returncode = None
-        self.pid = self._number()
+        self.pid = int(self._server.recv(16))
 
-    def _number(self):
-        number = self._server.recv(16)
-        assert number, "the process between this one and the run's is gone"
-        return int(number)
-
-    def poll(self):
-        return self._look(0)
-
-    def wait(self, timeout=None):
-        if self._look(timeout) is None:
-            raise subprocess.TimeoutExpired("the run", timeout)
+    def poll(self, timeout=0):
+        if self.returncode is None and select.select([self._server], [], [], timeout)[0]:
+            self.returncode = int(self._server.recv(16))
+            self._server.close()
         return self.returncode
 
-    def _look(self, timeout):
-        if self.returncode is None and select.select([self._server], [], [], timeout)[0]:
-            self.returncode = self._number()
-            self._server.close()
+    def wait(self, timeout=None):
+        if self.poll(timeout) is None:
+            raise subprocess.TimeoutExpired("the run", timeout)
         return self.returncode
 
     def send_signal(self, number):
@@ -146,8 +131,5 @@ if __name__ == "__main__":
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as end:
-        if end.code is not None and not isinstance(end.code, int):
-            print(end.code, file=sys.stderr)
-            end.code = 1
         sys.stdout.flush()
-        os._exit(end.code or 0)  # Python's own end takes seconds where torch was imported
+        os._exit(end.code)  # Python's own end takes seconds where torch was imported

@@ -1,17 +1,13 @@
-"""What a million products cost: `python tests/tools/scale.py [--against FOLDER]`; 8 GB of disk.
+"""What a million products cost: `python tests/tools/scale.py [--index]`; 8 GB of disk.
 
 Fills the real stack with assets that are all embedded. Then, for the whole catalog and for clients
 of 50 and of a fifth of the assets: takes ten embeddings away and times the functions that the
 script calls, and the script itself with the tiny model, with and without its gallery. Sets storing
 50 rows beside a bare upsert of as many. With --index it builds the HNSW index over that many rows
 and times the searches.
-
-With --against, another version of this repository has a stack of its own (and as much disk), and
-does each thing in turn with this one.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import statistics
@@ -29,10 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the script
 import numpy as np
 import psycopg
 import requests
-from benchmark import row, table, use_schema_of
-from conftest import TINY_VERSION, model_settings
+from benchmark import row, table
+from conftest import SCRIPT, TINY_VERSION, model_settings
 from models import tiny_model
-from stack import REPO, ImageHost, Stack, photographs
+from stack import ImageHost, Stack, photographs
 
 PENDING = 10
 BATCH = 50  # rows of one call of store_embeddings
@@ -49,18 +45,13 @@ def some_vectors(count, seed):
 
 
 class Catalog:
-    """A stack with a catalog of one version of the repository."""
+    """A stack with `count` assets, each with an embedding, without the index."""
 
-    def __init__(self, name, version, stack, image, count):
-        self.name, self.version, self.stack, self.image = name, version, stack, image
+    def __init__(self, stack, image, count):
+        self.stack, self.image = stack, image
         self.session = requests.Session()
         key = stack.service_key
         self.session.headers.update({"apikey": key, "Authorization": f"Bearer {key}"})
-        use_schema_of(version, stack)
-        self.fill(count)
-
-    def fill(self, count):
-        """Makes `count` assets, each with an embedding, without the index."""
         self.stack.sql(f"drop index {INDEX}")
         self.stack.sql(f"""
             insert into assets (id, image_url, client_name)
@@ -84,8 +75,8 @@ class Catalog:
                     using (number)""",
                 [TINY_VERSION],
             )
-        self.stack.sql("vacuum analyze assets")
-        self.stack.sql("vacuum analyze product_embeddings")
+        for name in ("assets", "product_embeddings"):
+            self.stack.sql(f"vacuum analyze {name}")
 
     def post(self, path, body, **headers):
         """What PostgREST answers over one connection, and its seconds."""
@@ -133,7 +124,7 @@ class Catalog:
         env = self.stack.env(**model_settings(tiny_model()))
         began = datetime.now(UTC)
         with tempfile.TemporaryFile("w+") as said:
-            command = [sys.executable, self.version / "generate_embeddings.py", *of, *flags]
+            command = [sys.executable, SCRIPT, *of, *flags]
             process = subprocess.Popen(command, env=env, stdout=said, stderr=said)
             _, status, usage = os.wait4(process.pid, 0)
             said.seek(0)
@@ -143,10 +134,9 @@ class Catalog:
             raise SystemExit(f"{command} failed:\n{text}")
         newest = "select min(created_at) from product_embeddings where created_at >= %s"
         ((first,),) = self.stack.sql(newest, [began])
-        slowest = max(request.seconds for request in self.stack.gateway.requests)
-        seconds = [slowest, (first - began).total_seconds(), took]
-        requests = str(len(self.stack.gateway.requests))
-        return [requests, *(f"{s:.1f}" for s in seconds), f"{usage.ru_maxrss / 1024:.0f}"]
+        asked = [request.seconds for request in self.stack.gateway.requests]
+        seconds = [max(asked), (first - began).total_seconds(), took]
+        return [len(asked), *(f"{s:.1f}" for s in seconds), f"{usage.ru_maxrss / 1024:.0f}"]
 
     def time_stores(self, _, batches=120):
         """Median ms of a batch of new rows by a bare upsert and by the function, and the ratio."""
@@ -176,7 +166,7 @@ class Catalog:
             matches, seconds = self.call("match_products", **query, client=client)
             found.append(len(matches))
             taken.append(seconds * 1000)
-        return [str(min(found)), f"{statistics.median(taken):.0f}", f"{max(taken):.0f}"]
+        return [min(found), f"{statistics.median(taken):.0f}", f"{max(taken):.0f}"]
 
 
 def made_vectors(assets, seed):
@@ -197,44 +187,35 @@ def main():
     add("--assets", type=int, default=1_000_000)
     add("--index", action="store_true", help="build the HNSW index, time searches")
     add("--memory", default="4GB", help="maintenance_work_mem for that (4GB)")
-    add("--against", type=Path, metavar="FOLDER", help="another version of this repository")
     args = usage.parse_args()
-    versions = {"": REPO} | ({"there: ": args.against.resolve()} if args.against else {})
     clients = {"whole catalog": None, "client of 50": "fifty", "client of a fifth": "fifth"}
-    with contextlib.ExitStack() as made:
-        files = {"/flower.jpg": photographs()["flower.jpg"]}
-        image = made.enter_context(ImageHost(files)).url_of("/flower.jpg")
-        folder = made.enter_context(tempfile.TemporaryDirectory())
-        catalogs = [
-            Catalog(name, version, made.enter_context(Stack()), image, args.assets)
-            for name, version in versions.items()
-        ]
+    files = {"/flower.jpg": photographs()["flower.jpg"]}
+    with ImageHost(files) as host, Stack() as stack, tempfile.TemporaryDirectory() as folder:
+        catalog = Catalog(stack, host.url_of("/flower.jpg"), args.assets)
 
-        def show(title, columns, method, *arguments, clients=clients):
+        def show(title, columns, time_one, *arguments, clients=clients):
             table(title, *columns)
             for name, client in clients.items():
-                for catalog in catalogs:
-                    row(catalog.name + name, *getattr(catalog, method)(client, *arguments))
+                row(name, *time_one(client, *arguments))
 
         pending = f"{PENDING} pending assets of {args.assets:,}"
         columns = ["status", "a page", "failed ones", "store"]
-        show(f"Calls with {pending}, the slowest of three, s", columns, "time_functions")
+        show(f"Calls with {pending}, the slowest of three, s", columns, catalog.time_functions)
         columns = ["requests", "slowest, s", "first, s", "all, s", "peak MB"]
-        show(f"A run with {pending}", columns, "time_run")
+        show(f"A run with {pending}", columns, catalog.time_run)
         gallery = ["--gallery", f"{folder}/gallery.html"]
-        show("The same with the gallery", columns, "time_run", *gallery)
+        show("The same with the gallery", columns, catalog.time_run, *gallery)
         columns, new_rows = ["bare upsert", "function", "ratio"], {f"{BATCH} rows": None}
-        show("Storing, median ms", columns, "time_stores", clients=new_rows)
+        show("Storing, median ms", columns, catalog.time_stores, clients=new_rows)
         if args.index:
-            for catalog in catalogs:
-                catalog.stack.sql(f"set maintenance_work_mem = '{args.memory}'")
-                catalog.stack.sql(
-                    f"create index {INDEX} on product_embeddings "
-                    "using hnsw (embedding vector_cosine_ops)"
-                )
-            show("Storing with the index", columns, "time_stores", clients=new_rows)
+            stack.sql(f"set maintenance_work_mem = '{args.memory}'")
+            stack.sql(
+                f"create index {INDEX} on product_embeddings using hnsw "
+                "(embedding vector_cosine_ops)"
+            )
+            show("Storing with the index", columns, catalog.time_stores, clients=new_rows)
             columns = ["fewest found", "median, ms", "longest, ms"]
-            show("The ten nearest", columns, "time_searches")
+            show("The ten nearest", columns, catalog.time_searches)
 
 
 if __name__ == "__main__":
