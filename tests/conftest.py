@@ -226,7 +226,6 @@ def renew(stack, **options):
         stack.empty()
     gateway.requests.clear()
     gateway.storage.clear()
-    gateway.public_buckets.clear()
 
 
 def open_store(stack, **settings):
