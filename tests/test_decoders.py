@@ -14,6 +14,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pillow_heif
 import psutil
@@ -232,6 +233,12 @@ def test_why_a_decoder_does_not_start_is_said(monkeypatch, tmp_path, program, wh
     monkeypatch.setattr(sys, "executable", str(python))
     monkeypatch.setattr(script, "DECODE_PATIENCE", 0.2 if "sleep" in program else 60.0)
     with pytest.raises(RunError, match=rf"{why}.*\)$"):
+        Decoder().decode(RED)
+
+
+def test_where_no_thread_can_be_started_it_is_said(monkeypatch):
+    monkeypatch.setattr(script.threading.Timer, "start", Mock(side_effect=RuntimeError("no more")))
+    with pytest.raises(RunError, match=r"\(no more\)"):
         Decoder().decode(RED)
 
 
