@@ -1,8 +1,9 @@
 """What an image host may answer: callables for the `files` of stack.ImageHost. Below them hosts
-that speak TLS, and proxies."""
+that speak TLS, and a proxy."""
 
 import contextlib
 import functools
+import http.client
 import ipaddress
 import socket
 import socketserver
@@ -25,7 +26,6 @@ PEM = Encoding.PEM
 
 @functools.cache
 def private_key():
-    """Of all hosts, and of who signs their certificates."""
     return rsa.generate_private_key(65537, 2048)
 
 
@@ -65,17 +65,20 @@ def raw(*pieces, pause=0.0, end=None):
     return answer
 
 
+# Ends for `raw`
+
+
 def hang_up(_):
-    """An end for `raw`: the connection is closed as usual."""
+    """The connection is closed as usual."""
 
 
 def hang(handler):
-    """An end for `raw`: nothing more comes until the client gives up."""
+    """Nothing more comes until the client gives up."""
     handler.connection.recv(1)
 
 
 def cut(handler):
-    """An end for `raw`: the connection is reset."""
+    """The connection is reset."""
     handler.wfile.flush()
     time.sleep(0.05)  # so that the first part arrives
     reset(handler.connection)
@@ -132,19 +135,17 @@ class TlsHost(ImageHost):
 
 
 class Tunnel(socketserver.ThreadingTCPServer):
-    """A proxy that leads to `port` of this machine, whatever it is asked for: `asked`."""
+    """A proxy for TLS that leads to `port` of this machine, whatever it is asked for. `asked` has
+    the targets, and what came as Proxy-Authorization."""
 
     daemon_threads = True
 
-    def __init__(self, handler, port):
-        super().__init__(("127.0.0.1", 0), handler)
+    def __init__(self, port):
+        super().__init__(("127.0.0.1", 0), _Tunnelled)
         self.port, self.asked = port, []
-        self.place = f"127.0.0.1:{self.server_address[1]}"
-        self.greeting = b"HTTP/1.1 200 OK\r\n\r\n"  # of a Connect
-
-    def __enter__(self):
+        self.address = f"127.0.0.1:{self.server_address[1]}"
+        self.greeting = b"HTTP/1.1 200 OK\r\n\r\n"
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
-        return self
 
     def __exit__(self, *_):
         self.shutdown()
@@ -152,12 +153,13 @@ class Tunnel(socketserver.ThreadingTCPServer):
 
 
 class _Tunnelled(socketserver.StreamRequestHandler):
-    """A connection through a Tunnel; `greet` says where it is to lead."""
-
     rbufsize = 0  # what follows the greeting is not for us
 
     def handle(self):
-        self.server.asked.append(self.greet())
+        target = self.rfile.readline().decode().split(" ")[1]
+        headers = http.client.parse_headers(self.rfile)
+        self.server.asked.append((target, headers["Proxy-Authorization"]))
+        self.wfile.write(self.server.greeting)
         with socket.create_connection(("127.0.0.1", self.server.port)) as host:
             threading.Thread(target=_pump, args=(self.connection, host), daemon=True).start()
             _pump(host, self.connection)
@@ -169,23 +171,3 @@ def _pump(source, target):
             target.sendall(data)
     with contextlib.suppress(OSError):
         target.shutdown(socket.SHUT_WR)
-
-
-class Socks5(_Tunnelled):
-    def greet(self):
-        self.rfile.read(self.rfile.read(2)[1])  # the methods that it knows
-        self.wfile.write(b"\5\0")
-        assert self.rfile.read(4) == b"\5\1\0\3"  # connect to a name
-        name = self.rfile.read(self.rfile.read(1)[0]).decode()
-        port = int.from_bytes(self.rfile.read(2), "big")
-        self.wfile.write(b"\5\0\0\1" + bytes(6))
-        return f"{name}:{port}"
-
-
-class Connect(_Tunnelled):
-    def greet(self):
-        lines = []
-        while line := self.rfile.readline().strip():
-            lines.append(line.decode())
-        self.wfile.write(self.server.greeting)
-        return lines[0].split(" ")[1], [line for line in lines if "Basic" in line]

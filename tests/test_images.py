@@ -123,11 +123,9 @@ XMP = (
 EXIF = exif(6).removeprefix(b"Exif\0\0")
 NOT_TURNED = {
     "WebP by EXIF": lambda cat: saved(cat, "WEBP", lossless=True, exif=exif(6)),
-    "WebP by XMP": lambda cat: saved(cat, "WEBP", lossless=True, xmp=XMP),
     "PNG by XMP": lambda cat: with_chunk(cat, b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP),
     "PNG by EXIF after the pixels": lambda cat: with_chunk(cat, b"eXIf", EXIF, at_end=True),
     "PNG by EXIF with a wrong checksum": lambda cat: with_chunk(cat, b"eXIf", EXIF, wrong=True),
-    "PNG by 0": lambda cat: saved(cat, "PNG", exif=exif(0)),
     "PNG by 9": lambda cat: saved(cat, "PNG", exif=exif(9)),
     "JPEG by XMP": lambda cat: saved(cat, "JPEG", quality=95, xmp=XMP),
     "TIFF by XMP": lambda cat: saved(cat, "TIFF", tiffinfo={700: XMP}),
@@ -143,9 +141,8 @@ def test_what_browsers_do_not_turn_stays_as_it_is(cat, make):
 def test_broken_exif_costs_nothing_but_the_orientation(cat):
     jpeg = saved(cat, "JPEG", quality=95)
     beyond_the_end = b"II*\0\xff\xff\xff\x7f"
-    of_65535_entries = b"II*\0\x08\0\0\0\xff\xff" + b"\x12\x01\x03\0" * 5
     as_text = b"II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\x02\0\0\0six\0\0\0\0\0"
-    for data in (b"garbage" * 9, beyond_the_end, of_65535_entries, as_text):
+    for data in (b"garbage" * 9, beyond_the_end, as_text):
         broken = jpeg[:2] + segment(0xE1, b"Exif\0\0" + data) + jpeg[2:]
         assert np.array_equal(seen(broken), seen(jpeg))
         assert np.array_equal(seen(with_chunk(cat, b"eXIf", data)), np.asarray(cat))
@@ -210,16 +207,10 @@ PALE.putpalette([200, 0, 0, 0, 0, 200])
 DARK_RED, DARK_BLUE = (200, 0, 0), (0, 0, 200)
 SIDES = {  # what is seen on the left and on the right
     "a transparent index of a PNG": (saved(PALE, "PNG", transparency=0), WHITE, DARK_BLUE),
-    "a transparent index of a GIF": (saved(PALE, "GIF", transparency=0), WHITE, DARK_BLUE),
     "an alpha for each index": (saved(PALE, "PNG", transparency=b"\x80\0"), (227, 127, 127), WHITE),
     "a transparent gray": (gray_png(8, [10, 77], 10), WHITE, (77, 77, 77)),
     "a transparent colour": (saved(halves(RED, BLUE, "RGB"), "PNG", transparency=RED), WHITE, BLUE),
     "alpha of 16 bits": (deep_png(4, [99, 0] * 16 + [40000, 65535] * 16), WHITE, (156,) * 3),
-    "alpha of 16 bits in colour": (
-        deep_png(6, [9, 9, 9, 0] * 16 + [0, 0, 65535, 65535] * 16, chunk(b"tRNS", bytes(6))),
-        WHITE,
-        BLUE,
-    ),
     **{f"palette {kind}": (saved(PALE, kind), DARK_RED, DARK_BLUE) for kind in PLAIN},
     **{f"bilevel {kind}": (saved(halves(0, 1, "1"), kind), BLACK, WHITE) for kind in PLAIN},
     "a fax": (saved(halves(0, 1, "1"), "TIFF", compression="group4"), BLACK, WHITE),
@@ -255,11 +246,11 @@ LEVELS16 = np.linspace(0, 65535, 64).astype(np.uint16)
 LEVELS8 = np.tile((LEVELS16 >> 8)[None, :, None], (32, 1, 3))
 
 
-def planes(order, compression):
+def planes():
     """A TIFF of 16 bits a value with a strip for each colour."""
     file = io.BytesIO()
-    options = {"planarconfig": "separate", "byteorder": order, "photometric": "rgb"}
-    tifffile.imwrite(file, np.tile(LEVELS16, (3, 32, 1)), compression=compression, **options)
+    options = {"planarconfig": "separate", "byteorder": ">", "photometric": "rgb"}
+    tifffile.imwrite(file, np.tile(LEVELS16, (3, 32, 1)), compression="zlib", **options)
     return file.getvalue()
 
 
@@ -268,8 +259,7 @@ SIXTEEN_BITS = {
     "gray PNG": png((64, 32), 16, 0, [GRAY16] * 32),
     "PNG": png((64, 32), 16, 2, [COLOUR16] * 32),
     "TIFF": tiff((64, 32), COLOUR16 * 32, 16, ">", t262=2, t277=3),
-    "planes": planes("<", None),
-    "planes, packed, big-endian": planes(">", "zlib"),
+    "planes": planes(),
 }
 
 
@@ -294,26 +284,16 @@ def adobe(inks, **options):
 
 
 def without_marker(jpeg):
-    """The same values without Adobe's marker: browsers take them as inverted, too."""
+    """The same without Adobe's marker: browsers take the values as inverted, too."""
     at = jpeg.index(b"\xff\xee")
     return jpeg[:at] + jpeg[at + 2 + int.from_bytes(jpeg[at + 2 : at + 4]) :]
-
-
-def ycck(inks):
-    """Adobe's other form: the inks' cyan, magenta and yellow as luma and chroma."""
-    cmy = Image.new("RGB", (32, 32), inks[:3]).convert("YCbCr")
-    key = Image.new("L", (32, 32), 255 - inks[3])
-    stored = Image.merge("CMYK", [*cmy.split(), key])
-    data = saved(Image.eval(stored, lambda value: 255 - value), "JPEG", quality=95)
-    at = data.index(b"Adobe") + 11
-    return data[:at] + b"\2" + data[at + 1 :]
 
 
 def printers(inks):
     return saved(Image.new("CMYK", (32, 32), inks), "TIFF", compression="tiff_lzw")
 
 
-@pytest.mark.parametrize("make", [adobe, lambda inks: without_marker(adobe(inks)), ycck, printers])
+@pytest.mark.parametrize("make", [adobe, lambda inks: without_marker(adobe(inks)), printers])
 def test_cmyk_has_the_right_colours(make):
     for inks, colour in INKS.items():
         assert distance(seen(make(inks)), colour) <= 6, inks
@@ -365,12 +345,10 @@ SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 STORED_COLOURS = [(200, 50, 50), (50, 200, 50), (50, 50, 200), (20, 90, 90)]
 SHOWN_COLOURS = {
     "Display P3": (P3, [(219, 14, 35), (0, 205, 0), (46, 46, 209), (0, 91, 90)]),
-    "ProPhoto": (PROPHOTO, [(255, 0, 62), (0, 229, 0), (0, 64, 223), (0, 119, 110)]),
     "sRGB": (SRGB, STORED_COLOURS),
     "one of gray": (gray_profile(1.0), STORED_COLOURS),
     "one of ink": (INK, STORED_COLOURS),
     "a cut one": (P3[:200], STORED_COLOURS),
-    "none": (b"", STORED_COLOURS),
 }
 WITH_PROFILES = {"PNG": {}, "WEBP": {"lossless": True}, "TIFF": {}, "AVIF": FINE, "JPEG": FINE}
 
@@ -403,7 +381,6 @@ GRAY_PROFILES = {
     "of gray": (gray_profile(1.8), (119, 210)),
     "of 2 MB": (gray_profile(1.8, zzzz=bytes(2_000_000)), (119, 210)),
     "of RGB": (PROPHOTO, (119, 210)),
-    "of P3": (P3, (100, 200)),
 }
 
 
@@ -416,24 +393,16 @@ def test_gray_images_are_converted_by_icc_profiles_of_gray_and_of_rgb(profile, s
         assert distance((left[0], right[0]), shown) <= 1
 
 
-@pytest.mark.parametrize("profile", [b"", b"garbage", INK[:300], SRGB])
-def test_a_profile_that_is_broken_or_does_not_fit_is_done_without(profile):
-    assert distance(seen(adobe((255, 255, 0, 0), icc_profile=profile)), BLUE) <= 6
-
-
 # Formats
 
 FORMATS = {  # format, options, and how far the picture may be from what was saved
     "PNG": ("PNG", {}, 0),
     "BMP": ("BMP", {}, 0),
-    "TIFF": ("TIFF", {}, 0),
     "TIFF LZW": ("TIFF", {"compression": "tiff_lzw"}, 0),
     "TIFF JPEG": ("TIFF", {"compression": "jpeg", "quality": 90}, 8),
     "lossless WebP": ("WEBP", {"lossless": True}, 0),
     "WebP": ("WEBP", {"quality": 90}, 8),
     "JPEG": ("JPEG", {"quality": 90}, 8),
-    "progressive JPEG": ("JPEG", {"quality": 90, "progressive": True}, 8),
-    "JPEG with restarts": ("JPEG", {"subsampling": "4:4:4", "restart_marker_rows": 1}, 8),
     "MPO": ("MPO", {"quality": 90}, 8),
     "AVIF": ("AVIF", {"quality": 90}, 8),
     "HEIC": ("HEIF", {"quality": 90}, 8),
@@ -495,10 +464,7 @@ def test_a_heic_image_without_pillow_heif_is_refused_as_what_it_is(cat, monkeypa
 # Broken, or whole all the same
 
 ASIDE = {  # chunks without which the picture is the same
-    "tEXt": b"Comment\0made by hand",
     "zTXt": b"Comment\0\0" + zlib.compress(b"x" * 3_000_000),
-    "iTXt": b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(b"x" * 3_000_000),
-    "tIME": struct.pack(">HBBBBB", 2026, 1, 2, 3, 4, 5),
     "teSt": b"of an editor's own",
 }
 WRONG = {  # chunks that browsers use only with the right checksum
@@ -536,39 +502,26 @@ WHOLE = {  # ends of files of which all pixels are there
     "1 byte gone": lambda data: data[:-1],
     "2 bytes gone": lambda data: data[:-2],
     "text there": lambda data: data[:-2] + b"made by a camera",
-    "text and zeros after it": lambda data: data + b"made by a scanner" + bytes(9999),
     "a film and a box of zeros after it": lambda data: data + FILM + bytes(9000),
-    "a gain map after it": lambda data: data + GAIN_MAP,
     "a gain map without its end after it": lambda data: data + GAIN_MAP[:-2],
 }
 NOT_WHOLE = {
-    **{f"{n} bytes gone": lambda data, n=n: data[:-n] for n in (3, 4, 10, 1000)},
-    "half gone": lambda data: data[: len(data) // 2],
+    "3 bytes gone": lambda data: data[:-3],
     "half gone, text there": lambda data: data[: len(data) // 2] + b"<b>Time-out</b>",
     "half gone, half a marker there": lambda data: data[: len(data) // 2] + b"\xff",
     # A copy that stopped. Some of these zeros make pixels, too.
-    **{
-        f"{n} bytes gone, {zeros} zeros there": lambda data, n=n, zeros=zeros: (
-            data[:-n] + bytes(zeros)
-        )
-        for n, zeros in ((3, 3), (10, 9000), (100, 100), (900, 900))
-    },
+    "3 bytes gone, zeros there": lambda data: data[:-3] + bytes(3),
+    "900 bytes gone, zeros there": lambda data: data[:-900] + bytes(900),
 }
 
 
 @pytest.mark.parametrize("options", **cases(JPEGS))
-def test_a_jpeg_is_whole_if_all_its_pixels_are_there(cat, options):
+def test_a_jpeg_is_whole_where_all_its_pixels_are_there_and_broken_elsewhere(cat, options):
     data = saved(cat, "JPEG", **options)
     for name, change in WHOLE.items():
         assert np.array_equal(seen(change(data)), seen(data)), name
-
-
-@pytest.mark.parametrize("options", **cases(JPEGS))
-def test_a_jpeg_that_lost_pixels_is_broken(cat, options):
-    data = saved(cat, "JPEG", **options)
-    assert [
-        name for name, change in NOT_WHOLE.items() if refused(change(data)) != script.BROKEN
-    ] == []
+    for name, change in NOT_WHOLE.items():
+        assert refused(change(data)) == script.BROKEN, name
 
 
 def test_the_end_of_a_jpegs_thumbnail_is_not_its_own(cat):
@@ -579,19 +532,15 @@ def test_the_end_of_a_jpegs_thumbnail_is_not_its_own(cat):
     assert refused(data[:-200]) == script.BROKEN
 
 
-@PILLOW_WARNS
-@pytest.mark.parametrize("name", ["JPEG", "PNG", "GIF", "WebP", "AVIF", "HEIC", "BMP", "TIFF LZW"])
+@pytest.mark.parametrize("name", ["JPEG", "PNG", "GIF", "WebP", "AVIF", "HEIC", "BMP"])
 def test_of_a_file_that_was_cut_off_nothing_is_seen(cat, name):
     kind, options, _ = FORMATS[name]
     data = saved(cat.resize((192, 128)), kind, **options)
-    reason = (
-        f"{script.RARE_FORMAT} (TIFF, if it is not broken)" if kind == "TIFF" else script.BROKEN
-    )
     for share in (0.2, 0.5, 0.95):
         kept = int(len(data) * share)
-        assert refused(data[:kept]) == reason
+        assert refused(data[:kept]) == script.BROKEN
         if kind in ("JPEG", "PNG", "GIF"):  # a copy that stopped halfway
-            assert refused(data[:kept] + bytes(len(data) - kept + 4096)) == reason
+            assert refused(data[:kept] + bytes(len(data) - kept + 4096)) == script.BROKEN
     for length in (1, 2, 4, 8, 12, 16, 24, 32):
         assert refused(data[:length])
 
@@ -610,11 +559,10 @@ RARE = {
         "16-bit PNG with a transparent colour",
     ),
     "TIFF of 16 bits": (a_tiff(depth=16), "TIFF with pixels of mode I;16"),
-    "TIFF of 12 bits": (a_tiff(depth=12), "TIFF with pixels"),
     "TIFF of floats": (a_tiff(depth=32, t339=3), "TIFF with pixels of mode F"),
     "TIFF of Lab": (saved(Image.new("LAB", (32, 32)), "TIFF"), "TIFF with pixels of mode LAB"),
-    "TIFF of floats in colour": (a_tiff(depth=32, t262=2, t277=3, t339=3), "TIFF, if"),
     "TIFF of an unknown compression": (a_tiff(t259=34712), "TIFF, if it is not broken"),
+    "half of a TIFF": (a_tiff()[:99], "TIFF, if it is not broken"),
     "JPEG XL": (b"\xff\x0a" + bytes(60), "JPEG XL"),
 }
 
@@ -628,20 +576,16 @@ def test_a_rare_kind_is_refused_by_its_name(data, detail):
 DRAWING = b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><path d="M0 0"/></svg>'
 PROLOG = b'<?xml version="1.0" encoding="UTF-8"?>\n'
 DOCTYPE = b'<!DOCTYPE svg PUBLIC "-//W3C//DTD SVG 1.1//EN" "x.dtd" [<!ENTITY a "b">]>'
-PAGE = "<!-- saved -->\n<html><body>Not found</body></html>"
 NO_IMAGES = {
     script.EMPTY: [b"", b" \r\n"],
     script.SVG: [
         DRAWING,
         PROLOG + DOCTYPE + DRAWING,
-        PROLOG + b'<svg:svg xmlns:svg="x"/>',
-        PROLOG + b"<!-- " + b"x" * 3000 + b" -->" + DRAWING,
+        PROLOG + b"<!-- " + b"x" * 3000 + b" -->" + b'<svg:svg xmlns:svg="x"/>',
     ],
     script.WEB_PAGE: [
-        b"<!DOCTYPE html><html><body>Not found</body></html>",
         b"\r\n <HTML lang=en><head></head></html>",
-        PAGE.encode(),
-        PAGE.encode("utf-16"),
+        "<!-- saved -->\n<html><body>Not found</body></html>".encode("utf-16"),
         b"<!DOCTYPE html><html>" + DRAWING + b"</html>",
         PROLOG + b"<Error><Code>NoSuchKey</Code></Error>",  # a storage's
     ],
@@ -650,7 +594,6 @@ NO_IMAGES = {
     script.OTHER_FORMAT: [
         b"404 page not found",
         FILM,
-        saved(Image.new("RGB", (32, 32)), "ICO"),
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%EndComments\n",  # Pillow would start a program for it
     ],
 }
@@ -683,9 +626,8 @@ def test_a_defect_is_never_the_files_fault(monkeypatch):
 
 def test_preprocessing_gives_the_bits_of_transformers_at_any_size():
     dice, processor = random.Random(5), models.image_processor()
-    sizes = [(n, n) for n in (16, 223, 224, 225, 449, 1343)]
-    sizes += [(224, 448), (223, 1999), (17, 1700), (225, 451), (300, 1000)]
-    sizes += [(dice.randint(16, 700), dice.randint(16, 700)) for _ in range(20)]
+    sizes = [(16, 16), (224, 224), (225, 449), (223, 1999), (17, 1700)]
+    sizes += [(dice.randint(16, 700), dice.randint(16, 700)) for _ in range(15)]
     for width, height in sizes:
         for image in (noise(width, height), noise(height, width)):
             expected = processor(image, return_tensors="np")["pixel_values"][0]
@@ -712,28 +654,24 @@ def test_reducing_large_images_first_hardly_changes_what_is_seen(photos):
 def seeds(cat):
     """Small files of every format, to be damaged."""
     small = cat.resize((40, 32))
-    film = {"save_all": True, "append_images": [Image.new("RGB", (40, 32), RED)]}
     return [
         *(saved(small, kind, **options) for kind, options, _ in FORMATS.values()),
-        *(saved(small, kind, **film) for kind in ("MPO", "PNG", "GIF", "WEBP")),
         saved(small.convert("CMYK"), "JPEG", icc_profile=INK, exif=exif(6)),
         saved(small.convert("P"), "PNG", transparency=bytes(range(200)), exif=exif(5)),
-        saved(halves(0, 1, "1"), "TIFF", compression="group4"),
         *SIXTEEN_BITS.values(),
     ]
 
 
 def damaged(data, dice):
-    """A copy with a few random changes, most of them near the beginning, where headers are."""
+    """A copy with a few changes, most of them near the beginning, where headers are."""
     data = bytearray(data)
     for _ in range(dice.choice((1, 1, 2, 4, 16))):
         at = dice.randrange(min(len(data), dice.choice((32, 128, 512, len(data)))))
         flipped = bytes([data[at] ^ 1 << dice.randrange(8)])
-        inserted = dice.randbytes(dice.randrange(1, 20)) + data[at : at + 1]
-        end, new = dice.choice(
-            [(1, flipped), (1, inserted), (4, b"\xff" * 4), (4, bytes(4)), (9, b"")]
-        )
-        data[at : at + end] = new
+        inserted = dice.randbytes(dice.randrange(1, 20))
+        changes = [(1, flipped), (0, inserted), (4, b"\xff" * 4), (4, bytes(4)), (9, b"")]
+        count, new = dice.choice(changes)
+        data[at : at + count] = new
     return bytes(data[: len(data) if dice.random() < 0.9 else at])
 
 
