@@ -112,13 +112,6 @@ def counts(report):
 
 
 @pytest.fixture
-def good(photos):
-    """A host that has an image at every path."""
-    with ImageHost(otherwise=photos["flower.jpg"]) as host:
-        yield host
-
-
-@pytest.fixture
 def answering(photos):
     """Makes hosts that answer as they are told; `ok` is an image."""
     with contextlib.ExitStack() as started:
@@ -128,6 +121,12 @@ def answering(photos):
 
         answering.ok = status(200, body=photos["flower.jpg"])
         yield answering
+
+
+@pytest.fixture
+def good(answering):
+    """A host that has an image at every path."""
+    return answering(answering.ok)
 
 
 @pytest.fixture
