@@ -71,7 +71,7 @@ def test_photographs_and_vit_b_32_need_less_than_2_gb(cli, stack, full, host, tm
 
 
 ODD_TEXTS = [
-    *("a,b", 'say "hi"', "(in)", "50%25", "a/b", "Ünïcødé 日本", "null", "a&b=c", "+", "back\\slash"),
+    *("a,b", 'say "hi"', "(in)", "50%25", "a/b", "Ünïcødé 日本", "null", "a&b=c", "back\\slash"),
     *("'", "-1", "007", "Z", "z", " ", "a\nembedded=9 failed=0 left=0 attempted=9", "\x1b[2J"),
 ]
 ODD_NUMBERS = [-5, 0, 1, 2, 10, 2**31, 2**53 - 1, 2**53, 2**53 + 1, 2**53 + 2, 2**63 - 1]
@@ -168,7 +168,7 @@ def test_bad_images_are_named_tried_again_and_then_wait(cli, stack, photos):
             assert (f"{stage}: {reason}".partition(" (")[0], attempts) == (BAD[path][1], 1)
             lines = first.out.splitlines()
             (at,) = [n for n, line in enumerate(lines) if f"{stage}: {reason}" in line]
-            assert lines[at + 1].strip() == script.advice_on(reason)
+            assert lines[at + 1].strip() == script.ADVICE[reason.partition(" (")[0]]
             assert str(asset) in lines[at + 2]
 
         _, asked = run(code=1, embedded=0, failed=len(BAD), waiting=0)
