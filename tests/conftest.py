@@ -4,7 +4,6 @@ Beside it: answers.py, what image hosts may answer; samples.py, image files made
 """
 
 import contextlib
-import fcntl
 import io
 import json
 import os
@@ -386,24 +385,6 @@ def tiny():
 def full():
     """A folder with a model of the architecture of ViT-B/32; its weights are random."""
     return models.full_model()
-
-
-@pytest.fixture(scope="session")
-def of_transformers(full, photos, tmp_path_factory):
-    """What transformers itself makes of SMALL with the full model, name -> vector;
-    made once, also where the session has several processes."""
-    import models
-
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent  # the same for all workers
-    file = folder / "of_transformers.npy"
-    with file.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not file.exists():
-            images = [Image.open(io.BytesIO(photos[name])).convert("RGB") for name in SMALL]
-            np.save(file, models.reference(full, images))
-    return dict(zip(SMALL, np.load(file), strict=True))
 
 
 @pytest.fixture

@@ -46,10 +46,8 @@ class Habit:
     missing: tuple[int, int] = (0, 0)  # a status, and how many of the first images have it
     window: tuple[int, float] | None = None  # images in so many seconds, then 429 and Retry-After
     rate: tuple[float, float] | None = None  # images a second, and how many at once, then 503
-    connections: int = 10**9  # at once, beyond which there is
-    refuse: str = "503"  # this or a reset
+    connections: int = 10**9  # at once, then a reset
     latency: float = 0.02  # seconds
-    slower: float = 0.0  # seconds more with each image
     service: float = 0.0  # seconds of work,
     workers: int = 10**9  # which so many do; who asks waits for one
     away: tuple[float, float] = (0.0, 0.0)  # seconds after the first question, with resets
@@ -57,7 +55,6 @@ class Habit:
     size: int = 0  # bytes that an image is filled up to
     line: Line | None = None
     began: float = 0.0
-    counted: int = 0
     busy: int = 0
     tokens: float = 0.0
     filled: float = 0.0
@@ -77,7 +74,7 @@ class Habit:
             refusal(handler)
             return
         try:
-            time.sleep(self.latency + self.slower * self.counted)
+            time.sleep(self.latency)
             if self.silent:
                 handler.connection.recv(1)
                 handler.close_connection = True
@@ -88,7 +85,6 @@ class Habit:
         finally:
             with self.lock:
                 self.busy -= 1
-                self.counted += 1
 
     def _refusal(self, handler, now):
         code, first = self.missing
@@ -112,9 +108,7 @@ class Habit:
                 return lambda handler: handler.reply(503, [], b"slow down")
             self.tokens -= 1
         if self.busy >= self.connections:
-            if self.refuse == "reset":
-                return reset_connection
-            return lambda handler: handler.reply(503, [], b"busy")
+            return reset_connection
         return None
 
     def _send(self, handler, photo):
@@ -183,27 +177,11 @@ def cases(small):
             [Habit(away=either((2, 27), (0.3, 3)))],
             *either((600, 600, 38), (60, 60, 4)),
         ),
-        "4 connections at once, else 503": Case(
-            "img2dataset#62",
-            [Habit(connections=4, service=0.15)],
-            *either((200, 200, 9), (30, 30, 2)),
-        ),
         "4 connections at once, else a reset": Case(
-            "ripme#584",
-            [Habit(connections=4, service=0.15, refuse="reset")],
-            *either((200, 200, 9), (30, 30, 2)),
+            "ripme#584", [Habit(connections=4, service=0.15)], *either((200, 200, 9), (30, 30, 2))
         ),
         "2 images a second, else 503": Case(
             "gallery-dl#5160", [Habit(rate=(2, 20))], *either((200, 190, 90), (26, 25, 3))
-        ),
-        "a host grows slower": Case(
-            "Maho#587", [Habit(slower=either(0.02, 0.01))], *either((200, 200, 27), (40, 40, 1))
-        ),
-        "every image of a host is its own": Case(
-            "openimages#9",
-            [Habit(latency=0.1)],
-            *either((1, 500, 6), (1, 60, 1)),
-            each_a_host=either(500, 60),
         ),
         "50 hosts on a slow line": Case(
             "img2dataset#261",

@@ -6,6 +6,7 @@
 - The search finds what brute force finds, by the index, for each client.
 """
 
+import itertools
 import json
 import time
 import uuid
@@ -37,32 +38,32 @@ def test_the_status_of_an_empty_catalog(api):
     assert api.status(client="nobody")["clients"] == []
 
 
+NEW = ("new", "other image", "older vector", "older failure")
+
+
 @pytest.fixture(scope="module")
 def mixture(_stack):
-    """300 assets of two clients in every state: id -> (client, state)."""
+    """300 assets of two clients in every state. One with a vector and a failure is done: two runs
+    may store at the same moment."""
     renew(_stack)
     ids = [str(uuid.UUID(int=n)) for n in range(300)]
-    kinds = ("new", "done", "due", "waiting", "other image", "older vector", "older failure")
+    kinds = ("done", "both", "due", "waiting", *NEW)
     _stack.add_assets((i, f"https://images.invalid/{i}", f"c{n % 2}") for n, i in enumerate(ids))
     states = dict(zip(ids, np.random.default_rng(0).choice(kinds, 300), strict=True))
     for asset, state in states.items():
         version = "older" if "older" in state else VERSION
-        if state in ("done", "older vector", "other image"):
+        if state in ("done", "older vector", "other image", "both"):
             _stack.sql(EMBEDDING, [ONES, version, asset])
-        if state in ("due", "waiting", "older failure", "other image"):
+        if state in ("due", "waiting", "older failure", "other image", "both"):
             rest = HOUR if state == "waiting" else -HOUR
             _stack.sql(FAIL, [version, rest, asset])
         if state == "other image":
             _stack.sql("update assets set image_url = image_url || '?2' where id = %s", [asset])
-    return SimpleNamespace(
-        api=Api(_stack, _stack.service_key),
-        ids=ids,
-        states=states,
-        clients={i: f"c{n % 2}" for n, i in enumerate(ids)},
-    )
+    clients = {i: f"c{n % 2}" for n, i in enumerate(ids)}
+    api = Api(_stack, _stack.service_key)
+    return SimpleNamespace(api=api, ids=ids, states=states, clients=clients)
 
 
-NEW = ("new", "other image", "older vector", "older failure")
 WALKS = [
     ({}, NEW),
     ({"failed_before": "now"}, ("due",)),
@@ -75,18 +76,16 @@ WALKS = [
 def test_a_walk_comes_by_what_is_pending_in_the_order_of_ids(mixture, walk, states):
     for wanted, client in ((7, None), (250, None), (7, "c1")):
         got = [a["id"] for a in mixture.api.walk(client=client, wanted=wanted, **walk)]
-        assert got == [
-            i
-            for i in mixture.ids
-            if mixture.states[i] in states and client in (None, mixture.clients[i])
-        ]
+        there = [i for i in mixture.ids if client in (None, mixture.clients[i])]
+        assert got == [i for i in there if mixture.states[i] in states]
 
 
 @pytest.mark.parametrize("client", [None, "c1", "nobody"])
 def test_the_status_counts_exactly(mixture, client):
     states = [mixture.states[i] for i in mixture.ids if client in (None, mixture.clients[i])]
     status = mixture.api.status(client=client)
-    assert (status["assets"], status["done"]) == (len(states), states.count("done"))
+    done = states.count("done") + states.count("both")
+    assert (status["assets"], status["done"]) == (len(states), done)
     waiting = states.count("waiting")
     assert (status["failed"], status["waiting"]) == (states.count("due") + waiting, waiting)
     if client == "nobody":
@@ -97,12 +96,20 @@ def test_the_status_counts_exactly(mixture, client):
         assert datetime.fromisoformat(status["next_attempt"]) > datetime.now(UTC)
 
 
+def test_the_view_shows_the_failures_that_hold(mixture):
+    shown = [row["asset_id"] for row in mixture.api("GET", "embedding_failures").json()]
+    holding = ("due", "waiting", "older failure")
+    assert sorted(shown) == [i for i in mixture.ids if mixture.states[i] in holding]
+
+
 def test_shards_partition_the_catalog(mixture):
     parts = [mixture.api.status(shard=shard, shards=4) for shard in range(1, 5)]
     whole = mixture.api.status()
     for count in ("assets", "done", "failed", "waiting"):
         assert sum(part[count] for part in parts) == whole[count]
     assert min(part["assets"] for part in parts) > 40
+    none = mixture.api.status(client="c1", shard=9, shards=10**6)
+    assert (none["assets"], none["clients"]) == (0, None)  # the client is known nevertheless
     for walk, states in WALKS[:2]:
         got = [
             a["id"]
@@ -110,19 +117,6 @@ def test_shards_partition_the_catalog(mixture):
             for a in mixture.api.walk(shard=shard, shards=4, wanted=7, **walk)
         ]
         assert sorted(got) == [i for i in mixture.ids if mixture.states[i] in states]
-
-
-def test_a_client_without_assets_in_a_shard_is_known(stack, api):
-    fill(stack, 1)
-    shards = [api.status(client="x", shard=shard, shards=4) for shard in range(1, 5)]
-    assert [status["clients"] for status in shards] == [None] * 4
-
-
-def test_a_page_and_what_is_taken_are_not_cut_by_the_servers_row_cap(stack, api):
-    fill(stack, 1100)
-    assets = api.pending(wanted=1100)["assets"]
-    assert len(assets) == 1100
-    assert len(api.store([], assets)) == 1100
 
 
 def test_a_page_says_what_an_image_is(stack, api):
@@ -190,14 +184,6 @@ def test_a_failure_rests_longer_each_time(stack, api):
     assert failures(stack, rest) == [(1, 0)]
 
 
-def test_what_failed_in_this_run_does_not_come_again_in_it(stack, api):
-    fill(stack, 1)
-    began = api.status()["time"]
-    api.store([], api.pending()["assets"])
-    assert api.walk(failed_before=began, waiting_too=True) == []
-    assert len(api.walk(failed_before=api.status()["time"])) == 1
-
-
 def test_a_success_clears_the_failure_and_a_failure_keeps_the_vector(stack, api):
     (asset,) = fill(stack, 1)
     assets = api.pending()["assets"]
@@ -212,17 +198,6 @@ def test_a_success_clears_the_failure_and_a_failure_keeps_the_vector(stack, api)
     assert failures(stack) == []
     assert api.store([], assets, version="newer") == [asset]
     assert (len(rows(stack)), len(failures(stack))) == (1, 1)
-
-
-def test_a_failure_beside_a_vector_does_not_count(stack, api):
-    """As when two runs store at the same moment."""
-    (asset,) = fill(stack, 1)
-    stack.sql(EMBEDDING, [ONES, VERSION, asset])
-    stack.sql(FAIL, [VERSION, -HOUR, asset])
-    status = api.status()
-    assert (status["done"], status["failed"]) == (1, 0)
-    assert api.walk(failed_before="now") == []
-    assert api("GET", "embedding_failures").json() == []
 
 
 def test_a_result_is_of_one_image(stack, api):
@@ -245,15 +220,6 @@ def test_a_result_is_of_one_image(stack, api):
     status = api.status()
     assert (status["done"], status["failed"]) == (1, 0)
     assert [a["id"] for a in api.pending()["assets"]] == [two]
-
-
-def test_what_is_deleted_or_changed_meanwhile_is_left(stack, api):
-    ids = fill(stack, 6)
-    assets = api.pending()["assets"]
-    stack.sql("update assets set image_url = 'new' where id = any(%s)", [[ids[0], ids[3]]])
-    stack.sql("delete from assets where id = any(%s)", [[ids[1], ids[4]]])
-    assert api.store(assets[:3], assets[3:]) == [ids[2], ids[5]]
-    assert [a["id"] for a in api.pending()["assets"]] == [ids[0], ids[3]]
 
 
 def test_an_asset_that_is_deleted_in_this_moment_breaks_the_key(stack, api, other):
@@ -308,19 +274,15 @@ def gallery(_stack):
     _stack.add_assets(zip(ids, urls, clients, strict=True))
     for i, vector in zip(ids, vectors, strict=True):
         _stack.sql(EMBEDDING, [vector, VERSION, i])
-    return SimpleNamespace(
-        api=Api(_stack, _stack.service_key),
-        ids=ids,
-        vectors=np.array([json.loads(vector) for vector in vectors]),
-        clients=np.array(clients),
-        urls=urls,
-    )
+    vectors = np.array([json.loads(vector) for vector in vectors])
+    made = {"ids": ids, "vectors": vectors, "clients": np.array(clients), "urls": urls}
+    return SimpleNamespace(api=Api(_stack, _stack.service_key), **made)
 
 
 def nearest(gallery, vector, among, count):
-    """The same question by brute force: ids and cosines."""
-    cosines = gallery.vectors @ vector
-    order = [n for n in np.argsort(-cosines) if among(n)][:count]
+    """The same question by brute force: ids and cosines; `among` is a mask."""
+    cosines = np.where(among, gallery.vectors @ vector, -1)
+    order = np.argsort(-cosines)[:count]
     return [gallery.ids[n] for n in order], cosines[order]
 
 
@@ -330,10 +292,8 @@ def test_similar_products_are_the_nearest_others(gallery, of_client):
         mine = gallery.clients[at]
         more = {"client": mine} if of_client else {}
         got = gallery.api.call("similar_products", asset_id=asset, match_count=4, **more)
-
-        def among(n, at=at, mine=mine):
-            return n != at and (not of_client or gallery.clients[n] == mine)
-
+        among = gallery.clients == mine if of_client else np.ones(22, bool)
+        among[at] = False
         ids, cosines = nearest(gallery, gallery.vectors[at], among, 4)
         assert [row["asset_id"] for row in got] == ids
         assert np.abs(np.array([row["similarity"] for row in got]) - cosines).max() < 1e-5
@@ -348,17 +308,12 @@ def test_match_products_finds_all_that_is_known_of_the_nearest(gallery):
     got = gallery.api.call("match_products", **question)
     assert len(got) == 10
     assert abs(got[0].pop("similarity") - 1) < 1e-5
-    assert got[0] == {
-        "asset_id": gallery.ids[3],
-        "image": gallery.urls[3],
-        "client": gallery.clients[3],
-        "title": None,
-        "link": None,
-    }
+    known = {"asset_id": gallery.ids[3], "image": gallery.urls[3], "client": gallery.clients[3]}
+    assert got[0] == known | {"title": None, "link": None}
     for client in ("client-0", "client-2", "nobody"):
         got = gallery.api.call("match_products", client=client, match_count=4, **question)
         among = gallery.clients == client
-        ids, _ = nearest(gallery, gallery.vectors[3], among.__getitem__, 4)
+        ids, _ = nearest(gallery, gallery.vectors[3], among, min(4, among.sum()))
         assert [row["asset_id"] for row in got] == ids
     got = gallery.api.call("match_products", match_count=2**31 - 1, **question)
     similarities = [row["similarity"] for row in got]
@@ -369,12 +324,8 @@ def test_match_products_finds_all_that_is_known_of_the_nearest(gallery):
 def test_duplicates_come_once_also_in_parts(gallery, client):
     order = [n for n in np.argsort(gallery.ids) if client in (None, gallery.clients[n])]
     cosines = gallery.vectors @ gallery.vectors.T
-    expected = {
-        (gallery.ids[a], gallery.ids[b])
-        for k, a in enumerate(order)
-        for b in order[k + 1 :]
-        if cosines[a, b] >= 0.9
-    }
+    both = [pair for pair in itertools.combinations(order, 2) if cosines[pair] >= 0.9]
+    expected = {(gallery.ids[a], gallery.ids[b]) for a, b in both}
     assert expected
     question = {"min_similarity": 0.9, "client": client, "neighbours": 30}
     for parts in (1, 3):
@@ -401,14 +352,11 @@ def test_copies_are_paired_with_the_first_of_their_kind(stack, api):
     api.store([a | {"embedding": text(v)} for a, v in zip(assets, vectors, strict=True)])
     made = api.call("embedding_copies", model_version=VERSION)
     assert made["sought_among"] == 6
-    found = [(p["asset_id"], p["duplicate_id"], p["same"]) for p in made["pairs"]]
-    assert sorted(found) == [
-        (ids[0], ids[2], True),
-        (ids[0], ids[5], False),
-        (ids[1], ids[4], True),
-    ]
+    found = {(p["asset_id"], p["duplicate_id"], p["same"]) for p in made["pairs"]}
+    assert found == {(ids[0], ids[2], True), (ids[0], ids[5], False), (ids[1], ids[4], True)}
+    assert len(made["pairs"]) == 3
     near = api.call("duplicate_products", min_similarity=0.99)
-    assert {(r["asset_id"], r["duplicate_id"], r["same"]) for r in near} > set(found)
+    assert {(r["asset_id"], r["duplicate_id"], r["same"]) for r in near} > found
     assert made["pairs"][0].keys() == near[0].keys()
     assert api.call("embedding_copies", model_version=VERSION, client="y")["pairs"] == []
     stack.sql("update assets set client_name = repeat('x', 9000)")
@@ -446,30 +394,22 @@ def crowd(_stack):
         yield SimpleNamespace(sql=connection.execute, plans=plans, ids=ids, vectors=vectors)
 
 
-SEARCHES = {
-    "match_products": "select * from match_products('{vector}', 10)",
-    "similar_products": "select * from similar_products('{id}', 10)",
-    "duplicate_products": "select * from duplicate_products(shard => 7, shards => 100)",
-}
-
-
-@pytest.mark.parametrize("name", SEARCHES)
-def test_the_search_uses_the_index(crowd, name):
-    crowd.plans.clear()
-    for _ in range(7):  # after five calls PostgreSQL may settle on one plan for all
-        crowd.sql(SEARCHES[name].format(vector=text(crowd.vectors[0]), id=crowd.ids[0]))
-    used = [plan for plan in crowd.plans if "order by e.embedding" in plan]
-    assert len(used) >= 7
-    assert all("product_embeddings_embedding_hnsw" in plan for plan in used)
+def test_each_search_uses_the_index(crowd):
+    near = (f"match_products('{text(crowd.vectors[0])}')", f"similar_products('{crowd.ids[0]}')")
+    for search in (*near, "duplicate_products(shard => 7, shards => 100)"):
+        crowd.plans.clear()
+        for _ in range(7):  # after five calls PostgreSQL may settle on one plan for all
+            crowd.sql(f"select * from {search}")
+        used = [plan for plan in crowd.plans if "order by e.embedding" in plan]
+        assert len(used) >= 7
+        assert all("product_embeddings_embedding_hnsw" in plan for plan in used)
 
 
 @pytest.mark.parametrize(
     ("arguments", "wanted"),
     [
-        ("100", 100),
         ("300", 300),
         ("10, client => 'rare'", 10),
-        ("20, client => 'rare'", 10),
         ("10, max_similarity => 0.8", 10),
         ("5, model_version => 'older'", 3),
         ("1001", 1000),
@@ -480,21 +420,8 @@ def test_a_long_or_narrow_search_still_finds_all_it_was_asked_for(crowd, argumen
     assert len(crowd.sql(query, [text(crowd.vectors[0])]).fetchall()) == wanted
 
 
-def test_a_function_may_take_longer_than_the_apis_usual_8_seconds(stack, api):
-    """PostgREST takes statement_timeout over from the function, before it calls it."""
-    found = stack.sql("select * from pg_proc where 'statement_timeout=55s' = any (proconfig)")
-    assert len(found) == 5
-    slow = "returns text language sql as 'select pg_sleep(0.4)::text'"
-    stack.sql(f"create function usual() {slow}; create function ours() {slow}")
-    stack.sql("alter function ours set statement_timeout = '55s'")
-    stack.sql("grant execute on function usual, ours to service_role")
-    stack.sql("alter role service_role set statement_timeout = '100ms'")  # in the place of 8 s
-    stack.reload_schema()
-    try:
-        stack.sql("notify pgrst, 'reload config'")
-        wait_until(lambda: "57014" in api("POST", "rpc/usual", {}).text)
-        api.call("ours")
-    finally:
-        stack.sql("alter role service_role reset statement_timeout")
-        stack.sql("notify pgrst, 'reload config'")
-        wait_until(lambda: api("POST", "rpc/usual", {}).status_code == 200)
+def test_functions_may_take_longer_than_the_apis_usual_8_seconds(stack):
+    """PostgREST takes statement_timeout over from a function, before it calls it."""
+    slow = "select proname from pg_proc where 'statement_timeout=55s' = any (proconfig) order by 1"
+    names = "duplicate_products embedding_copies embedding_status pending_assets store_embeddings"
+    assert [name for (name,) in stack.sql(slow)] == names.split()

@@ -118,16 +118,13 @@ GOOD = {
     # what the host or the line does: the habit, the best possible time, how many times as long it
     # may take, and the share of the images that may wait for the next run
     "a line of 2 MB/s, large originals": (Habit(40, size=3.9e6, line=2e6), 78, 1.1, 0),
-    "a line of 1 MB/s, larger ones": (Habit(20, size=8e6, line=1e6), 160, 1.1, 0),
     "answers after 100 ms": (Habit(600), 12, 1.1, 0),
     "answers after 3 s": (Habit(300, latency=3.0), 58, 1.3, 0),
     "two workers that need 2 s": (Habit(60, workers=2, service=2.0), 60, 1.1, 0),
     "100 images in 40 s, Retry-After": (Habit(300, window=(100, 40)), 82, 1.1, 0),
     "4 connections, else 503": (Habit(200, connections=4, service=0.15), 13, 1.5, 0),
-    "2 connections, else 503": (Habit(200, connections=2, service=0.15), 26, 1.3, 0),
     "10 a second, else 503": (Habit(900, rate=(10, 20)), 88, 1.1, 0),
     "2 a second, else 503": (Habit(200, rate=(2, 20)), 90, 1.1, 0.03),
-    "away for 5 s": (Habit(600, away=(3, 8)), 18, 1.3, 0),
     "away for 25 s": (Habit(600, away=(2, 27)), 38, 1.3, 0),
 }
 

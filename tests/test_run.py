@@ -4,7 +4,6 @@ Promises: what is embedded is stored, once, and the report tells the truth; a st
 once but for that; a database is waited for, for a bounded time.
 """
 
-import json
 import re
 import signal
 import threading
@@ -63,29 +62,19 @@ def halfway(cli, stack, gate, forty):
 # Stopped from outside
 
 
-def test_after_kill_9_the_next_run_does_the_rest_and_nothing_twice(
-    cli, stack, gate, forty, halfway
-):
+def test_after_kill_9_the_next_run_does_the_rest_and_nothing_twice(cli, stack, gate, halfway):
     run = halfway()
     run.kill()
     run.wait()
-    early = dict(stack.sql("select asset_id, updated_at from product_embeddings"))
+    early = stack.sql("select asset_id, updated_at from product_embeddings")
     gate.opened.set()
-    sent = []
-
-    def watch(request):
-        if request.function == "store_embeddings":
-            sent.extend(row["asset_id"] for row in json.loads(request.body)["vectors"])
-
-    stack.gateway.fault = watch
     again = cli()
     assert again.code == 0, again.err
     assert again.counts == again.counts | {"embedded": 20, "left": 0}
     assert "40 assets: 20 done, 20 to do" in again.err
-    assert sorted(sent) == sorted(map(str, forty[20:]))
-    late = dict(stack.sql("select asset_id, updated_at from product_embeddings"))
+    late = stack.sql("select asset_id, updated_at from product_embeddings")
     assert len(late) == 40
-    assert {i: late[i] for i in early} == early
+    assert set(early) < set(late)
 
 
 NOBODY_READS = """
@@ -294,15 +283,10 @@ def test_a_model_that_fails_to_load_is_not_the_images_fault(cli, stack, gate, fo
     assert stack.sql("select count(*) from product_embedding_failures") == [(0,)]
 
 
-FAULTS = {
+FAULTS = {  # those with a code are in test_supabase.py
     "a reset": "reset",
     "a reset after the work was done": "after",
     "a gateway's HTML page": (502, HTML, b"<html>Bad Gateway</html>"),
-    "a gateway's JSON": (502, JSON, b'{"message":"An invalid response was received"}'),
-    "a statement timeout": (500, JSON, b'{"code":"57014","message":"canceling statement"}'),
-    "too many requests": (429, HTML, b"slow down"),
-    "too many connections": (503, JSON, b'{"code":"53300","message":"too many connections"}'),
-    "a pool timeout": (504, JSON, b'{"code":"PGRST003","message":"timed out"}'),
     "no content": (204, [], b""),
     "nothing": (200, JSON, b""),
     "null": (200, JSON, b"null"),
@@ -311,21 +295,8 @@ FAULTS = {
     "a number": (200, JSON, b"7"),
     "no UTF-8": (200, JSON, b'{"assets": "\xff"}'),
     "half of the answer": lambda answer: answer[: len(answer) // 2],
-    "a part of the answer": lambda answer: json.dumps(short(json.loads(answer))).encode(),
+    'no "last", and no "taken"': lambda answer: answer.replace(b'"la', b'"').replace(b'"ta', b'"'),
 }
-
-
-def short(answer):
-    """An answer of pending_assets without "last", or one of store_embeddings without "taken"."""
-    return {name: value for name, value in answer.items() if name in ("given", "assets")}
-
-
-def struck(stack, request, fault):
-    """A fault for the gateway; where it spoils the true answer, the work is done."""
-    if callable(fault):
-        status, headers, body = stack.gateway._route(request)
-        return status, headers, fault(body)
-    return fault
 
 
 def test_no_fault_that_passes_loses_or_doubles_a_vector(stack, forty, monkeypatch, caplog):
@@ -340,7 +311,11 @@ def test_no_fault_that_passes_loses_or_doubles_a_vector(stack, forty, monkeypatc
         if name not in faults:
             return None
         turns[name] += 1
-        return struck(stack, request, next(faults[name], None)) if turns[name] % 2 else None
+        fault = next(faults[name], None) if turns[name] % 2 else None
+        if callable(fault):  # it spoils the true answer: the work is done
+            status, headers, body = stack.gateway._route(request)
+            return status, headers, fault(body)
+        return fault
 
     stack.gateway.fault = every_other
     with caplog.at_level("INFO"):
@@ -355,18 +330,6 @@ def test_no_fault_that_passes_loses_or_doubles_a_vector(stack, forty, monkeypatc
 
 
 # Rows that are not taken
-
-
-def test_a_batch_that_the_database_refuses_ends_the_run_with_its_words(cli, stack, gate, forty):
-    gate.opened.set()
-    stack.sql(
-        f"alter table product_embeddings add constraint not_this check (asset_id <> '{forty[3]}')"
-    )
-    run = cli()
-    assert run.code == 2
-    assert "not_this" in run.error
-    assert run.counts["embedded"] == len(stack.embedded()) < 40
-    assert run.counts["left"] == 40 - run.counts["attempted"]
 
 
 def test_assets_that_change_or_go_meanwhile_are_left_and_nobody_waits(cli, stack, host):

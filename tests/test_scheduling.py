@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from answers import cut, hang_up, in_turn, length, raw, status
+from answers import cut, in_turn, length, raw, status
 from conftest import vector, wait_until
 from stack import ImageHost
 
@@ -76,7 +76,7 @@ class Encoder:
 
 @pytest.fixture
 def ride(monkeypatch):
-    """Makes a run over a store; returns its report, and the error that ended it or None."""
+    """Makes a run over a store and returns its report; ride.fails() also the error that ends it."""
     monkeypatch.setattr(script, "cores", lambda: 2)
     monkeypatch.setattr(script, "ClipEncoder", Encoder)
     monkeypatch.setattr(script.Loader, "load", lambda *_: np.zeros((3, 224, 224), np.float32))
@@ -84,7 +84,7 @@ def ride(monkeypatch):
     monkeypatch.setattr(script, "PATIENT_SECONDS", 0.5)
     monkeypatch.setattr(script, "POLL_SECONDS", 0.02)
 
-    def ride(store, **settings):
+    def fails(store, **settings):
         given = {"private_hosts": True, "workers": 16, "fetch_seconds": 5.0}
         made = script.Settings(**given | settings)
         report = script.Report(store.status(), made)
@@ -97,18 +97,18 @@ def ride(monkeypatch):
         assert len(store.saved) == sum(map(len, store.batches)), "twice"
         return report, error
 
+    def ride(store, **settings):
+        report, error = fails(store, **settings)
+        if error:
+            raise error
+        return report
+
+    ride.fails = fails
     return ride
 
 
 def counts(report):
     return report.embedded, report.failed, report.left
-
-
-@pytest.fixture
-def good(photos):
-    """A host that has an image at every path."""
-    with ImageHost(otherwise=photos["flower.jpg"]) as host:
-        yield host
 
 
 @pytest.fixture
@@ -121,6 +121,12 @@ def answering(photos):
 
         answering.ok = status(200, body=photos["flower.jpg"])
         yield answering
+
+
+@pytest.fixture
+def good(answering):
+    """A host that has an image at every path."""
+    return answering(answering.ok)
 
 
 @pytest.fixture
@@ -160,21 +166,10 @@ def changed(monkeypatch, where, name, before=lambda *_: None):
 def test_a_store_that_is_written_from_the_protocol_alone_will_do(ride, good):
     images = [*good.urls(30), "https://[::1", "data:,no", good.url_of("/last")]
     store = MemoryStore(images, left={1, 3, 31})
-    report, error = ride(store)
-    assert error is None
+    report = ride(store)
     assert (*counts(report), report.exit_code) == (29, 1, 3, 1)
     assert store.embedded() == {*range(30), 32}
     assert "       3  changed or gone meanwhile" in report.lines()
-
-
-def test_a_batch_to_store_is_bounded_and_nothing_comes_twice(ride, good, monkeypatch):
-    monkeypatch.setattr(script, "WRITE_ROWS", 7)
-    changed(monkeypatch, MemoryStore, "save", lambda *_: time.sleep(0.1))
-    store = MemoryStore(good.urls(60))
-    report, error = ride(store)
-    assert error is None
-    assert report.embedded == sum(map(len, store.batches)) == 60
-    assert max(map(len, store.batches)) == 7
 
 
 def test_a_report_keeps_no_data_urls():
@@ -187,7 +182,6 @@ def test_a_report_keeps_no_data_urls():
 @pytest.mark.parametrize(
     ("image", "host"),
     [
-        ("https://shop.example/a.jpg", "shop.example"),
         ("https://user:word@shop.example:8443/a.jpg", "shop.example:8443"),
         ("data:image/png;base64,AAAA", ""),
         ("folder/a.jpg", ""),
@@ -211,8 +205,7 @@ def test_assets_that_share_a_url_are_loaded_once_and_each_counts(ride, good, mon
     changed(monkeypatch, script.Loader, "load", lambda _, data: loaded.append(data))
     good.files["/gone"] = status(404)
     store = MemoryStore([*good.urls(1), good.url_of("/gone"), good.url_of("/x")] * 30)
-    report, error = ride(store)
-    assert error is None
+    report = ride(store)
     assert (*counts(report), len(loaded)) == (60, 30, 0, 2)
     assert good.asked() == {"/0": 1, "/gone": 1, "/x": 1}
     assert {store.saved[i].reason for i in store.failed()} == {"HTTP 404"}
@@ -225,48 +218,30 @@ def test_what_is_kept_for_assets_that_may_share_it_is_bounded(ride, good, monkey
     kept = []
     changed(monkeypatch, script.Run, "finish", lambda run, *_: kept.append(len(run.jobs)))
     data_urls = ["data:image/png;base64," + "A" * 5000] * 9
-    report, error = ride(MemoryStore([*data_urls, *good.urls(60), *good.urls(1)]), workers=1)
-    assert error is None
+    report = ride(MemoryStore([*data_urls, *good.urls(60), *good.urls(1)]), workers=1)
     assert (report.embedded, good.asked()["/0"]) == (70, 2)
     assert (kept[0], max(kept)) == (0, 5)
 
 
 # Strain
 
-STRAINS = {
-    **{str(code): status(code) for code in (408, 420, 425, 429, 430, 500, 502, 503, 504, 520)},
-    "an end too early": raw(length(9999), b"x", end=hang_up),
-    "a reset in the body": raw(length(9999), b"x", end=cut),
-    "a reset": raw(end=cut),
-}
 
-
-def test_an_image_that_met_strain_is_tried_again_and_comes(ride, answering):
-    hosts = {name: answering(in_turn(STRAINS[name], answering.ok)) for name in STRAINS}
-    report, error = ride(MemoryStore([url for host in hosts.values() for url in host.urls(3)]))
-    assert error is None
-    assert counts(report) == (3 * len(hosts), 0, 0)
-    assert {name: len(host.requests) for name, host in hosts.items()} == dict.fromkeys(STRAINS, 4)
-
-
-def test_an_image_that_always_meets_strain_fails_after_four_tries(ride, answering, monkeypatch):
+def test_what_meets_strain_is_tried_again_and_fails_after_four_tries(ride, answering, monkeypatch):
     monkeypatch.setattr(script, "PATIENT_SECONDS", 60.0)
     host = answering(answering.ok)
-    host.files["/1"] = status(502)
+    host.files |= {"/1": status(502), "/2": in_turn(status(502), answering.ok)}
+    host.files["/3"] = in_turn(raw(length(9999), b"x", end=cut), answering.ok)
     store = MemoryStore(host.urls(6))
-    report, error = ride(store)
-    assert error is None
+    report = ride(store)
     assert (*counts(report), report.exit_code) == (5, 1, 0, 1)
     assert store.saved[1][1:] == ("fetch", "HTTP 502")
-    assert host.asked()["/1"] == 4
+    assert [host.asked()[f"/{n}"] for n in range(6)] == [1, 4, 2, 2, 1, 1]
 
 
 def test_an_answer_that_is_no_image_says_nothing_of_its_host(ride, answering):
-    codes = (400, 401, 403, 404, 406, 410, 418)
     host = answering(answering.ok)
-    host.files |= {f"/{n}": status(codes[n % len(codes)]) for n in range(120)}
-    report, error = ride(MemoryStore(host.urls(123)))
-    assert error is None
+    host.files |= {f"/{n}": status(404) for n in range(120)}
+    report = ride(MemoryStore(host.urls(123)))
     assert counts(report) == (3, 120, 0)
     assert max(host.asked().values()) == 1
 
@@ -287,8 +262,7 @@ def test_a_host_that_rests_lets_the_images_behind_its_own_pass(
 
     host = answering(busy)
     with caplog.at_level("INFO"):
-        report, error = ride(MemoryStore([*host.urls(60), *good.urls(20)]))
-    assert error is None
+        report = ride(MemoryStore([*host.urls(60), *good.urls(20)]))
     assert counts(report) == (80, 0, 0)
     assert times[script.FIRST_WINDOW] >= times[0] + 1
     line = next(line for line in caplog.messages if "rests" in line)
@@ -299,24 +273,21 @@ def test_a_try_that_ended_in_a_retry_after_does_not_count(ride, answering, monke
     monkeypatch.setattr(script, "PATIENT_SECONDS", 60.0)
     busy = [status(429, ("Retry-After", "1"))] * 4
     host = answering(in_turn(*busy, answering.ok))
-    report, error = ride(MemoryStore(host.urls(1)))
-    assert error is None
+    report = ride(MemoryStore(host.urls(1)))
     assert (report.embedded, len(host.requests)) == (1, 5)
 
 
 def test_an_image_that_is_told_to_wait_while_others_come_has_failed_in_the_end(ride, answering):
     host = answering(answering.ok)
     host.files["/0"] = status(503, ("Retry-After", "1"))
-    report, error = ride(MemoryStore(host.urls(40)))
-    assert error is None
+    report = ride(MemoryStore(host.urls(40)))
     assert counts(report) == (39, 1, 0)
 
 
 def test_a_host_that_asks_for_too_long_a_rest_is_left_and_nothing_is_noted(ride, answering, good):
     host = answering(status(429, ("Retry-After", "3600")))
     store = MemoryStore([*host.urls(50), *good.urls(3)])
-    report, error = ride(store)
-    assert error is None
+    report = ride(store)
     assert (*counts(report), report.exit_code) == (3, 0, 50, 1)
     assert len(host.requests) <= 4
     assert re.search(r"50  of .*: HTTP 429, asked to wait until \S", "\n".join(report.lines()))
@@ -330,8 +301,7 @@ def test_what_was_tried_of_a_host_that_is_given_up_has_failed_the_rest_is_left(
     host = answering(status(503))
     urls = host.urls(50) * 2
     store = MemoryStore([good.url_of("/first"), *urls, *good.urls(20)])
-    report, error = ride(store)
-    assert error is None
+    report = ride(store)
     tried = {1 + n for n, url in enumerate(urls) if url.removeprefix(host.url) in host.asked()}
     assert len(tried) < 2 * 20
     assert store.failed() == tried
@@ -345,21 +315,17 @@ def test_a_run_to_which_no_host_sent_an_image_ends_with_the_network_as_its_reaso
     hosts = [answering(status(503)), answering(raw(end=cut))]
     never_asked = [f"{url},{url}" for url in hosts[0].urls(5)] + ["http://no host/a.jpg"]
     images = never_asked + [url for host in hosts for url in host.urls(30)] + never_asked
-    report, error = ride(MemoryStore(images), limit=50)
+    report, error = ride.fails(MemoryStore(images), limit=50)
     assert isinstance(error, RunError)
     assert "no image came from any host" in str(error)
     assert "check this machine's network" in str(error)
     assert len(never_asked) < report.failed < 50
 
 
-@pytest.mark.parametrize("first", ["an image", "a 404"])
-def test_a_host_that_once_did_its_work_shows_that_the_network_is_there(ride, answering, first):
-    begins = {"an image": answering.ok, "a 404": status(404)}[first]
-    images = answering(in_turn(begins, status(503))).urls(30)
-    if first == "a 404":  # which a network may answer, too
-        images += answering(answering.ok).urls(1)
-    report, error = ride(MemoryStore(images))
-    assert error is None
+def test_a_host_that_once_did_its_work_shows_that_the_network_is_there(ride, answering):
+    images = answering(in_turn(answering.ok, status(503))).urls(30)
+    images += answering(in_turn(status(404), status(503))).urls(30)  # any network may say 404
+    report = ride(MemoryStore(images))
     assert report.exit_code == 1
 
 
@@ -377,8 +343,7 @@ def test_silent_hosts_keep_no_other_host_waiting(ride, answering, good, monkeypa
     store = MemoryStore(urls)
     done = []
     meanwhile(lambda: len(store.embedded()) == 40, 0, partial(done.append, True), opened.set)
-    report, error = ride(store, fetch_seconds=60.0)
-    assert error is None
+    report = ride(store, fetch_seconds=60.0)
     assert (report.embedded, done) == (len(urls), [True])
 
 
@@ -394,7 +359,7 @@ def test_downloads_of_silent_hosts_are_bounded_too(ride, answering, monkeypatch,
     # a while for more than there should be
     meanwhile(lambda: asked() >= 6, 0.5, lambda: counted.append(asked()), opened.set)
     urls = [url for host in hosts for url in host.urls(4)]
-    report, _ = ride(MemoryStore(urls), fetch_seconds=60.0)
+    report = ride(MemoryStore(urls), fetch_seconds=60.0)
     assert (report.embedded, counted) == (12, [6])
 
 
@@ -425,8 +390,7 @@ def test_what_is_in_work_is_bounded(ride, answering, monkeypatch, what):
     if what == "the URLs are long":
         monkeypatch.setattr(script, "LONG_URL", 1)
     store = MemoryStore(answering(in_turn(*answers)).urls(200))
-    report, error = ride(store)
-    assert error is None
+    report = ride(store)
     assert report.embedded == 200
     most = 10 if what == "the URLs are long" else 30 + 10
     assert store.most_in_work <= most
@@ -448,8 +412,7 @@ def test_what_waits_for_the_model_or_a_decoder_is_bounded(ride, good, monkeypatc
     # a while for more than there should be
     meanwhile(lambda: len(good.requests) >= 3, 0.5, count, opened.set)
     size = 8 if busy == "decoding" else 1  # of which more would fit
-    report, error = ride(MemoryStore(good.urls(60)), workers=3, batch_size=size, fetch_seconds=60.0)
-    assert error is None
+    report = ride(MemoryStore(good.urls(60)), workers=3, batch_size=size, fetch_seconds=60.0)
     assert report.embedded == 60
     assert 3 <= counted[0] <= 3 + 2 * 2 + 2  # 3 workers, twice 2 cores, and 2 under way
 
@@ -462,7 +425,7 @@ def loaded(monkeypatch):
     return images
 
 
-def test_a_batch_is_full_where_there_is_enough(ride, good, monkeypatch, loaded):
+def test_batches_are_full_where_there_is_enough_and_bounded(ride, good, monkeypatch, loaded):
     sizes = []
 
     def slow(_, batch):
@@ -470,17 +433,21 @@ def test_a_batch_is_full_where_there_is_enough(ride, good, monkeypatch, loaded):
         wait_until(lambda: len(loaded) >= 20)
 
     changed(monkeypatch, Encoder, "embed", slow)
-    report, _ = ride(MemoryStore(good.urls(60)), batch_size=4)
+    changed(monkeypatch, MemoryStore, "save", lambda *_: time.sleep(0.1))
+    monkeypatch.setattr(script, "WRITE_ROWS", 7)
+    store = MemoryStore(good.urls(60))
+    report = ride(store, batch_size=4)
     assert report.embedded == 60
     assert max(sizes) == 4
     assert sizes.count(4) >= 2
+    assert max(map(len, store.batches)) == 7
 
 
 def test_the_last_images_are_shared_among_the_cores(ride, good, monkeypatch, loaded):
     sizes = []
     changed(monkeypatch, Encoder, "__init__", lambda *_: wait_until(lambda: len(loaded) == 10))
     changed(monkeypatch, Encoder, "embed", lambda _, batch: sizes.append(len(batch)))
-    report, _ = ride(MemoryStore(good.urls(10)), batch_size=8)
+    report = ride(MemoryStore(good.urls(10)), batch_size=8)
     assert (report.embedded, sizes) == (10, [5, 5])
 
 
@@ -494,7 +461,7 @@ def test_a_defect_in_the_loop_ends_the_run_and_what_is_embedded_is_stored(ride, 
 
     changed(monkeypatch, script.Pace, "arrived", arrived)
     store = MemoryStore(good.urls(60))
-    report, error = ride(store)
+    report, error = ride.fails(store)
     assert isinstance(error, OverflowError)
     assert report.embedded == len(store.embedded()) > 0
 
@@ -505,8 +472,7 @@ def test_files_on_a_disk_that_hangs_are_left_and_no_network_is_blamed(
     store = MemoryStore([f"{number}.jpg" for number in range(30)])
     store.locate = lambda asset: Source(tmp_path / asset.image, {})
     changed(monkeypatch, script.Loader, "fetch", lambda *_: opened.wait(PERSON))
-    report, error = ride(store, fetch_seconds=0.1)
-    assert error is None
+    report = ride(store, fetch_seconds=0.1)
     assert report.exit_code == 1
     assert "of this machine: not complete in time" in "\n".join(report.lines())
 
@@ -533,25 +499,13 @@ def test_an_odd_image_costs_itself_alone(ride, good, monkeypatch, opened):
     changed(monkeypatch, script.Loader, "fetch", fetch)
     good.files |= {"/0": b"not finite", "/1": b"odd"}
     store = MemoryStore(good.urls(6))
-    report, error = ride(store, fetch_seconds=0.5)
-    assert error is None
+    report = ride(store, fetch_seconds=0.5)
     assert {i: store.saved[i][1:] for i in store.failed()} == {
         0: ("embed", script.NOT_FINITE),
         1: ("decode", f"{script.DEFECT} (ZeroDivisionError)"),
         2: ("fetch", "not complete in time (0.5 s)"),
     }
     assert counts(report) == (3, 3, 0)
-
-
-def test_a_machines_trouble_ends_the_run_and_is_no_images_failure(ride, good, monkeypatch):
-    def fail(self, data):
-        raise RunError("no process could be started")
-
-    monkeypatch.setattr(script.Loader, "load", fail)
-    store = MemoryStore(good.urls(9))
-    report, error = ride(store)
-    assert str(error) == "no process could be started"
-    assert (report.attempted, report.left, store.saved) == (0, 9, {})
 
 
 def test_an_end_waits_for_what_is_being_embedded_and_stores_it(ride, good, monkeypatch):
@@ -573,7 +527,7 @@ def test_an_end_waits_for_what_is_being_embedded_and_stores_it(ride, good, monke
     monkeypatch.setattr(script, "cores", lambda: 4)
     good.files["/4"] = b"last"
     store = MemoryStore(good.urls(5))
-    report, error = ride(store, workers=8)
+    report, error = ride.fails(store, workers=8)
     assert str(error) == "the machine has had enough"
     assert (report.embedded, report.left) == (4, 1)
     assert store.embedded() == {0, 1, 2, 3}
@@ -597,7 +551,7 @@ def test_a_store_that_can_not_go_on_ends_the_run(ride, good, monkeypatch, call, 
     monkeypatch.setattr(script, "WRITE_ROWS", 2)
     monkeypatch.setattr(MemoryStore, call, fail_later if call == "pages" else fail)
     monkeypatch.setattr(MemoryStore, "patience", 60.0 if error else 0.5)
-    report, end = ride(MemoryStore(good.urls(9)))
+    report, end = ride.fails(MemoryStore(good.urls(9)))
     if error:
         assert end is error
     else:

@@ -1,7 +1,7 @@
 """The whole job on the real stack, and SupabaseStore.
 
 - Every pending asset gets its vector, once, in few requests, whatever its id, its client's name and
-  the cap of rows; several runs share a catalog by --shard. The vectors are those of transformers.
+  the cap of rows; several runs share a catalog by --shard. 2 GB of memory will do.
 - A bad image costs one line in the report, and is tried again later and later.
 - An error of the database means what its code says. A refusal ends the run with its words.
 - The key goes to the project alone, and there to the buckets that are named.
@@ -13,12 +13,11 @@ import re
 import uuid
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from answers import status
-from conftest import REPO, SMALL, open_store, pending, renew, stack_cli, survey, vector
+from conftest import SCRIPT, SMALL, open_store, pending, survey, vector
 from PIL import Image
 from samples import saved
 from stack import HTML, JSON, ImageHost
@@ -44,63 +43,36 @@ def add(stack, host, paths, client=lambda n: "x"):
     return made
 
 
-# The main job: real photographs, the full architecture
+# The main job
 
 
-@pytest.fixture(scope="module")
-def whole(_stack, full, photos, tmp_path_factory):
-    """A run over some photographs with the full model, and another one after it."""
-    renew(_stack)
-    folder = tmp_path_factory.mktemp("cwd")
-    measured = folder / "measured.py"
+def test_photographs_and_vit_b_32_need_less_than_2_gb(cli, stack, full, host, tmp_path):
+    measured = tmp_path / "measured.py"
     measured.write_text(MEASURED)
-    cli = stack_cli(_stack, full, folder)
-    with ImageHost({f"/{name}": photos[name] for name in (*SMALL, "coins.png")}) as host:
-        ids = add(_stack, host, host.files)
-        first = cli(REPO / "generate_embeddings.py", script=measured)
-        rows = _stack.vectors()
-        _stack.gateway.requests.clear()
-        second = cli("-v")
-        yield SimpleNamespace(
-            **{"ids": ids, "first": first, "second": second, "rows": rows},
-            downloads=host.asked(),
-            requests=[r.path for r in _stack.gateway.requests],
-            rows_after=_stack.vectors(),
-            peak=int(first.err.splitlines()[-1]) * 1024,
-        )
+    add(stack, host, [f"/{name}" for name in SMALL])
+    real = {"CLIP_MODEL": full, "MODEL_VERSION": None}
+    run = cli(SCRIPT, script=measured, **real)
+    assert (run.code, run.counts["embedded"], run.counts["left"]) == (0, 3, 0)
+    rows = stack.vectors()
+    assert {row.version for row in rows.values()} == {"clip-vit-base-patch32"}
+    assert all(abs(np.linalg.norm(row.vector) - 1) < 1e-6 for row in rows.values())
+    assert 100e6 < int(run.err.splitlines()[-1]) * 1024 < 2e9
 
-
-def test_every_photograph_gets_the_vector_of_transformers_in_2_gb(whole, of_transformers):
-    run = whole.first
-    assert (run.code, run.counts["embedded"], run.counts["left"]) == (0, len(whole.ids), 0)
-    assert whole.rows.keys() == whole.ids.keys()
-    for asset, row in whole.rows.items():
-        assert row.version == "clip-vit-base-patch32"
-        assert abs(np.linalg.norm(row.vector.astype(np.float64)) - 1) < 1e-6
-        name = whole.ids[asset][1:]
-        if name in SMALL:
-            assert np.abs(row.vector - of_transformers[name]).max() < 1e-5, name
-    print(f"peak memory: {whole.peak / 1e6:.0f} MB")
-    assert 100e6 < whole.peak < 2e9
-
-
-def test_a_rerun_does_nothing_and_downloads_nothing(whole):
-    assert whole.second.code == 0
-    assert whole.second.counts["attempted"] == whole.second.counts["left"] == 0
-    assert whole.downloads == Counter(whole.ids.values())
-    assert str(whole.rows_after) == str(whole.rows)
-    assert f"{len(whole.ids)} assets: {len(whole.ids)} done, 0 to do" in whole.second.err
-    assert len(whole.requests) <= 4
-    assert not any(path.endswith("/store_embeddings") for path in whole.requests)
+    stack.gateway.requests.clear()
+    again = cli(**real)
+    assert (again.code, again.counts["attempted"], again.counts["left"]) == (0, 0, 0)
+    assert "3 assets: 3 done, 0 to do" in again.err
+    assert host.asked() == {f"/{name}": 1 for name in SMALL}
+    assert len(stack.gateway.requests) <= 4
+    assert str(stack.vectors()) == str(rows)
 
 
 # What is pending
 
 
 ODD_TEXTS = [
-    *("a,b", 'say "hi"', "two words", "(in)", "a.b.c", "100%", "50%25", "a/b", "Ünïcødé 日本"),
-    *("null", "eq.x", "a&b=c", "+", "#", "back\\slash", "'", "*", "{}", "-1", "007", "a:b", "Z"),
-    *("z", " ", "a\nembedded=9 failed=0 left=0 attempted=9", "\x1b[2J", ' in.(1,"2") '),
+    *("a,b", 'say "hi"', "(in)", "50%25", "a/b", "Ünïcødé 日本", "null", "a&b=c", "back\\slash"),
+    *("'", "-1", "007", "Z", "z", " ", "a\nembedded=9 failed=0 left=0 attempted=9", "\x1b[2J"),
 ]
 ODD_NUMBERS = [-5, 0, 1, 2, 10, 2**31, 2**53 - 1, 2**53, 2**53 + 1, 2**53 + 2, 2**63 - 1]
 
@@ -173,63 +145,44 @@ BAD = {  # a path, or what else stands in the column: the host's response, and t
 }
 
 
-@pytest.fixture(scope="module")
-def story(_stack, photos, tiny, tmp_path_factory):
-    """Four runs over good images and bad ones. Each with its Result, what the host was asked for,
-    and the failures as they are stored then."""
-    renew(_stack)
-    cli = stack_cli(_stack, tiny, tmp_path_factory.mktemp("cwd"))
+def test_bad_images_are_named_tried_again_and_then_wait(cli, stack, photos):
     good = photos["flower.jpg"]
     with ImageHost({f"/{n}.jpg": good for n in range(5)}) as host:
-        _stack.add_assets((uuid.uuid4(), host.url_of(path), "x") for path in host.files)
+        stack.add_assets((uuid.uuid4(), host.url_of(path), "x") for path in host.files)
         answers = {path: answer for path, (answer, _) in BAD.items() if answer is not None}
         host.files |= answers | {"/cut.jpg": good[: len(good) // 2]}
-        bad = add(_stack, host, BAD)
+        bad = add(stack, host, BAD)
+        on_host = {path for path in BAD if path and path.startswith("/")}
 
-        def seen(*args):
+        def run(*args, code, **counts):
             host.requests.clear()
             result = cli(*args)
-            return SimpleNamespace(result=result, asked=set(host.asked()), noted=_stack.failures())
+            assert (result.code, result.counts) == (code, result.counts | counts)
+            return result, set(host.asked())
 
-        first, second, third = seen(), seen(), seen()
+        first, _ = run(code=1, embedded=5, failed=len(BAD), left=0)
+        noted = stack.failures()
+        assert noted.keys() == bad.keys()
+        for asset, path in bad.items():
+            stage, reason, attempts = noted[asset]
+            assert (f"{stage}: {reason}".partition(" (")[0], attempts) == (BAD[path][1], 1)
+            lines = first.out.splitlines()
+            (at,) = [n for n, line in enumerate(lines) if f"{stage}: {reason}" in line]
+            assert lines[at + 1].strip() == script.ADVICE[reason.partition(" (")[0]]
+            assert str(asset) in lines[at + 2]
+
+        _, asked = run(code=1, embedded=0, failed=len(BAD), waiting=0)
+        assert asked == on_host
+        assert {attempts for *_, attempts in stack.failures().values()} == {2}
+        third, asked = run(code=0, attempted=0, waiting=len(BAD), left=0)
+        assert asked == set()
+        said = rf"5 done, {len(BAD)} failed before, tried again from .* on, 0 to do"
+        assert re.search(said, third.err)
+
         host.files["/cut.jpg"] = good
-        mended = seen("--retry-failed")
-        yield SimpleNamespace(
-            **{"bad": bad, "first": first, "second": second, "third": third, "mended": mended},
-            on_host={path for path in BAD if path and path.startswith("/")},
-        )
-
-
-def test_the_good_ones_are_embedded_and_the_bad_ones_named(story):
-    run = story.first.result
-    assert run.code == 1
-    assert run.counts == run.counts | {"embedded": 5, "failed": len(BAD), "left": 0}
-    assert story.first.noted.keys() == story.bad.keys()
-    for asset, path in story.bad.items():
-        stage, reason, attempts = story.first.noted[asset]
-        assert (f"{stage}: {reason}".partition(" (")[0], attempts) == (BAD[path][1], 1)
-        lines = run.out.splitlines()
-        (at,) = [n for n, line in enumerate(lines) if f"{stage}: {reason}" in line]
-        assert lines[at + 1].strip() == script.advice_on(reason)
-        assert str(asset) in lines[at + 2]
-
-
-def test_the_next_run_tries_them_again_and_then_they_wait(story):
-    run = story.second.result
-    assert (run.code, story.second.asked) == (1, story.on_host)
-    assert run.counts == run.counts | {"embedded": 0, "failed": len(BAD), "waiting": 0}
-    assert {attempts for *_, attempts in story.second.noted.values()} == {2}
-    run = story.third.result
-    assert (run.code, story.third.asked) == (0, set())
-    assert run.counts == run.counts | {"attempted": 0, "waiting": len(BAD), "left": 0}
-    assert re.search(rf"5 done, {len(BAD)} failed before, tried again from .* on, 0 to do", run.err)
-
-
-def test_retry_failed_tries_them_all_and_what_is_mended_is_embedded(story):
-    run = story.mended.result
-    assert story.mended.asked == story.on_host
-    assert run.counts == run.counts | {"embedded": 1, "failed": len(BAD) - 1}
-    assert len(story.mended.noted) == len(BAD) - 1
+        _, asked = run("--retry-failed", code=1, embedded=1, failed=len(BAD) - 1)
+        assert asked == on_host
+        assert len(stack.failures()) == len(BAD) - 1
 
 
 # What the database's errors mean
@@ -352,6 +305,13 @@ PROJECT = "https://abc.supabase.co"
 OBJECTS = f"{PROJECT}/storage/v1/object"
 MUG = "shop/products/a%20mug.jpg"
 RENDERED = f"{PROJECT}/storage/v1/render/image"
+KEY = "sb_secret_x"
+
+
+def place_of(image, size):
+    buckets = "shop, my pictures"
+    settings = script.Settings(url=PROJECT, key=KEY, storage_buckets=buckets)
+    return script.SupabaseStore(settings, script.Stop()).locate(Asset(1, image, size=size))
 
 
 @pytest.mark.parametrize(
@@ -360,7 +320,6 @@ RENDERED = f"{PROJECT}/storage/v1/render/image"
         ("https://x.example.com/a.jpg", "https://x.example.com/a.jpg", False),
         (" https://x.example.com/ü.jpg\n", "https://x.example.com/ü.jpg", False),
         ("//cdn.example.com/a.jpg", "https://cdn.example.com/a.jpg", False),
-        ("data:image/png;base64,AAAA", "data:image/png;base64,AAAA", False),
         (f"{OBJECTS}/sign/shop/a.jpg?token=t", f"{OBJECTS}/sign/shop/a.jpg?token=t", False),
         *(
             (f"{place}/{way}/{MUG}", f"{OBJECTS}/authenticated/{MUG}", True)
@@ -369,11 +328,7 @@ RENDERED = f"{PROJECT}/storage/v1/render/image"
         ),
         ("/storage/v1/object/public/other/a.jpg", f"{OBJECTS}/public/other/a.jpg", False),
         ("/storage/v1/object/sign/shop/a.jpg?token=t", f"{OBJECTS}/sign/shop/a.jpg?token=t", False),
-        (f"{OBJECTS}/public/shop/a.jpg?v=2", f"{OBJECTS}/authenticated/shop/a.jpg?v=2", True),
         (f"{RENDERED}/public/{MUG}?width=9", f"{RENDERED}/authenticated/{MUG}?width=9", True),
-        (f"/storage/v1/render/image/public/{MUG}", f"{RENDERED}/authenticated/{MUG}", True),
-        (f"{RENDERED}/public/other/a.jpg", f"{RENDERED}/public/other/a.jpg", False),
-        (f"{OBJECTS}/public/other/a.jpg", f"{OBJECTS}/public/other/a.jpg", False),
         (f"{PROJECT}.evil.example/storage/v1/object/{MUG}", None, False),
         (f"{PROJECT}@evil.example/storage/v1/object/{MUG}", None, False),
         (f"{PROJECT}/functions/v1/shop/a.jpg", None, False),
@@ -381,8 +336,7 @@ RENDERED = f"{PROJECT}/storage/v1/render/image"
     ],
 )
 def test_the_key_goes_to_a_named_bucket_of_the_own_storage_alone(image, where, with_key):
-    asset = Asset(1, image, size=len(image.encode()))
-    place = project_store("shop, my pictures").locate(asset)
+    place = place_of(image, len(image.encode()))
     assert place.where == (where or image)
     assert place.headers == ({"apikey": KEY, "Authorization": f"Bearer {KEY}"} if with_key else {})
 
@@ -391,14 +345,10 @@ def test_the_key_goes_to_a_named_bucket_of_the_own_storage_alone(image, where, w
     ("image", "reason"),
     [
         (f"{OBJECTS}/authenticated/other/a.jpg", f"{script.PRIVATE_BUCKET} (other)"),
-        (f"{RENDERED}/authenticated/other/a.jpg", f"{script.PRIVATE_BUCKET} (other)"),
-        (f"{OBJECTS}/public/shop/../other/a.jpg", script.BAD_STORAGE_PATH),
-        (f"{RENDERED}/public/shop/../other/a.jpg", script.BAD_STORAGE_PATH),
         *(
             (f"{OBJECTS}/public/shop/{path}/a.jpg", script.BAD_STORAGE_PATH)
-            for path in ("%2e%2e/other", "..%2fother", "..\\other", ".\t./other")
+            for path in ("../other", "%2e%2e/other", "..%2fother", "..\\other", ".\t./other")
         ),
-        ("", script.NO_IMAGE),
         (" \n", script.NO_IMAGE),
         ("data:image/png;base64,AA", f"{script.LONG_DATA_URL} (9 MB)"),
         # To unquote 8 MB of percent signs takes 1.4 GB and 20 s, in the loop.
@@ -409,27 +359,18 @@ def test_the_key_goes_to_a_named_bucket_of_the_own_storage_alone(image, where, w
 def test_an_image_that_is_not_to_be_had_is_said_to_be(image, reason):
     size = 9 * 2**20 if image.startswith("data:") else 0
     with pytest.raises(script.ImageError) as error:
-        project_store("shop, my pictures").locate(Asset(1, image, size=size))
+        place_of(image, size)
     assert str(error.value).startswith(reason)
     assert len(str(error.value)) < 200
-
-
-KEY = "sb_secret_x"
-
-
-def project_store(buckets):
-    settings = script.Settings(url=PROJECT, key=KEY, storage_buckets=buckets)
-    return script.SupabaseStore(settings, script.Stop())
 
 
 # The page
 
 
 def test_the_catalog_has_what_the_page_shows(stack, monkeypatch):
-    """Copies, near pairs, samples of each client, and failures beyond one answer."""
+    """Copies, near pairs, and samples of each client. test_gallery.py has failures."""
     monkeypatch.setattr(script, "COMPARED_AT_ONCE", 10)
-    monkeypatch.setattr(script, "FAILURES_AT_ONCE", 2)
-    stack.add_images([f"https://images.invalid/{n}.jpg" for n in range(45)], "large")
+    stack.add_images([f"https://images.invalid/{n}.jpg" for n in range(40)], "large")
     stack.sql("update assets set client_name = 'small' where id::text like '%10'")
     store = open_store(stack)
     assets = pending(store)
@@ -437,8 +378,7 @@ def test_the_catalog_has_what_the_page_shows(stack, monkeypatch):
     made[1:4] = made[0]
     made[5] = made[4] + 0.05 * made[6]  # a near pair
     vectors = (made / np.linalg.norm(made, axis=1, keepdims=True)).astype(np.float32)
-    results = [Embedded(a, v) for a, v in zip(assets, vectors, strict=False)]
-    store.save([*results, *(Failed(a, "fetch", "HTTP 404") for a in assets[40:])])
+    store.save([Embedded(a, v) for a, v in zip(assets, vectors, strict=True)])
     catalog = store.catalog()
     counts = (catalog.embedded, catalog.sought_among, catalog.compared)
     assert counts == (40, 40, 40)
@@ -453,9 +393,6 @@ def test_the_catalog_has_what_the_page_shows(stack, monkeypatch):
     for one, *nearest in catalog.samples:
         assert one.picture.id not in {match.picture.id for match in nearest}
         assert all(match.similarity < script.SAME for match in nearest)
-    failed = [(failure.picture.id, failure.reason) for failure in catalog.failures]
-    assert failed == [(a.id, "HTTP 404") for a in assets[40:]]
-    assert store.search(vectors[7], 1)[0].picture.id == assets[7].id
     client = open_store(stack, client="small").catalog()
     assert (client.embedded, len(client.samples)) == (1, 1)
 
