@@ -135,13 +135,13 @@ class TlsHost(ImageHost):
 
 
 class Tunnel(socketserver.ThreadingTCPServer):
-    """A proxy for TLS that leads to `port` of this machine, whatever it is asked for. `asked` has
-    the targets, and what came as Proxy-Authorization."""
+    """A proxy for TLS, or of SOCKS5, that leads to `port` of this machine, whatever it is asked
+    for. `asked` has the targets, and what came as Proxy-Authorization."""
 
     daemon_threads = True
 
-    def __init__(self, port):
-        super().__init__(("127.0.0.1", 0), _Tunnelled)
+    def __init__(self, port, socks=False):
+        super().__init__(("127.0.0.1", 0), _Socks5 if socks else _Tunnelled)
         self.port, self.asked = port, []
         self.address = f"127.0.0.1:{self.server_address[1]}"
         self.greeting = b"HTTP/1.1 200 OK\r\n\r\n"
@@ -155,14 +155,27 @@ class Tunnel(socketserver.ThreadingTCPServer):
 class _Tunnelled(socketserver.StreamRequestHandler):
     rbufsize = 0  # what follows the greeting is not for us
 
-    def handle(self):
+    def greet(self):
         target = self.rfile.readline().decode().split(" ")[1]
         headers = http.client.parse_headers(self.rfile)
         self.server.asked.append((target, headers["Proxy-Authorization"]))
         self.wfile.write(self.server.greeting)
+
+    def handle(self):
+        self.greet()
         with socket.create_connection(("127.0.0.1", self.server.port)) as host:
             threading.Thread(target=_pump, args=(self.connection, host), daemon=True).start()
             _pump(host, self.connection)
+
+
+class _Socks5(_Tunnelled):
+    def greet(self):
+        self.rfile.read(self.rfile.read(2)[1])  # the methods that it knows
+        self.wfile.write(b"\5\0")
+        assert self.rfile.read(4) == b"\5\1\0\3"  # connect to a name
+        name = self.rfile.read(self.rfile.read(1)[0]).decode()
+        self.server.asked.append((name, int.from_bytes(self.rfile.read(2), "big")))
+        self.wfile.write(b"\5\0\0\1" + bytes(6))
 
 
 def _pump(source, target):

@@ -735,6 +735,13 @@ def test_images_come_through_the_tunnel_of_a_proxy(tls, monkeypatch):
     assert "proxy-authorization" not in sent(tls)
 
 
+def test_images_come_through_a_socks_proxy(host, monkeypatch):
+    with answers.Tunnel(host.port, socks=True) as proxy:
+        monkeypatch.setenv("ALL_PROXY", f"socks5h://{proxy.address}")
+        assert guarded("http://shop.example:8080/a.png") == IMAGE
+        assert proxy.asked == [("shop.example", 8080)]
+
+
 @pytest.mark.parametrize("scheme", ["socks", "socks4a", "socks5h"])
 def test_a_socks_proxy_that_can_not_be_used_ends_the_run(monkeypatch, scheme):
     if scheme == "socks5h":

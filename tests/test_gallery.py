@@ -359,6 +359,10 @@ def test_all_pairs_above_the_line_are_found_and_no_other(monkeypatch):
     assert groups_of(pairs) == expected
     assert len(expected) > 10
     assert script.rows_alike(vectors[:0]) == ([], 0)
+    monkeypatch.setattr(script, "MOST_PAIRS", 50)
+    alike = vectors[1] + np.arange(300, dtype=np.float32)[:, None] * 1e-6
+    pairs, looked_at = script.rows_alike(alike)
+    assert (len(pairs) < 50 + 16 * 16, looked_at) == (True, 0)
 
 
 def test_a_picture_without_a_title_is_called_by_its_url():

@@ -20,7 +20,7 @@ from conftest import vector, wait_until
 from stack import ImageHost
 
 import generate_embeddings as script
-from generate_embeddings import Asset, Embedded, Failed, RunError, Source, Status
+from generate_embeddings import Asset, Embedded, Failed, ImageError, RunError, Source, Status
 
 PERSON = 20  # seconds that no event here takes, also on a busy machine
 
@@ -478,7 +478,8 @@ def test_files_on_a_disk_that_hangs_are_left_and_no_network_is_blamed(
 
 
 def test_an_odd_image_costs_itself_alone(ride, good, monkeypatch, opened):
-    """One whose vector is not finite, one that nobody foresaw, one that hangs."""
+    """One whose vector is not finite, one that nobody foresaw, one that hangs, and one with a NUL
+    in its reason, which no database takes."""
 
     class NotFinite(Encoder):
         def embed(self, batch):
@@ -490,6 +491,8 @@ def test_an_odd_image_costs_itself_alone(ride, good, monkeypatch, opened):
         return 1 / 0 if data == b"odd" else pixels
 
     def fetch(self, source, deadline):
+        if source.where.endswith("/3"):
+            raise ImageError("a\0b")
         if source.where.endswith("/2"):
             opened.wait(PERSON)
             raise EOFError("after the loop has given it up")
@@ -504,8 +507,9 @@ def test_an_odd_image_costs_itself_alone(ride, good, monkeypatch, opened):
         0: ("embed", script.NOT_FINITE),
         1: ("decode", f"{script.DEFECT} (ZeroDivisionError)"),
         2: ("fetch", "not complete in time (0.5 s)"),
+        3: ("fetch", "a?b"),
     }
-    assert counts(report) == (3, 3, 0)
+    assert counts(report) == (2, 4, 0)
 
 
 def test_an_end_waits_for_what_is_being_embedded_and_stores_it(ride, good, monkeypatch):
