@@ -3,8 +3,7 @@
     script -> Gateway (apikey, /rest/v1, /storage/v1) -> PostgREST -> PostgreSQL + pgvector
            -> ImageHost (real photographs)
 
-Tests import `Stack`, `ImageHost` and `photographs`. By hand, `python tests/stack.py` serves a
-sample catalog until Ctrl-C and prints how to run the script on it. For Linux and macOS.
+Tests import `Stack`, `ImageHost` and `photographs`. For Linux and macOS.
 """
 
 import contextlib
@@ -15,7 +14,6 @@ import mimetypes
 import os
 import re
 import secrets
-import signal
 import socket
 import socketserver
 import struct
@@ -668,19 +666,3 @@ def photographs():
         for path in paths.split()
     ]
     return {file.name: file.read_bytes() for file in files}
-
-
-def main():
-    """Serves the sample catalog until Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's "&" has it ignored
-    files = {f"/{name}": data for name, data in photographs().items()}
-    with Stack() as stack, ImageHost(files) as images, contextlib.suppress(KeyboardInterrupt):
-        stack.add_images(map(images.url_of, files), "client-1")
-        for name in ("SUPABASE_URL", "SUPABASE_SERVICE_ROLE_KEY", "ALLOW_PRIVATE_IMAGE_HOSTS"):
-            print(f"export {name}={stack.env()[name]}")
-        print(f"# The database: psql '{stack.db_uri}'.  Ctrl-C stops everything.", flush=True)
-        signal.pause()
-
-
-if __name__ == "__main__":
-    main()
