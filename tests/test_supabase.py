@@ -327,6 +327,7 @@ def place_of(image, size):
             for way in ("public", "authenticated")
         ),
         ("/storage/v1/object/public/other/a.jpg", f"{OBJECTS}/public/other/a.jpg", False),
+        (f"{OBJECTS}/public/shop-2/a.jpg", f"{OBJECTS}/public/shop-2/a.jpg", False),
         ("/storage/v1/object/sign/shop/a.jpg?token=t", f"{OBJECTS}/sign/shop/a.jpg?token=t", False),
         (f"{RENDERED}/public/{MUG}?width=9", f"{RENDERED}/authenticated/{MUG}?width=9", True),
         (f"{PROJECT}.evil.example/storage/v1/object/{MUG}", None, False),
