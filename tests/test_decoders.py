@@ -10,6 +10,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -86,6 +87,8 @@ def test_what_is_decoded_in_a_process_that_can_open_nothing_is_the_same(decoder,
         for compression in ("tiff_lzw", "jpeg") if kind == "TIFF" else ("",):
             data = saved(cat, kind, compression=compression)
             assert decoder.decode(data).tobytes() == script.levels_of(data), kind
+    timers = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+    wait_until(lambda: not any(timer.is_alive() for timer in timers))  # one would kill it later
 
 
 def test_an_avif_is_decoded_in_one_thread(decoder):

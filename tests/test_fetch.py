@@ -563,6 +563,8 @@ def test_a_dead_first_address_costs_a_moment_once(host, names, monkeypatch):
 
 def test_a_certificate_that_is_not_valid_is_named(host, tls, tmp_path, monkeypatch):
     assert told(end_of(host.url_of("/a.png").replace("http:", "https:"))) == "TLS failed"
+    broken_off = script.network_error(ssl.SSLEOFError())
+    assert told(broken_off) == "strain: connection lost"
     reason = "the host's certificate is not valid"
     assert told(end_of(tls.url_of("/a.png"))) == reason  # of an unknown issuer
     with answers.TlsHost(tmp_path, {"/a.png": IMAGE}, days=-1) as expired:

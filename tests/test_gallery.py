@@ -255,12 +255,17 @@ def test_short_time_and_images_that_broke_since_are_said(monkeypatch, photos, tm
     for path in vectors:
         (tmp_path / path).touch()
     (tmp_path / "8.jpg").write_bytes(photos["rocket.jpg"])
+    for copy in ("9.jpg", "10.jpg"):
+        os.mkfifo(tmp_path / copy)  # which can't be looked at
+        vectors[copy] = vectors["1.jpg"]
     store = keep(open_folder(tmp_path), vectors, {})
-    page, _ = page_of(store, tmp_path, local=tmp_path)
-    assert "Time was short: of 9 pictures 5 were compared with all others, 9 searched" in page.text
-    assert "1 file could not be looked at, or not in time." in page.text
-    (group,) = page.of("same")
-    assert (group.title, group.names) == ("Group 1: 2 look the same", ["8.jpg", "0.jpg"])
+    page, rows = page_of(store, tmp_path, local=tmp_path)
+    assert "of 11 pictures 7 were compared with all others, 11 searched" in page.text
+    assert "4 files could not be looked at, or not in time." in page.text
+    assert {row["copy"] for row in rows if row["id"] in ("9.jpg", "10.jpg")} == {""}
+    unread, group = page.of("same")
+    assert unread.title == "Group 1: 3 look the same"
+    assert (group.title, group.names) == ("Group 2: 2 look the same", ["8.jpg", "0.jpg"])
     assert (group.pictures, group.boxes, group.marks) == (1, 1, [])
     assert script.EMPTY in group.text
 
@@ -298,6 +303,23 @@ def test_the_page_stays_below_3_mb_whatever_is_to_be_shown(tmp_path, monkeypatch
     assert max(len(link["href"]) for link in page.named("a")) <= 800
 
 
+def test_the_largest_of_a_group_is_kept_and_is_marked_if_all_are_known(tmp_path):
+    """The smallest here has the shortest name."""
+    images = {
+        f"/{'x' * n}.png": saved(Image.new("RGB", (90 + 10 * n, 100), "red"), "PNG")
+        for n in range(1, 8)
+    }
+    with ImageHost(images) as host:
+        pictures = [script.Picture(path, host.url_of(path)) for path in images]
+        for count, marks in ((6, 1), (7, 0)):  # of seven only six are shown, and looked at
+            pairs = [script.Pair(pictures[0], other, 1.0, True) for other in pictures[1:count]]
+            page, rows = page_of(store_of(pairs), tmp_path, private_hosts=True)
+            (card,) = page.of("same")
+            assert card.marks.count("largest") == marks
+            assert {row["keep"] for row in rows} == {card.names[0].join(["/", ""])}
+            assert card.names[0] == f"{'x' * 6}.png"
+
+
 def test_a_picture_leads_to_its_original(tmp_path):
     leads_to = {
         "//x/a.jpg": "https://x/a.jpg",
@@ -327,6 +349,7 @@ def test_a_cell_that_begins_like_a_formula_is_quoted():
     cells |= {"\t=1": "\t'=1", "a;=1": "a;'=1", 'a;"=1': "a;\"'=1", "a\n+1": "a\n'+1"}
     cells |= {"mug - blue, -1": "mug - blue, -1"}
     assert {text: script.cell(text) for text in cells} == cells
+    assert script.cell("=" + "x" * 9999).startswith("'=x")
 
 
 def test_width_and_height_are_read_without_codecs():

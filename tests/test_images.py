@@ -646,6 +646,8 @@ def test_reducing_large_images_first_hardly_changes_what_is_seen(photos):
         found, whole = decoded(data), opened(data)
         assert 448 <= found.width < side
         assert mean_distance(*(np.asarray(square(image)) for image in (found, whole))) < 1.5
+    banner = saved(mosaic.resize((2700, 450)), "BMP")
+    assert decoded(banner).size == (2700, 450)
 
 
 # Anything at all

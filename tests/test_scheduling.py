@@ -10,6 +10,7 @@ import contextlib
 import re
 import threading
 import time
+from datetime import datetime, timedelta
 from functools import partial
 from types import SimpleNamespace
 
@@ -170,6 +171,13 @@ def test_a_store_that_is_written_from_the_protocol_alone_will_do(ride, good):
     assert (*counts(report), report.exit_code) == (29, 1, 3, 1)
     assert store.embedded() == {*range(30), 32}
     assert "       3  changed or gone meanwhile" in report.lines()
+
+
+def test_when_what_waits_is_tried_again_is_said():
+    for hours, shown in ((0.1, "%H:%M:%S"), (73, "%-d %B")):
+        due = datetime.now().astimezone() + timedelta(hours=hours)
+        report = script.Report(Status(1, 0, 1, 1, due), script.Settings())
+        assert f"1 failed before, tried again from {due:{shown}} on, 0 to do" in report.beginning()
 
 
 def test_a_report_keeps_no_data_urls():
