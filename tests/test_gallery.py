@@ -68,7 +68,7 @@ class Page(HTMLParser):
             for card in re.findall("<article.*?</article>", cards, re.S)
         ]
         self.text = " ".join(found("</style>(.*)", source))
-        self.head = self.text[: self.text.index("Copies, resized pictures")]
+        self.head = self.text[: self.text.index("These are copies, resized")]
         for card in self.cards:
             assert not re.search(r"--[a-z]|vector|embedded|schema\.sql|\.env|1\.000", card.text)
 
@@ -188,7 +188,7 @@ def test_the_head_says_what_is_superfluous(album):
     assert "16 samples of what looks alike" in page.head
     assert "secret place" not in page.source
     assert "Time was short" not in page.text
-    assert "1 file could not be looked at" in page.text
+    assert "1 file could not be read" in page.text
 
 
 def test_groups_have_the_picture_to_keep_first(album):
@@ -220,7 +220,7 @@ def test_samples_are_of_different_groups(album):
 
 def test_failures_are_told_once_with_what_to_do(album):
     empty, *others = album.page.of("failed")
-    assert album.page.text.count("search can't find these until they are mended.") == 1
+    assert album.page.text.count("search can't find these until they are fixed.") == 1
     assert empty.text.startswith("An empty file 25 The file is damaged or was cut off")
     assert empty.names == [f"broken {n}.jpg" for n in (0, 1, 10, 11, 12, 13, 14, 15)]
     assert "And 17 more: see x.csv ." in empty.text
@@ -283,8 +283,8 @@ def test_where_time_was_short_the_page_says_so(monkeypatch, tmp_path):
     for path in ("0.jpg", "8.jpg"):
         (tmp_path / path).unlink()
     page, _ = page_of(store, tmp_path, local=tmp_path)
-    assert "Time was short: of 9 pictures 5 were compared with all others, 9 searched" in page.text
-    assert "2 files could not be looked at, or not in time." in page.text
+    assert "Time was short: of 9 pictures, 5 were compared with all others, and 9 were" in page.text
+    assert "2 files could not be read, or not in time." in page.text
     assert page.of("same")[0].marks == []
 
 

@@ -200,7 +200,7 @@ def test_what_may_go_wrong_once_does_not_end_a_download(hub, caplog, faults, tim
 @pytest.mark.parametrize(
     ("setting", "fault", "why"),
     [
-        ({}, "flip", "serves another config.json"),
+        ({}, "flip", "hub's config.json is not"),
         ({}, 404, "(HTTP 404)"),
         ({}, 503, "(HTTP 503)"),
         ({}, "a page", "(FileMetadataError)"),

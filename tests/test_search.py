@@ -178,6 +178,6 @@ def test_a_database_answers_with_names_and_ids(cli, stack, host, photos, monkeyp
         return 500, JSON, b'{"code":"57014","message":"canceling statement"}'
 
     monkeypatch.setattr(stack.gateway, "fault", fault)
-    with pytest.raises(script.RunError, match="has product_embeddings its HNSW index"):
+    with pytest.raises(script.RunError, match="does product_embeddings have its HNSW index"):
         store.catalog()
     assert len(asked) == 3
