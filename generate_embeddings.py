@@ -338,7 +338,7 @@ class Report:
         self.examples: dict[str, list[str]] = {}  # by reason; assets may hold data: URLs
         self.left_of: Counter[str] = Counter()  # not tried; by the host given up, and why it was
         self.started = time.monotonic()
-        self.when_due = ""  # the first of the waiting ones
+        self.when_due = ""  # such as "tried again from 12:00:05 on"
         if self.waiting and status.next_attempt:
             seconds = (status.next_attempt - datetime.now(UTC)).total_seconds()
             self.when_due = f"tried again from {clock(seconds)} on"
