@@ -27,21 +27,22 @@
 
     pending assets (the store finds them) -> fetch -> decode -> embed -> store -> report
 
-`main` reads flags and settings. `embed_all` asks the store for its status. With --search it then
-answers questions, with --dry-run it lists assets, and that is all. Else, if anything is pending,
-the steps overlap in `Run.loop`: the first images are fetched while the model is loaded. The report
-is printed in any case, also after an error. The gallery (--gallery) comes last, unless the run was
-stopped or could not go on.
+`main` reads flags and settings. `embed_all` asks the store for its status. With --search it
+answers the questions and ends. With --dry-run it lists assets and ends. Otherwise, if anything is
+pending, the steps overlap in `Run.loop`: the first images are fetched while the model is loaded.
+The report is printed in any case, also after an error. The gallery (--gallery) comes last, unless
+the run was stopped or could not continue.
 
 Words
     asset     one product image to embed: an id, and where its image is
     pending   without an embedding of this image and model version, and due: an asset that failed
-              is tried again in the next run, then ever more rarely (a folder's in each run)
+              is tried again in the next run, then less and less often (in a folder: each run)
     store     where assets and embeddings are: a Supabase database, or a folder
-    host      a server of images; strain is its sign that it can't cope, such as a 503
+    host      a server of images
+    strain    a sign that a host can't cope, such as a 503
     levels    a uint8 array (224, 224, 3), what CLIP sees of an image
-    pixels    the same as float32 (3, 224, 224), normalised: what its image tower takes
-    vector    a float32 array (512,) of unit length, what the tower gives
+    pixels    the same as float32 (3, 224, 224), normalised: what CLIP's image tower takes
+    vector    a float32 array (512,) of unit length, made from what the tower gives
 
 Sections
     The story        main, embed_all, Report: a run from its start to its printed report
@@ -50,51 +51,51 @@ Sections
     Stores           SupabaseStore, FolderStore
     Fetching         Fetcher, Deadline, and Guard: where a connection may go
     Pictures         from a file's bytes to levels
-    Decoders         the processes that do this, what they may take, what they can reach
+    Decoders         the processes that do this, their limits and their sandbox
     Model            the two towers, their weights and the download
     The gallery, the question    --gallery and --search
-    Command line     flags, settings, what is said on the terminal
+    Command line     flags, settings, output on the terminal
 
 Who runs where
     Main thread      the loop of Run, which alone touches Run, Job, Host, Pace and Report;
                      Store.locate
     Run.background   a pool of threads, a task each: load the model, find a page, store a batch (one
                      at a time), fetch an image or wait for its decoder. A download that hangs keeps
-                     its thread until the process ends.
+                     its thread: therefore the process ends by os._exit.
     Run.embedders    a pool with one thread a core (one in all on a GPU), a batch each
-    Decoders         processes, one a core: a file is not to be trusted, and may crash its decoder
-    in_time          a thread for each call to the store, which may hang: status, a page, a batch
-    For moments      a timer for each file being decoded (reply_of), a thread a core while weights
+    Decoders         processes, one a core: no file is trusted, and any may crash its decoder
+    in_time          a thread for each call to the store that may hang: status, a page, a batch
+    Short-lived      a timer for each file being decoded (reply_of), a thread a core while weights
                      are laid out (read_layers)
     tqdm             a thread of its own
-    --gallery, --search    after the run, or without one: the main thread, with decoders of their
-                     own and, for the gallery, a pool that fetches
+    --gallery, --search    after the run, or without one. They use the main thread and their own
+                     decoders. The gallery also has a pool that fetches.
 
 Where other questions are answered
     How many downloads run at once, what a 503 does, when a host is given up: Pace
     What a host's response means: STRAINED
     When a run ends early, with which exit code, and what bounds memory: Run
-    What is called before what, and how a third store is added: Store
+    In which order a store is called, and how a third store is added: Store
     What happens to an image that changes meanwhile: Store
     How a flag or a setting is added: Settings
 
-What an upgrade of a package may break, as no documentation promises it
+What an upgrade of a package may break: undocumented details, and packages that come along
     urllib3     connection._new_conn, response_class, pool_classes_by_scheme (guarded_adapter)
     http.client _MAXHEADERS, response.fp (guarded_adapter); socket.SocketIO._sock (Timed)
     requests    adapter.cert_verify, proxy_manager, utils.get_environ_proxies (Fetcher); brings
-                certifi, which is used here
+                certifi, which we use
     huggingface_hub    the cache's layout, `*.incomplete`, file_download._ETAG_RETRY_TIMEOUT
-                (Model); brings filelock, which is used here
+                (Model); brings filelock, which we use
     torch       torch.ops.mkldnn._linear_pointwise, _reorder_linear_weight (Linear), names in
                 torch.cpu.get_capabilities (has_bfloat16)
-    transformers    brings numpy, tokenizers and safetensors, which are used here
-    supabase    brings httpx and postgrest, whose errors are known here (SupabaseStore)
+    transformers    brings numpy, tokenizers and safetensors, which we use; is not imported itself
+    supabase    brings httpx and postgrest, whose exceptions we handle (SupabaseStore)
     pillow      TiffImagePlugin.READ_LIBTIFF, PngImagePlugin.MAX_TEXT_CHUNK, a GIF's dispose_extent
                 (Pictures), Image.preinit, AvifImagePlugin.DEFAULT_MAX_THREADS (Decoders)
     PostgreSQL, PostgREST    codes of errors (SupabaseStore)
 
 Exit codes: 0 all done, 1 some images failed or their host did not cope, 2 the run could not start
-or not go on, 130 interrupted (143 by SIGTERM, 129 by a closed terminal).
+or could not continue, 130 after Ctrl-C, 143 after SIGTERM, 129 after the terminal closed.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ def handle_stops(handler: Any) -> None:
 if IN_DECODER:
     handle_stops(signal.SIG_IGN)  # the run ends its decoders
 elif __name__ == "__main__":
-    handle_stops(end_at_once)  # while the imports go on, too
+    handle_stops(end_at_once)  # also during the imports
 if sys.version_info < (3, 11):
     print("error: Python 3.11 or later is needed, not " + sys.version.split()[0], file=sys.stderr)
     sys.exit(2)
@@ -186,7 +187,7 @@ try:
         UnidentifiedImageError,
     )
 
-    if not IN_DECODER:  # which has no use for these, and starts in half the time without them
+    if not IN_DECODER:  # a decoder does not need these, and starts twice as fast without them
         import http.client
         from urllib.request import getproxies
 
@@ -205,15 +206,15 @@ except ImportError as error:
     print(f"error: {error}: {INSTALL}", file=sys.stderr)
     sys.exit(2)
 
-# torch and supabase are imported where they are used: they take seconds, which a usage error or a
-# run with nothing to do need not wait for. transformers is not imported: see "What an upgrade".
+# torch and supabase are imported where they are used. Their import takes seconds, and a usage error
+# or a run with nothing to do should not wait for it.
 
 log = logging.getLogger("generate_embeddings")
 
 VERSION = "2.0"
 MODEL_ID = "openai/clip-vit-base-patch32"
 MODEL_REVISION = "3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268"  # pinned: vectors must not drift
-MODEL_VERSION = "clip-vit-base-patch32"  # what rows carry; another value counts as lacking
+MODEL_VERSION = "clip-vit-base-patch32"  # of rows; one with another value counts as not embedded
 CONTRACT = 3  # the version of schema.sql's functions
 DIMENSIONS = 512  # of a vector
 SIDE = 224  # pixels; CLIP sees a square
@@ -227,7 +228,7 @@ def main(argv: list[str] | None = None) -> int:
     # Python processes that libraries start (tqdm on macOS) must import nothing from this folder.
     os.environ["PYTHONSAFEPATH"] = "1"
     if sys.stderr is None:  # 2>&-
-        # The next file that is opened must not get its number.
+        # Else the next file that is opened gets number 2, and our messages.
         sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
     stop = Stop()
     try:
@@ -281,7 +282,7 @@ def embed_all(settings: Settings, stop: Stop) -> int:
         done = status.done + report.embedded
         Gallery(store, settings, {}).write(status._replace(done=done))
     elif settings.local and report.embedded and sys.stderr.isatty():
-        log.info("next: --gallery FILE.html shows what looks alike; README.md: with Supabase")
+        log.info("next: --gallery FILE.html shows what looks alike. Supabase: see README.md")
     return report.exit_code
 
 
@@ -295,7 +296,7 @@ def open_store(settings: Settings, stop: Stop) -> Store:
 
 def in_time(store: Store, call: Callable[..., Any], *arguments: Any) -> Any:
     """What a call to the store returns. The call has a thread of its own: a connection may stay
-    open and bring nothing. Raises RunError when the store's patience is over."""
+    open without ever answering. Raises RunError when the store's patience is over."""
     try:
         return ThreadPoolExecutor(1).submit(call, *arguments).result(store.patience)
     except TimeoutError:
@@ -314,7 +315,7 @@ def say_what_would_be_done(store: Store, settings: Settings, report: Report) -> 
 
 
 class Report:
-    """The counts of a run. An asset was attempted once the store took its result.
+    """The counts of a run. An asset counts as attempted when the store has taken its result.
 
     Always: attempted == embedded + failed.
     """
@@ -335,12 +336,12 @@ class Report:
         self.not_taken = 0  # by the store: changed or gone meanwhile
         self.reasons: Counter[str] = Counter()  # of what failed
         self.examples: dict[str, list[str]] = {}  # by reason; assets may hold data: URLs
-        self.left_of: Counter[str] = Counter()  # not tried, by the host given up and its reason
+        self.left_of: Counter[str] = Counter()  # not tried; by the host given up, and why it was
         self.started = time.monotonic()
-        self.again = ""  # when the first of the waiting ones is due
+        self.when_due = ""  # such as "tried again from 12:00:05 on"
         if self.waiting and status.next_attempt:
             seconds = (status.next_attempt - datetime.now(UTC)).total_seconds()
-            self.again = f"tried again from {clock(seconds)} on"
+            self.when_due = f"tried again from {clock(seconds)} on"
 
     @property
     def failed(self) -> int:
@@ -360,11 +361,11 @@ class Report:
 
     @property
     def exit_code(self) -> int:
-        """Of a run that came to its end."""
+        """The exit code of a run that came to its end."""
         return 1 if self.failed or self.left_of else 0
 
     def count(self, result: Result, taken: bool) -> None:
-        """Takes what became of a result in the store."""
+        """Counts a result. `taken`: whether the store took it."""
         if not taken:
             self.not_taken += 1
         elif isinstance(result, Embedded):
@@ -383,7 +384,7 @@ class Report:
         if status.done:
             parts.append(f"{status.done:,} done")
         if self.waiting:
-            parts.append(f"{self.waiting:,} failed before, {self.again}")
+            parts.append(f"{self.waiting:,} failed before, {self.when_due}")
         parts.append(f"{self.pending:,} to do")
         again = status.failed - self.waiting
         if again:
@@ -409,7 +410,7 @@ class Report:
             for example in self.examples[reason]:
                 yield f"          {example}"
         if self.waiting:
-            when = f"{self.again}; --retry-failed: now"
+            when = f"{self.when_due}; --retry-failed: now"
             yield f"Waiting  {self.waiting:>9,}  failed before, {when}"
         yield f"Left     {self.left:>9,}"
         for host, count in self.left_of.most_common(self.MOST_REASONS):
@@ -424,7 +425,7 @@ class Report:
 
 
 def clock(seconds: float) -> str:
-    """The time in so many seconds, as people read it."""
+    """The time that many seconds from now, as people read it."""
     when = datetime.now() + timedelta(seconds=seconds)
     if seconds < 20 * 3600:
         return f"{when:%H:%M:%S}"
@@ -435,24 +436,24 @@ def clock(seconds: float) -> str:
 
 
 class RunError(Exception):
-    """The run can't start or go on; the message is one line that says what to do."""
+    """The run can't start or continue; the message is one line that says what to do."""
 
 
 class ImageError(Exception):
     """An image can't be used; the message is a reason of the table below."""
 
 
-class Strain(ImageError):  # noqa: N818 - a host's, and no defect
+class Strain(ImageError):  # noqa: N818 - the host's fault, no error of ours
     """A host did not cope: it is busy, silent, or lost the connection."""
 
     def __init__(self, reason: str, rest: float = 0.0, first_byte: float | None = None) -> None:
         super().__init__(reason)
         self.rest = rest  # seconds that the host asked for (Retry-After)
-        self.first_byte = first_byte  # when it came, where the rest of a body came too slowly
+        self.first_byte = first_byte  # when the body began, if it then came too slowly
 
 
-# Reasons: each stands here once, with what its reader can do about it. A reported reason may have a
-# detail in parentheses behind its name. The gallery shows the advice to a shop's owner.
+# Each reason is here once, with what its reader can do about it. A reported reason may have a
+# detail in parentheses after its name. The gallery shows the advice to the owner of a shop.
 
 ADVICE: dict[str, str] = {}
 
@@ -478,8 +479,8 @@ _SMALLER = "Save it smaller: 2,000 pixels a side are plenty."
 _AS_FILE = "Upload the picture as a file, and give its address."
 
 NO_IMAGE = enter_reason("no image URL", "Give the product an image.")
-NO_URL = enter_reason("no full URL", "Ask your developer to make a full URL of it.")
-MANY_URLS = enter_reason("a list or JSON, not one URL", "Ask your developer to take the first.")
+NO_URL = enter_reason("no full URL", "Ask your developer to turn it into a full URL.")
+MANY_URLS = enter_reason("a list or JSON, not one URL", "Ask your developer to use just the first.")
 NOT_A_URL = enter_reason("not a valid URL", _CORRECT)
 OTHER_SCHEME = enter_reason("only http, https and data URLs are fetched", _CORRECT)
 BAD_STORAGE_PATH = enter_reason("a storage path with '..' or '\\' in it", _CORRECT)
@@ -489,20 +490,20 @@ PRIVATE_BUCKET = enter_reason(
 )
 PRIVATE_ADDRESS = enter_reason(
     "a private address",
-    "Ask your developer: ALLOW_PRIVATE_IMAGE_HOSTS=1 allows pictures of your own network.",
+    "Ask your developer: ALLOW_PRIVATE_IMAGE_HOSTS=1 allows pictures in your own network.",
 )
 BROKEN_DATA_URL = enter_reason("a data: URL that is broken, or not in base64", _AS_FILE)
 LONG_DATA_URL = enter_reason("a data: URL that is too long", _AS_FILE)
-UNREADABLE = enter_reason("can't be read", "See whether the file is there, and yours to read.")
+UNREADABLE = enter_reason("can't be read", "Check that the file exists, and that you may read it.")
 TOO_LARGE = enter_reason("a file that is too large", _SMALLER)
 NO_HOST = enter_reason("host not found", "No host has this name: correct the address.")
 NO_NAME_SERVER = enter_reason(
     "no name server answered",
-    "This machine's network is away, or the host's domain has trouble. Later runs try again.",
+    "This machine's network is down, or the host's domain has trouble. Later runs try again.",
 )
 CERTIFICATE = enter_reason(
     "the host's certificate is not valid",
-    "It has expired, is another host's, or is not complete: tell whoever runs the host.",
+    "It has expired, belongs to another host, or is incomplete: tell whoever runs the host.",
 )
 NO_TLS = enter_reason("TLS failed", _LATER)
 NO_ANSWER = enter_reason("no answer in time", _LATER)
@@ -513,16 +514,13 @@ CONNECTION_LOST = enter_reason("connection lost", _LATER)
 BAD_COMPRESSION = enter_reason("a broken compression", _LATER)
 BAD_REDIRECT = enter_reason("a redirect that leads nowhere", _CORRECT)
 for _statuses, _words in (
-    (range(100, 500), "The host does not give us the image: see whether the address is right."),
+    (range(100, 500), "The host does not give us the image: check that the address is right."),
     (range(500, 600), _LATER),
     ((401, 402, 403, 451), _CLOSED),
     ((404, 410), "Nothing is at this address: correct it, or upload the image again."),
-    ((407,), "Ask your developer: the proxy wants a name and a password."),
+    ((407,), "Ask your developer: the proxy asks for a name and a password."),
     ((408, 425), _LATER),
-    (
-        (202, 423),
-        "The host has not made the image yet, or checks for robots. Later runs try again.",
-    ),
+    ((202, 423), "The image is not ready yet, or the host keeps robots out. Later runs try again."),
     ((420, 429, 430), _BUSY),
 ):
     for _status in _statuses:
@@ -531,8 +529,8 @@ for _statuses, _words in (
 EMPTY = enter_reason("an empty file", _DAMAGED)
 WEB_PAGE = enter_reason(
     "a web page, not an image",
-    "The address is wrong, or the host asks for a login, or checks for robots: open it in a "
-    "browser, and take the address of the image itself.",
+    "The address is wrong, or the host asks for a login or keeps robots out: open it in a "
+    "browser, and copy the address of the image itself.",
 )
 SVG = enter_reason("an SVG drawing, which has no pixels", _OTHER_FORMAT)
 JSON = enter_reason("JSON, not an image", _OTHER_FORMAT)
@@ -545,9 +543,9 @@ TOO_SMALL = enter_reason("too few pixels", "Ask for a larger image.")
 TOO_MUCH = enter_reason("needs too much memory to decode", _SMALLER)
 TOO_SLOW = enter_reason("takes too long to decode", _SMALLER)
 DECODER_LOST = enter_reason(
-    "its decoder was killed, or hung", "Ask your developer to see whether memory is short."
+    "its decoder was killed, or hung", "Ask your developer to check this machine's memory."
 )
-DEFECT = enter_reason("an unexpected error", "Ask your developer: it is a defect of the program.")
+DEFECT = enter_reason("an unexpected error", "Ask your developer: this is a bug in the program.")
 NOT_FINITE = enter_reason("the model gave numbers that are not finite", "Ask your developer.")
 
 
@@ -555,12 +553,12 @@ Id = str | int  # uuid and text come as str
 
 
 class Asset(NamedTuple):
-    """One image to embed: the store's id of it, and a URL or a path."""
+    """One image to embed: the id that it has in the store, and a URL or a path."""
 
     id: Id
     image: str
-    image_hash: int = 0  # the store's: of the URL, or of a file's state
-    size: int = 0  # bytes of the text `image`, which comes cut where it is too long
+    image_hash: int = 0  # made by the store, from the URL or from the file's state
+    size: int = 0  # bytes of the whole text: the database cuts `image` where it is too long
     title: str = ""  # as its owner knows it
 
     def __str__(self) -> str:
@@ -581,9 +579,9 @@ class Source(NamedTuple):
         """The image host; empty for files, data: URLs and what is no URL."""
         if isinstance(self.where, Path) or not re.match("(?i)https?://", self.where):
             return ""
-        if len(self.where) > LONGEST_URL:  # to read it takes seconds, in the loop
+        if len(self.where) > LONGEST_URL:  # parsing it would block the loop for seconds
             return ""
-        # As requests reads it: else http://one\@other/ would strain another host than it asks.
+        # As requests reads it. Else http://one\@other/ would count for a host that is not asked.
         with contextlib.suppress(ValueError):
             return urllib3.util.parse_url(self.where).netloc or ""
         return ""
@@ -623,9 +621,9 @@ class Status(NamedTuple):
 
     assets: int
     done: int
-    failed: int  # in an earlier run, and not embedded since; of these
-    waiting: int = 0  # are not to be tried again yet,
-    next_attempt: datetime | None = None  # and the first of them is at this time
+    failed: int  # in an earlier run, and not embedded since
+    waiting: int = 0  # of `failed`: those that are not due yet
+    next_attempt: datetime | None = None  # when the first of `waiting` is due
 
 
 # What a store tells the gallery, and a question
@@ -654,7 +652,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Match:
-    """A picture that was found, with its cosine to what was looked for."""
+    """A picture that was found, with its cosine to the question."""
 
     picture: Picture
     similarity: float
@@ -684,31 +682,36 @@ class Catalog:
 
     pairs: list[Pair]
     embedded: int  # pictures
-    sought_among: int  # how many of these were searched for exact copies
-    compared: int  # how many of these were compared with all others
-    samples: list[list[Match]]  # a picture, then those nearest to it
+    sought_among: int  # of `embedded`: those that were searched for exact copies
+    compared: int  # of `embedded`: those that were compared with all others
+    samples: list[list[Match]]  # each: a picture, then those nearest to it
     failures: list[FailedPicture]
 
 
 class Store(Protocol):
     """Where assets and embeddings are, and what a run asks and tells there.
 
-    A third kind of store is a class with what stands here, a line in `open_store`, a flag or a
-    setting that chooses it, and a look at each `settings.local` and at `read_settings`, which wants
-    Supabase's settings for every store but a folder. It heeds client, shard, model_version,
-    retry_failed and dry_run of the Settings by itself.
+    To add a third kind of store
+        - write a class with the methods below, which itself applies client, shard, model_version,
+          retry_failed and dry_run of the Settings;
+        - add a line to `open_store`, and a flag or a setting that chooses the store;
+        - look at each `settings.local`, and at `read_settings`: without --local it asks for
+          Supabase's settings.
 
-    Order of calls: `status` first, then `pages`, once; `save`, one call at a time, perhaps while
-    `pages` is at work in another thread; `locate` for each image, in the loop, so that it must not
-    wait, and for --gallery in several threads; `catalog` and `search` after a run, or without one.
-    A page may be empty; each call, and each page, may come in another thread. All may raise
-    RunError, which ends the run.
+    Order of calls
+        - `status` comes first, then `pages`, once. A page may be empty.
+        - `save` is called once at a time, perhaps while `pages` is at work in another thread.
+        - `locate` is called for each image in the loop, so it must not wait. --gallery calls it in
+          several threads.
+        - `catalog` and `search` are called after a run, or without one.
+    Each call, and each page, may come in another thread. All may raise RunError, which ends the
+    run.
 
     An image may change between `pages` and `save`. Therefore an asset comes back with the
-    `image_hash` that the store gave it. SupabaseStore compares URLs: it does not take a result for
-    another URL, and the asset is left for the next run; nobody notices other bytes behind the same
-    URL. FolderStore stores the result under the old hash: the next run sees another one, and
-    embeds the image once more.
+    `image_hash` that the store gave it. SupabaseStore compares URLs. If the URL has changed, it
+    does not take the result, and the asset is left for the next run. If only the bytes behind the
+    URL have changed, nobody notices. FolderStore stores the result under the old hash. The next
+    run finds another hash, and embeds the image again.
     """
 
     label: str  # in words, for the log
@@ -738,11 +741,11 @@ class Store(Protocol):
 @dataclass(frozen=True)
 class Settings:
     """What a run depends on: the flags of the command line, then the settings that come from the
-    environment or .env. (Proxies, certificates, the hub's variables and OMP_NUM_THREADS are read
-    where they are used, as the libraries do.)
+    environment or .env. (Proxies, certificates, huggingface_hub's variables and OMP_NUM_THREADS are
+    read where they are used, as the libraries do.)
 
-    To add a flag: a field with its default here, a line in `parser` under the field's name and
-    without a default, and a line in README.md. To add a setting: a field, an entry in SETTINGS,
+    To add a flag: a field with its default here, a line in `flags_parser` under the field's name
+    and without a default, and a line in README.md. To add a setting: a field, an entry in SETTINGS,
     which says how its text must look, and a line in README.md and in .env.example. Then use
     `settings.<field>`: Run, the stores, Fetcher, the encoders and Gallery have the Settings;
     decoders and the download of the model do not.
@@ -770,7 +773,7 @@ class Settings:
     db_retry_seconds: float = 180.0
     private_hosts: bool = False
     storage_buckets: str = ""
-    key_source: str = ""  # the setting that the key is of, and where that was read
+    key_source: str = ""  # the name of the key's setting, and where it was read
 
 
 class Shard(NamedTuple):
@@ -781,13 +784,13 @@ class Shard(NamedTuple):
 
 
 def printable(text: str) -> str:
-    """Text from outside on its way to the screen: one line, no escape codes. Any space is printed:
-    macOS has rare ones in the names of screenshots."""
+    """Text from outside, safe to print: one line, no escape codes. Spaces of all kinds stay: macOS
+    uses rare ones in the names of screenshots."""
     return "".join(c if c.isprintable() or unicodedata.category(c) == "Zs" else "?" for c in text)
 
 
 def shorten(text: str, width: int = 60) -> str:
-    """The text in at most `width` characters, its middle left out."""
+    """The text in at most `width` characters, without its middle."""
     if len(text) <= width:
         return text
     half = width // 2 - 2
@@ -815,7 +818,7 @@ WORKERS_PER_CORE = 8
 MOST_WORKERS = 64  # downloads from one host; few hosts like more
 MOST_LOADS = 64  # downloads from all hosts together, and files that are decoded
 FIRST_WINDOW = 4  # downloads from a host that we know nothing of
-FIRST_WINDOW_OF_LINE = 16  # downloads from all hosts, until we know what the line carries
+FIRST_WINDOW_OF_LINE = 16  # downloads from all hosts, until we know the bandwidth
 QUICK_SECONDS = 2.0  # an image that comes sooner widens the window
 SLOW_SECONDS = 8.0  # one that comes later narrows it
 TRIES = 4  # at one image, in a run
@@ -823,13 +826,13 @@ PATIENT_ROUNDS = 3  # of strain in a row, before a host is given up
 PATIENT_SECONDS = 60.0  # without an image, before that
 ASKING_ROUNDS = 6  # in a row, in which a host may ask for rests; then they count as its silence
 LONGEST_REST = 900.0  # seconds of rest that a host may ask for, since its last image
-SILENT_SECONDS = 2.0  # a download that has brought nothing for so long does not use the line
+SILENT_SECONDS = 2.0  # a download without a byte for so long counts as using no bandwidth
 
 PAGE_ROWS = 250  # assets to a page
-MOST_IN_WORK = 20_000  # assets that were found and not stored yet; most wait for their hosts
-LONG_URL = 1600  # characters; each time so many count as one more asset
+MOST_IN_WORK = 20_000  # assets that are found and not yet stored; most wait for their hosts
+LONG_URL = 1600  # characters; each 1,600 of them count as one more asset
 WRITE_ROWS = 50  # results to a call: at a million rows far below the timeout of 8 s
-WRITE_SECONDS = 2.0  # after which a batch is stored that is not full
+WRITE_SECONDS = 2.0  # then a batch is stored even if it is not full
 JOBS_KEPT = 10_000  # 40 MB: of images that further assets may share
 LONGEST_DECODE = 600.0  # seconds, the wait for a free decoder included
 POLL_SECONDS = 0.2  # how soon Ctrl-C is noticed
@@ -839,11 +842,11 @@ BACKGROUND_THREADS = 9999  # no bound: a download that hangs keeps its thread
 
 @dataclass(eq=False)
 class Task:
-    """Work under way in a pool, and what the loop does with what comes of it.
+    """Work under way in a pool, and what the loop does with its outcome.
 
     `take` gets what the work returned, `fail` the exception that it raised, both in the loop's
-    thread. A task whose deadline is over is given up: `fail` gets `late`, or else what the deadline
-    says, and whatever the work returns later is dropped.
+    thread. A task is given up after its deadline: `fail` gets `late`, or else Deadline.missed().
+    A later outcome of the work is dropped.
     """
 
     step: str  # model, find, fetch, decode, embed or store
@@ -870,14 +873,14 @@ class Job:
 class Pace:
     """How many downloads may run at once (the window), and when the next one may start.
 
-    As TCP does it: the window grows while images come quickly, by one an image up to the threshold,
-    and by one a round above it. Strain halves it, and puts the threshold there, once for all
-    downloads that were under way by then: they are one round. Three strains in a row, or one in a
-    window below three, leave one download at a time, with rests of 1, 2, 4, 8 and 16 s, longer with
-    each round. A host that asks for a rest (Retry-After) gets that instead. A host is given up
-    after PATIENT_ROUNDS of strain and PATIENT_SECONDS without an image, or when it asks for more
-    than LONGEST_REST. Rests that it asked for don't count as seconds without an image, unless it
-    asks again and again. tests/test_pace.py tries all this on habits of hosts.
+    As in TCP, the window grows while images come quickly: by one an image up to the threshold, and
+    by one a round above it. Strain halves the window, and sets the threshold to that. Downloads
+    that were under way at the last halving don't halve it again: together they are one round.
+    Three strains in a row, or one in a window below three, leave one download at a time, with rests
+    of 1, 2, 4, 8 and 16 s, longer with each round. A host that asks for a rest (Retry-After) gets
+    that instead. A host is given up after PATIENT_ROUNDS of strain and PATIENT_SECONDS without an
+    image, or when it asks for more than LONGEST_REST. Rests that it asked for don't count as
+    seconds without an image, unless it asks again and again. tests/test_pace.py simulates hosts.
 
     Times are those of time.monotonic(). What a 503 with Retry-After: 5 does: the window is halved,
     no download of the host starts for 5 s, and Run puts the image at the end of its queue.
@@ -889,12 +892,12 @@ class Pace:
         self.threshold = float(most)
         self.rest_until = 0.0
         self.given_up = False
-        self._halved = 0.0  # when it was, the last time
+        self._halved = 0.0  # when the window last was
         self._fastest = math.inf  # seconds of an image
-        self._strains = 0  # since the last image,
-        self._rounds = 0  # in so many rounds,
-        self._row_began = 0.0  # the first of them then,
-        self._asked_for = 0.0  # with so many seconds of rest that the host asked for
+        self._strains = 0  # since the last image
+        self._rounds = 0  # of strain, since the last image
+        self._row_began = 0.0  # when the first of these strains came
+        self._asked_for = 0.0  # seconds of rest that the host asked for, since the last image
 
     def arrived(self, now: float, seconds: float) -> None:
         """An image came, after so many seconds."""
@@ -942,7 +945,7 @@ class Pace:
 
 
 class Host:
-    """An image host, or "" for files and data: URLs: its pace, and its images that wait."""
+    """An image host, or "" for files and data: URLs: its pace, and a queue of its images."""
 
     def __init__(self, name: str, most: int) -> None:
         self.name = name
@@ -960,33 +963,35 @@ class Host:
 
 class Run:
     """Find, fetch, decode, embed and store: the steps are tasks in the background, and one loop
-    takes what they give and starts what is next.
+    takes their results and starts the next tasks.
 
-    Each host has a queue and a Pace, and the line to the internet has a Pace, too: a host that is
-    slow, or rests, delays its own images alone. An image that met strain goes to the end of its
-    host's queue, and has failed after TRIES tries. A try that a Retry-After ended counts only if
-    the host has sent other images since it told this image to wait before. Images that share a URL
-    are loaded once.
+    Each host has a queue and a Pace: a host that is slow, or rests, delays only its own images. The
+    internet connection ("line") has a Pace as well. An image that met strain goes to the end of its
+    host's queue, and fails after TRIES tries. A try that ended in a Retry-After counts only if the
+    host has sent other images since it last told this image to wait. Images that share a URL are
+    loaded once.
     On CPUs each core embeds a batch of its own in one thread: threads that share an image wait for
     each other at every layer.
 
     A run ends early when
         somebody stops it (Stop): exit code 130, 143 or 129, whatever else went wrong;
         a step raises RunError: exit code 2;
-        the model, find, embed or store raises anything else: exit code 2. In fetch and decode
-            anything else is the failure of that image.
+        the model, find, embed or store raises any other exception: exit code 2. In fetch and
+            decode any other exception makes that image fail.
     What is embedded by then is stored, if the store still takes it, and reported.
     A run that came to its end has exit code 2 if all hosts were given up and none ever sent an
     image, 1 if images failed, or were left because their host was given up, else 0.
 
-    What bounds memory, in MB, with C cores, B images to a batch, and L loads at once: L is
-    --workers (8 C) where all images are of one host, and MOST_LOADS for many hosts
+    What bounds memory, in MB, with C cores, B images to a batch, and L loads at once. L is
+    --workers (8 C) if all images are of one host, and MOST_LOADS if there are many hosts.
         750             Python with its packages (400), and the model in float32 (350)
-        50 L            files: under way, or on their way through a decoder, MAX_BYTES each
-        DECODE_MB C     decoders, each a process of its own (Linux)
+        50 L            files that are fetched or decoded, MAX_BYTES each
+        DECODE_MB C     decoders, each a process of its own (only Linux has this limit)
         0.6 (L + 8 C + 2 C B)   pixels that wait for the model
         120             results, assets that wait for their hosts, results that are kept
-    Files of that size are rare: photographs of 1 MB make it 750 + L in the place of the first two.
+    With 2 cores, one host and B = 1, L is 16. At worst: 750 + 800 + 2000 + 22 + 120 = 3.7 GB.
+    With photographs of 1 MB a file takes 1 MB, not 50, and a decoder 80 MB, not DECODE_MB:
+    750 + 16 + 160 + 22 + 120 = 1.1 GB.
     Not bounded: a folder's list of files, the hosts' names, and the Report's reasons.
     """
 
@@ -1002,12 +1007,12 @@ class Run:
         self.encoder: ClipEncoder | None = None  # until the model is loaded
         self.line = Pace(FIRST_WINDOW_OF_LINE, MOST_LOADS)
         self.hosts: dict[str, Host] = {}
-        self.turns: deque[Host] = deque()  # hosts with images that wait, next one first
+        self.turns: deque[Host] = deque()  # hosts with a queue; the first is next
         self.in_work = 0  # assets that were found, and are neither stored nor left; see `weight`
         self.jobs: dict[str, Job] = {}  # by URL, oldest first: those that further assets may share
         self.ready: list[Job] = []  # to be embedded
         self.results: list[Result] = []  # to be stored
-        self.store_by = 0.0  # by then a batch is started, full or not; at first: at once
+        self.store_by = 0.0  # a batch is stored by then, full or not; 0: at once
         self.trouble: Exception | None = None  # what ends the run
         self.storing = True  # until the store gives up
         self.progress = Progress(min(report.pending, self.limit))
@@ -1037,7 +1042,7 @@ class Run:
 
     @property
     def ending(self) -> bool:
-        """Whether nothing new is begun: what is embedded is stored, then the run ends."""
+        """Whether the run stores what is embedded and then ends. It finds and fetches no more."""
         return bool(self.trouble or self.stop.code)
 
     @property
@@ -1066,7 +1071,7 @@ class Run:
         return [task for task in self.tasks.values() if task.step in steps]
 
     def take_what_finished(self) -> None:
-        """Waits a moment for a task to finish, and takes what it gave."""
+        """Waits a moment for a task to finish, and takes its outcome."""
         try:
             future = self.finished.get(timeout=POLL_SECONDS)
         except queue.Empty:
@@ -1098,8 +1103,8 @@ class Run:
         self.progress.bar.unpause()  # the rate is that of embedding
 
     def start_find(self) -> None:
-        """Finds more assets while few are in work. Many may be in work while there is room for
-        fetches: then the known hosts rest, or are slow, and others may follow."""
+        """Finds more assets while few are in work. While there is room for fetches, the known hosts
+        are resting or slow. Then many may be in work, so that other hosts turn up."""
         if self.report.found_all or self.report.found >= self.limit or self.under_way("find"):
             return
         most = MOST_IN_WORK if self.room_for_fetches() > 0 else PAGE_ROWS
@@ -1190,7 +1195,7 @@ class Run:
         self.line.arrived(now, download.body_seconds)
         take = partial(self.take_pixels, job, host)
         fail = partial(self.take_failed_load, job, host, "decode")
-        # A decoder that was taken over may keep its pipe open for ever.
+        # A decoder that a file took control of may keep its pipe open for ever.
         late = ImageError(DECODER_LOST)
         task = Task("decode", take, fail, Deadline(LONGEST_DECODE), late)
         self.start(task, self.loader.load, download.data)
@@ -1216,7 +1221,7 @@ class Run:
         pace.strained(now, job.since, strain.rest)
         if strain.first_byte is not None:
             self.line.slow_down(now, strain.first_byte)
-        # A host that went on with others since it told this image to wait means this image.
+        # If the host has sent others since it told this image to wait, it means this image.
         if not strain.rest or host.images > job.told_at:
             job.strains.append(strain)
         if strain.rest:
@@ -1231,7 +1236,7 @@ class Run:
             self.put_into_queue(job)
 
     def give_up(self, host: Host, strain: Strain) -> None:
-        """From now on its images that were tried count as failed, and the others are left."""
+        """Its images that met strain now fail, if that counted as a try. The others are left."""
         host.reason = str(strain)
         if strain.rest:
             host.reason = f"{strain}, asked to wait until {clock(strain.rest)}"
@@ -1242,8 +1247,8 @@ class Run:
             self.leave(host.queue.popleft(), host)
 
     def leave(self, job: Job, host: Host) -> None:
-        """Ends the work at an image of a host that was given up. One that was not tried, or only
-        told to wait, is left for the next run, with nothing noted."""
+        """Ends the work on an image of a host that was given up. An image that was not tried, or
+        only told to wait, is left for the next run, and nothing is noted."""
         if job.strains:
             self.take_failure(job, "fetch", job.strains[-1])
             return
@@ -1252,7 +1257,7 @@ class Run:
         self.report.left_of[f"{host.label}: {host.reason}"] += len(job.assets)
 
     def check_network(self) -> None:
-        """Where all hosts were given up, and none ever sent an image, the network is gone."""
+        """If all hosts were given up, and none ever sent an image, the network is down."""
         hosts = [host for host in self.hosts.values() if host.name]
         gone = hosts and all(host.pace.given_up and not host.images for host in hosts)
         if gone and not self.stop.code:
@@ -1265,8 +1270,8 @@ class Run:
             )
 
     def take_failure(self, job: Job, stage: str, error: Exception) -> None:
-        """Makes an error the failure of an image; RunError ends the run instead. An error that
-        nobody foresaw is noted, too, with its traceback at -v."""
+        """Makes an error the failure of an image; RunError ends the run instead. An unforeseen
+        error is noted as well; -v shows its traceback."""
         if isinstance(error, RunError):
             self.end(error)
             return
@@ -1280,8 +1285,8 @@ class Run:
     # Embed
 
     def start_embeds(self) -> None:
-        """Gives each lane a batch, and one to follow it. A batch that is not full is started only
-        while no other is under way, or at the run's end, when the lanes share the last images."""
+        """Gives each lane two batches, one at work and one waiting. A batch that is not full starts
+        only while no other is under way, or at the end, when the lanes share the last images."""
         size = self.settings.batch_size
         if not self.turns and not self.under_way("find", "fetch", "decode"):
             share = math.ceil(len(self.ready) / self.lanes)
@@ -1307,7 +1312,7 @@ class Run:
                 self.take_failure(job, "embed", ImageError(NOT_FINITE))
 
     def finish(self, job: Job, result: Result) -> None:
-        """Notes a result for each asset that shares the image. Those to come find it in `jobs`."""
+        """Notes a result for each asset that shares the image. Later assets find it in `jobs`."""
         job.result = result
         for asset in job.assets:
             self.take_result(result._replace(asset=asset))
@@ -1322,7 +1327,7 @@ class Run:
     # Store
 
     def start_store(self) -> None:
-        """Stores a batch, one at a time: a full one, or what waited long enough, or the last."""
+        """Stores one batch at a time: a full one, one that has waited long enough, or the last."""
         if not self.results or not self.storing or self.under_way("store"):
             return
         full = len(self.results) >= WRITE_ROWS
@@ -1354,12 +1359,12 @@ def is_silent(fetch: Task) -> bool:
 
 
 def weight(asset: Asset) -> int:
-    """As how many assets one counts: its URL may be the whole image."""
+    """How many assets this one counts as: a data: URL holds a whole image."""
     return 1 + len(asset.image) // LONG_URL
 
 
 class Progress:
-    """How far the run is: a bar on a terminal, elsewhere lines in the log, by a bar unseen."""
+    """Shows how far the run is: a bar on a terminal; elsewhere log lines, from an unseen bar."""
 
     FIRST_LINE = 10  # images, after which a log has its first line
     LINE_SECONDS = 10.0  # from one to the next
@@ -1406,8 +1411,8 @@ class Stop:
         if not self.code:
             self.code = 128 + number
             self._since = now
-            # Not by print, as the handler may have interrupted one. Ctrl-C may have ended the
-            # reader of a pipe, too.
+            # Not by print: the handler may have interrupted one. Ctrl-C may also have ended the
+            # program that reads our stderr.
             with contextlib.suppress(OSError):
                 os.write(2, b"\nstopping: storing what is embedded; Ctrl-C again ends at once\n")
         elif now - self._since > ECHO_SECONDS:
@@ -1416,27 +1421,28 @@ class Stop:
 
 # =============================================================================== Stores
 
-ANSWER_SECONDS = 58.0  # of the database, for a question: Supabase's API ends it after 60
+ANSWER_SECONDS = 58.0  # for one answer of the database: Supabase's API gives up after 60
 CONNECT_SECONDS = 10.0  # to the database
 CHECK_SECONDS = 5.0  # patience with the database until it has answered once, and after Ctrl-C
 SAMPLES = 16  # products in the gallery, each with the nearest to it
-COMPARED_AT_ONCE = 200  # products; they have five neighbours each, and the API cuts at 1,000 rows
+COMPARED_AT_ONCE = 200  # products; each brings up to 5 rows, and the API returns at most 1,000
 FAILURES_AT_ONCE = 1000  # rows
 
 SILENCE = "no answer from the database"
 CHECK_URL = "check SUPABASE_URL and the project's status, then run again"
 RUN_SQL = "run this version's schema.sql in Supabase's SQL editor, then this script again"
 UPGRADE = (
-    f'first run the lines at its end, "How to remove it", but not the last one; then {RUN_SQL}'
+    'in the new schema.sql, first run the lines under "How to remove it", but not the last one; '
+    f"then {RUN_SQL}"
 )
 NEW_KEY = "copy a secret key (sb_secret_...) from the dashboard, Settings > API Keys"
 
-# Codes of PostgREST and PostgreSQL, and a gateway's HTTP status. What these mean may pass:
+# Codes of PostgREST and PostgreSQL, and HTTP statuses of a gateway. These errors may be temporary.
 PASSING = re.compile(r"5\d\d|408|425|429|PGRST00\d|(08|40|53|57)...|55P03|XX000|23503")
-# These are tried three times, as they may stay: a statement took too long; a product was deleted
-# in that very moment.
+# These may be permanent, so they are tried three times: a statement took too long; a product was
+# deleted at the same time.
 TRIED_THRICE = ("57014", "23503")
-# What the others mean. {said} are the database's own words.
+# What to do about the other codes. {said} stands for the database's own words.
 TROUBLES = {
     **dict.fromkeys(
         ("PGRST202", "PGRST204", "PGRST205", "42883", "42P01", "42703"),
@@ -1450,27 +1456,28 @@ TROUBLES = {
     'grant select on that table, as "Your tables" in schema.sql says',
     "PGRST106": "the schema public is not exposed ({said}): add it in the dashboard's settings "
     "of the Data API, Exposed schemas",
-    "57014": "the database took too long ({said}): has product_embeddings its HNSW "
-    "index? schema.sql says how to make it",
+    "57014": "the database took too long ({said}): does product_embeddings have its "
+    "HNSW index? schema.sql says how to make it",
     "23503": "products are missing in the table that a foreign key refers to ({said}): see "
     '"Another table" in schema.sql',
-    "25006": "the database can only be read ({said}): SUPABASE_URL is a read replica's, or the "
+    "25006": "the database is read-only ({said}): SUPABASE_URL is a read replica's, or the "
     "project's disk is full",
 }
 OTHER_TROUBLE = "the database says {said!r} ({code})"
 NO_API = "{url} answers with HTTP {code}, {said}: check SUPABASE_URL"
 
 STORAGE = "/storage/v1/"  # an image that begins so is the project's own
+# Such as /storage/v1/object/public/photos/mug.jpg
 STORED = re.compile(r"(/storage/v1/(?:object|render/image)/)(public|authenticated)/(.*)", re.DOTALL)
 
 Read = TypeVar("Read")  # the database's data, as it was read
 
 
 class SupabaseStore:
-    """Assets and embeddings in Supabase, by what schema.sql makes.
+    """Assets and embeddings in Supabase, in what schema.sql creates.
 
-    Safe to use from several threads. Raises RunError for what stops a run: the key, the schema,
-    rows that the database refuses, a database that is away for longer than DB_RETRY_SECONDS.
+    Safe to use from several threads. Raises RunError for what stops a run: a wrong key or schema,
+    rows that the database refuses, a database that is down for longer than DB_RETRY_SECONDS.
     """
 
     def __init__(self, settings: Settings, stop: Stop) -> None:
@@ -1481,14 +1488,16 @@ class SupabaseStore:
         self._stop = stop
         self._run_began = ""  # by the database's clock; empty until it has answered once
         self.label = f"product_embeddings at {settings.url}"
-        answer_seconds = min(ANSWER_SECONDS, max(CHECK_SECONDS, settings.db_retry_seconds))
-        # All attempts at a call, the pauses between them included
+        # With a short DB_RETRY_SECONDS the wait for one answer is short, too.
+        wanted_seconds = max(CHECK_SECONDS, settings.db_retry_seconds)
+        answer_seconds = min(ANSWER_SECONDS, wanted_seconds)
+        # For all attempts at a call, and the pauses between them
         self.patience = settings.db_retry_seconds + answer_seconds + CONNECT_SECONDS
         http = httpx.Client(
             timeout=httpx.Timeout(answer_seconds, connect=CONNECT_SECONDS),
             verify=tls_context(),
-            # What is raised holds the whole response. Redirects raise, too: they would carry the
-            # key to another origin.
+            # An exception then holds the whole response. Redirects raise as well: following one
+            # would carry the key to another origin.
             event_hooks={"response": [httpx.Response.read, httpx.Response.raise_for_status]},
         )
         options = supabase.ClientOptions(httpx_client=http)
@@ -1542,7 +1551,7 @@ class SupabaseStore:
 
     def locate(self, asset: Asset) -> Source:
         """As Store says. The key goes to the project's own Storage only, and there to the
-        buckets of STORAGE_BUCKETS: whoever may type an image's URL must not read all others."""
+        buckets of STORAGE_BUCKETS. Else whoever can enter an image's URL could read any file."""
         image = asset.image.strip()
         if not image:
             raise ImageError(NO_IMAGE)
@@ -1561,7 +1570,7 @@ class SupabaseStore:
         refuse_long(path)
         bucket = unquote(path.partition("/")[0])
         if bucket in self._readable_buckets:
-            # What becomes a slash, or vanishes, on its way to the host must not hide one
+            # Some clients turn \ into / and drop tabs and newlines. None of these may hide a "..".
             if ".." in unquote(path).split("/") or re.search(r"[\\\t\r\n]", path):
                 raise ImageError(BAD_STORAGE_PATH)
             key = self._settings.key
@@ -1597,19 +1606,19 @@ class SupabaseStore:
         return self._call("match_products", read_matches, **given, **self._scope)
 
     def catalog(self) -> Catalog:
-        """As Store says; asked in pieces, each of which fits into the time of one call."""
+        """As Store says. Asks in pieces, each of which fits into the time of one call."""
         embedded = self._call("embedding_status", self._read_status, **self._scope).done
         pairs, sought_among = self._call(
             "embedding_copies", read_copies, min_similarity=SAME, **self._scope
         )
         near, compared = self._near_pairs(embedded)
         pairs += near
-        samples = self._samples(copies_in(pairs))
+        samples = self._samples(alike_but_first(pairs))
         return Catalog(pairs, embedded, sought_among, compared, samples, list(self._failures()))
 
     def _near_pairs(self, embedded: int) -> tuple[list[Pair], int]:
-        """Pairs that look the same, of the products that LOOK_SECONDS were enough for; and how
-        many those are."""
+        """Pairs that look the same, among as many products as LOOK_SECONDS allow; and the number of
+        these products."""
         deadline = time.monotonic() + LOOK_SECONDS
         question = {"min_similarity": SAME, "client": self._settings.client}
         parts = math.ceil(embedded / COMPARED_AT_ONCE)
@@ -1621,17 +1630,17 @@ class SupabaseStore:
                 return pairs, embedded * part // parts
         return pairs, embedded
 
-    def _samples(self, copies: set[Id]) -> list[list[Match]]:
-        """Some products, of as many clients as possible, each with those nearest to it. They are
-        what is found by random vectors, without copies."""
+    def _samples(self, skipped: set[Id]) -> list[list[Match]]:
+        """Some products, of as many clients as possible, each with those nearest to it. Random
+        vectors find them. `skipped` are left out."""
         random_vectors = np.random.default_rng(0).standard_normal((SAMPLES, DIMENSIONS))
         clients: Counter[str] = Counter()
         samples: dict[Id, list[Match]] = {}
         question = {"client": self._settings.client, "max_similarity": SAME}
-        question["match_count"] = 4 * NEAREST  # some of them are copies of each other
+        question["match_count"] = 4 * NEAREST  # some of them look the same as others
         for vector in random_vectors:
             found = [
-                match for match in self.search(vector, SAMPLES) if match.picture.id not in copies
+                match for match in self.search(vector, SAMPLES) if match.picture.id not in skipped
             ]
             fresh = [match for match in found if match.picture.id not in samples]
             if fresh:
@@ -1639,7 +1648,7 @@ class SupabaseStore:
                 clients[one.picture.client] += 1
                 id_ = one.picture.id
                 near = self._call("similar_products", read_matches, asset_id=id_, **question)
-                nearest = [match for match in near if match.picture.id not in copies]
+                nearest = [match for match in near if match.picture.id not in skipped]
                 samples[id_] = [one, *nearest[:NEAREST]]
         return list(samples.values())
 
@@ -1669,8 +1678,8 @@ class SupabaseStore:
         return self._ask(function, self._database.rpc(function, arguments), read)
 
     def _ask(self, name: str, query: Any, read: Callable[[Any], Read]) -> Read:
-        """The data of a query as `read` takes it; asked again, with backoff, while trouble may
-        pass. Data that `read` can't make sense of are trouble, too. Raises RunError."""
+        """The data of a query, read by `read`. Asks again, with backoff, while the trouble may be
+        temporary. Data that `read` can't make sense of count as trouble. Raises RunError."""
         import httpx
         from postgrest import APIError
 
@@ -1689,7 +1698,7 @@ class SupabaseStore:
             except httpx.RequestError as error:
                 trouble = f"{type(error).__name__}: {error}"
             except (APIError, LookupError, TypeError, ValueError):
-                trouble = f"data that {name} never gives"
+                trouble = f"unexpected data from {name}"
             patience = self._settings.db_retry_seconds
             if self._stop.code or not self._run_began:
                 patience = min(patience, CHECK_SECONDS)
@@ -1701,7 +1710,7 @@ class SupabaseStore:
         raise AssertionError  # count() has no end
 
     def _explain(self, code: str, said: str) -> str:
-        """An error of the database in its own words, with what to do where that is known."""
+        """An error of the database in its own words, with what to do if we know that."""
         sentence = TROUBLES.get(code, NO_API if len(code) == 3 else OTHER_TROUBLE)
         url = self._settings.url
         return sentence.format(said=said, code=code, url=url, key=self._settings.key_source)
@@ -1729,7 +1738,7 @@ def read_matches(rows: Any) -> list[Match]:
 
 
 def read_copies(answer: Any) -> tuple[list[Pair], int]:
-    """Copies, and among how many pictures they were sought."""
+    """Exact copies, and the number of pictures that were searched for them."""
     return read_pairs(answer["pairs"]), int(answer["sought_among"])
 
 
@@ -1756,7 +1765,7 @@ IMAGE_SUFFIXES |= {".tif", ".tiff", ".bmp", ".heic", ".heif"}
 # Copies, thumbnails and deleted files, as NAS systems, archives and desktops keep them
 SYSTEM_FOLDERS = {"@eadir", "#recycle", "@recycle", "#snapshot", "@recently-snapshot", "@tmp"}
 SYSTEM_FOLDERS |= {"$recycle.bin", "system volume information", "lost+found"}
-UNSEEN = 0  # the image_hash of a file that can't be looked at
+UNSEEN = 0  # the image_hash of a file whose state can't be read
 # "modified" is the file's image_hash when its row was made.
 FOLDER_TABLE = """
 create table if not exists images (asset_id text primary key, modified integer not null,
@@ -1774,7 +1783,7 @@ on conflict do update set modified = excluded.modified, model_version = excluded
 where excluded.embedding is not null or embedding is null or modified <> excluded.modified
     or model_version <> excluded.model_version
 """
-# SQLite goes by a row's sql, whatever its other columns say.
+# SQLite trusts the column `sql` of sqlite_master. So we look at that, and not at `type`.
 FOLDER_TRAPS = "select 1 from sqlite_master where sql not like 'create table%'"
 
 
@@ -1782,7 +1791,7 @@ class FolderStore:
     """The images below a folder, with their embeddings in one SQLite file there.
 
     Ids are the paths below it, clients its subfolders, vectors little-endian float32 blobs.
-    Raises RunError where the folder or that file is of no use.
+    Raises RunError if the folder or that file can't be used.
     """
 
     FILE = "product_embeddings.sqlite3"
@@ -1795,7 +1804,7 @@ class FolderStore:
         self._below = ""
         if settings.client is not None:
             self._below = composed(settings.client.strip("/")) + "/"
-        self._mine: set[str] = set()  # paths that `status` found: other rows are not believed
+        self._mine: set[str] = set()  # paths that `status` found; rows of other paths are ignored
         self._new: list[Asset] = []
         self._failed: list[Asset] = []
 
@@ -1809,7 +1818,7 @@ class FolderStore:
             self._refuse_traps()
             with contextlib.closing(sqlite3.connect(file, 60)) as database, database:
                 if database.execute(FOLDER_TRAPS).fetchone():
-                    raise RunError(f"{self.label} has triggers or views: it is not ours, move it")
+                    raise RunError(f"{self.label} has triggers or views, so not ours: move it")
                 database.execute(FOLDER_TABLE)
                 yield database
         except (sqlite3.Error, OSError) as error:
@@ -1819,18 +1828,18 @@ class FolderStore:
             ) from None
 
     def _refuse_traps(self) -> None:
-        """Raises RunError where somebody prepared the file, or one beside it, so that SQLite would
-        write to files elsewhere, or delete them."""
+        """Raises RunError if somebody prepared the file, or one beside it, to make SQLite write to
+        files elsewhere, or delete them."""
         for ending in ("", "-journal", "-wal", "-shm"):
             path = Path(self.label + ending)
             if not os.path.lexists(path):
                 continue
             if is_link(path) or not path.is_file():
-                raise RunError(f"{path} is a link, or no file: move it")
+                raise RunError(f"{path} is a link, or not a file: move it")
             with path.open("rb") as file:
                 file.seek(max(0, path.stat().st_size - len(JOURNAL_MAGIC)))
                 if file.read() == JOURNAL_MAGIC:
-                    raise RunError(f"{path} is of several databases, and not ours: move it")
+                    raise RunError(f"{path} is a journal of several databases, not ours: move it")
 
     def status(self) -> Status:
         """As Store says. Compares the folder's images with what the file knows of them: deletes
@@ -1861,11 +1870,11 @@ class FolderStore:
         return Status(len(mine), done, len(self._failed))
 
     def _files(self) -> Iterator[tuple[str, int]]:
-        """Path and image_hash of each image file. The hash tells it from a file that takes its
-        place; some exports and archives give all files one time. Says what is left out, but for
-        hidden files, hidden folders and those of systems."""
+        """Path and image_hash of each image file. The hash changes when another file takes its
+        place. The time alone would not do: some exports give all files the same one. Says what is
+        left out, except hidden files, hidden folders and folders of systems."""
         left_out: Counter[str] = Counter()
-        for folder, subfolders, names in os.walk(self._folder, onerror=unreadable):
+        for folder, subfolders, names in os.walk(self._folder, onerror=refuse_unreadable):
             here = Path(folder)
             for name in list(subfolders):
                 if name.startswith(".") or name.lower() in SYSTEM_FOLDERS:
@@ -1886,7 +1895,7 @@ class FolderStore:
                     yield path, stat.st_mtime_ns + stat.st_size
                 except UnicodeEncodeError:
                     left_out[f"{path!a} (no UTF-8)"] += 1
-                except OSError:  # a link to a disk that is away, say: what is known of it stays
+                except OSError:  # such as a link to a disk that is not mounted: its row stays
                     yield path, UNSEEN
         if left_out:
             kinds = (f"{count:,} {kind}" for kind, count in left_out.most_common(8))
@@ -1941,8 +1950,8 @@ class FolderStore:
         blocks.clear()  # 200 MB
         alike, compared = rows_alike(vectors)
         pairs = [Pair(pictures[one], pictures[other], cosine) for one, other, cosine in alike]
-        copies = copies_in(pairs)
-        rows = [row for row, picture in enumerate(pictures) if picture.id not in copies]
+        skipped = alike_but_first(pairs)
+        rows = [row for row, picture in enumerate(pictures) if picture.id not in skipped]
         apart = np.array(rows, int)
         spread = apart[np.linspace(0, len(apart) - 1, min(SAMPLES, len(apart))).astype(int)]
         samples = []
@@ -2006,46 +2015,47 @@ def rows_alike(vectors: np.ndarray) -> tuple[list[tuple[int, int, float]], int]:
 
 
 def picture_of(path: str) -> Picture:
-    """A folder's picture: where it lies stands in the place of a client."""
+    """A folder's picture: its subfolder stands in for the client."""
     folder, _, name = path.rpartition("/")
     return Picture(path, path, folder, name)
 
 
-is_link = os.path.islink  # False, too, of what can't be looked at
+is_link = os.path.islink  # also False for what can't be looked at
 
 
 def composed(path: str) -> str:
-    """A path as one spelling: macOS takes accents apart (NFD), what people type is whole (NFC)."""
+    """A path in one spelling: macOS stores accents apart from their letters (NFD), people type
+    letters with accents (NFC)."""
     return unicodedata.normalize("NFC", path)
 
 
-def unreadable(error: OSError) -> None:
-    """Ends the run: what a folder does not show must not count as deleted. Raises RunError."""
+def refuse_unreadable(error: OSError) -> None:
+    """Raises RunError: images that a folder does not show must not count as deleted."""
     raise RunError(f"{error.filename} can't be read ({error.strerror}): nothing was changed")
 
 
 # ============================================================================= Fetching
 
 MAX_BYTES = 50 * 2**20  # of one image file
-HEADER_BYTES = 2**18  # of a response: what stands in lines before and behind its body
+HEADER_BYTES = 2**18  # of a response: all its header and trailer lines together
 MOST_HEADERS = 400  # of a response; some shops send 120, Python's limit is 100
 PAGE_BYTES = 2**16  # that are read of a response without an image
 MAX_REDIRECTS = 5
-LONGEST_URL = 2**16  # characters; longer ones no host takes, and to quote them takes memory
+LONGEST_URL = 2**16  # characters; no host accepts longer ones, and quoting them takes memory
 LIVELY_BYTES = 50_000  # arrived bytes that give a download one more second
-DEAD_SECONDS = 2.0  # for an address that does not answer, where its host has others
-A_YEAR = 366 * 86_400  # seconds; no host means a longer rest
+DEAD_SECONDS = 2.0  # to wait for one address of a host that has more
+A_YEAR = 366 * 86_400  # seconds; no host seriously asks for a longer rest
 HOSTS_KEPT = 64  # hosts whose connections stay open
 
-# The statuses by which a host says that it did not cope. Every other one is about its image alone:
-# S3 answers 403 for what is missing, Cloudinary 423 for what it still makes, and 202 comes with a
+# The statuses by which a host says that it did not cope. Every other one is about the image only:
+# S3 answers 403 for what is missing, Cloudinary 423 for what it is still making. 202 comes with a
 # check for robots, which does not go away when we ask more slowly.
 STRAINED = frozenset((408, 420, 425, 429, 430, *range(500, 600)))
 
-# A host's admin finds this name in the log, and can let it in. Words that many hosts refuse are
-# not in it: python-requests, bot, openai.
-# Firewalls refuse requests without Accept. WebP and AVIF are not named in it: hosts that make them
-# on demand then send the JPEG that they have, which is decoded in a third of the time.
+# A host's admin finds this User-Agent in the log, and can let it in. It avoids words that many
+# hosts refuse: python-requests, bot, openai.
+# Firewalls refuse requests without Accept. It does not name WebP and AVIF: hosts that make them on
+# demand then send the JPEG that they have, which is decoded in a third of the time.
 HEADERS = {
     "User-Agent": f"generate-embeddings/{VERSION} (product images for visual search)",
     "Accept": "image/jpeg,image/png,image/*;q=0.9,*/*;q=0.8",
@@ -2054,7 +2064,7 @@ PORTS = {"http": 80, "https": 443}
 
 
 class ThisThread(threading.local):
-    """The deadline of the download in a thread: requests hands on seconds alone."""
+    """The deadline of the download in a thread: requests passes on seconds, but no Deadline."""
 
     deadline: Deadline | None = None
 
@@ -2068,7 +2078,7 @@ class Fetcher:
     def __init__(self, settings: Settings) -> None:
         self._guard = Guard(settings)
         self._workers = settings.workers
-        # By origin: it takes as long as half a download to look for them in the environment.
+        # By origin. Looking up proxies in the environment takes as long as half a download.
         self._proxies_of = lru_cache(maxsize=1000)(requests.utils.get_environ_proxies)
 
     @cached_property
@@ -2079,7 +2089,7 @@ class Fetcher:
     def fetch(self, source: Source, deadline: Deadline) -> Download:
         """One attempt at an image, of at most MAX_BYTES.
 
-        Raises Strain where its host did not cope, and ImageError where the image can't be had.
+        Raises Strain if its host did not cope, and ImageError if the image can't be had.
         """
         started = time.monotonic()
         if isinstance(source.where, Path):
@@ -2100,7 +2110,7 @@ class Fetcher:
         return Download(data, now - started, now - (deadline.first_byte or now))
 
     def _follow(self, target: str, headers: Mapping[str, str], deadline: Deadline) -> bytes:
-        """Goes along an image's redirects. Cookies live that long.
+        """Follows the redirects of an image. Cookies are kept until the last one.
 
         This is not left to requests, which reads all of a redirect's body and sends the key on.
         """
@@ -2111,7 +2121,7 @@ class Fetcher:
                 url = urljoin(url, target)
                 if not re.match("https?:", url, re.IGNORECASE):
                     raise ValueError(url)
-                # Without a session: one would read passwords from .netrc.
+                # Not by a session, which would read passwords from .netrc.
                 sent = HEADERS | dict(headers)
                 request = requests.Request("GET", url, sent, cookies=cookies).prepare()
             except ValueError:
@@ -2128,6 +2138,8 @@ class Fetcher:
 
     def _ask(self, request: requests.PreparedRequest, deadline: Deadline) -> requests.Response:
         url = str(request.url)
+        # `url` has a host and a path, "/" at least. So the first slash after "https://" ends the
+        # origin. After "http://" the search only skips the first letter of the host.
         origin = url[: url.index("/", len("https://"))]
         proxies = self._proxies_of(origin)
         if proxies:
@@ -2160,12 +2172,12 @@ class Deadline:
 
     @property
     def overdue(self) -> bool:
-        """Whether it was over a second ago: the download hangs where no time-out reaches, as on a
-        dead file system."""
+        """Whether it ended more than a second ago: then the download hangs where no time-out
+        reaches, such as on a dead file system."""
         return time.monotonic() > self._end + 1
 
     def missed(self) -> Strain:
-        """What to raise, or to note, once it is over."""
+        """The error of a download that did not keep the deadline."""
         return Strain(f"{TOO_LATE} ({self._seconds:g} s)", first_byte=self.first_byte)
 
 
@@ -2175,15 +2187,16 @@ class Deadline:
 def image_of(response: requests.Response, deadline: Deadline) -> bytes:
     """The bytes of the image that a response holds. Raises what any other response means."""
     status = response.status_code
-    if status in (200, 203, 206):  # a part of a file shows when it is decoded
+    if status in (200, 203, 206):  # decoding shows if this is only a part of a file
         return body_of(response, deadline)
     first_bytes = b""
-    # By HTTP other statuses have no body. What comes anyway must not become another image's.
+    # By HTTP some statuses below 400 have no body. If bytes come anyway, they must not become
+    # another image's: these connections are not used again.
     if status >= 400:
-        # Their connection is used again if this was all.
+        # The connection can be used again if this reads the body to its end.
         with contextlib.suppress(OSError, HTTPError, Strain):
             first_bytes = response.raw.read(PAGE_BYTES)
-    # So Supabase's Storage refuses nearly everything, and names the true status.
+    # Supabase's Storage answers 400 to nearly everything, and gives the true status in the body.
     named = re.search(rb'"statusCode": ?"?([45]\d\d)\b', first_bytes)
     if status == 400 and named:
         status = int(named[1])
@@ -2195,14 +2208,14 @@ def image_of(response: requests.Response, deadline: Deadline) -> bytes:
 
 
 def body_of(response: requests.Response, deadline: Deadline) -> bytes:
-    """The bytes of an image, unpacked where its host packed them, unasked."""
+    """The bytes of an image, unpacked if its host packed them without being asked."""
     unpacker = None
     piece = 2**16
     if response.headers.get("Content-Encoding", "").lower() in ("gzip", "deflate"):
-        unpacker = zlib.decompressobj(wbits=47)  # either of gzip's and zlib's headers
-        piece = 2**12  # of which no more than 4 MB can come
+        unpacker = zlib.decompressobj(wbits=47)  # with a header of gzip or of zlib
+        piece = 2**12  # unpacks to 4 MB at most
     data = bytearray()
-    # A packed body may end before its Content-Length, which some hosts take from the plain file.
+    # Packed data may end before Content-Length bytes: some hosts give the length of the plain file.
     while not (unpacker and unpacker.eof):
         chunk = response.raw.read1(piece)
         if not chunk:
@@ -2226,8 +2239,8 @@ def rest_of(response: urllib3.BaseHTTPResponse) -> float:
         return 0.0
 
 
-# What went wrong at the root of an error, the more special kinds first, and its reason: an
-# ImageError says nothing of how the host copes.
+# The exception at the root of an error, special kinds first, and what it means. Strain says that
+# the host did not cope. ImageError does not.
 NETWORK_ERRORS: tuple[tuple[type[Exception], type[ImageError], str], ...] = (
     (ssl.SSLCertVerificationError, ImageError, CERTIFICATE),
     (ssl.SSLEOFError, Strain, CONNECTION_LOST),
@@ -2252,7 +2265,7 @@ def network_error(error: BaseException) -> ImageError:
     return next(kind(reason) for root, kind, reason in NETWORK_ERRORS if isinstance(error, root))
 
 
-# What is not fetched, or not from a host
+# What is not fetched, and what does not come from a host
 
 
 def refuse_long(url: str) -> None:
@@ -2265,9 +2278,12 @@ def read_url(text: str) -> str:
     """The URL that a text of the catalog is. Raises ImageError with what the text is instead."""
     text = text.strip()
     refuse_long(text)
+    # Such as ["https://a.example/1.jpg"], or https://a.example/1.jpg, https://a.example/2.jpg
     if re.match(r"[\[{]|.*[\s,;|]https?://", text, re.IGNORECASE | re.DOTALL):
         raise ImageError(MANY_URLS)
-    if not re.match(r"[\w!+.-]{2,}:(?!\d+/)", text):  # host:80 and C:\ are no schemes
+    # A scheme, such as ftp: in ftp://a.example/1.jpg. C:\1.jpg and a.example:80/1.jpg have none.
+    if not re.match(r"[\w!+.-]{2,}:(?!\d+/)", text):
+        # Such as 1.jpg, 2.jpg
         if re.search(r"\.\w{3,4}\s*[,;|\n]", text):
             raise ImageError(MANY_URLS)
         raise ImageError(NO_URL)
@@ -2278,6 +2294,7 @@ def read_url(text: str) -> str:
 
 def read_data_url(text: str) -> bytes:
     """The bytes that a data: URL holds in base64. Raises ImageError."""
+    # Such as data:image/png;base64,iVBORw0KGgo=
     found = re.match(r"data:[^,]*;\s*base64\s*,([^#]*)", text, re.IGNORECASE)
     try:
         if not found:
@@ -2290,7 +2307,7 @@ def read_data_url(text: str) -> bytes:
 def read_file(path: Path) -> bytes:
     """A file's bytes. Raises ImageError."""
     try:
-        if not path.is_file():  # a named pipe, say, would never end
+        if not path.is_file():  # a named pipe would never end
             raise OSError(0, "no regular file")
         if path.stat().st_size > MAX_BYTES:
             raise ImageError(TOO_LARGE)
@@ -2305,16 +2322,16 @@ def read_file(path: Path) -> bytes:
 class Guard:
     """Which addresses a connection may go to: those of the open internet, so that no URL of the
     catalog reaches into this machine's own network. The project's own origin may be anywhere, and
-    so may all with ALLOW_PRIVATE_IMAGE_HOSTS=1.
+    with ALLOW_PRIVATE_IMAGE_HOSTS=1 any host may.
 
-    A name is looked up once, and the connection goes to the address that was looked at: no DNS
-    can change it in between. Behind a proxy, which alone knows where names lead, only what is
-    literally private is refused.
+    A name is looked up once, and the connection goes to the address that was checked: no DNS can
+    change it in between. Behind a proxy we can't look names up. There only an address that is
+    itself private is refused.
     """
 
-    INTERNET = ipaddress.ip_network("2000::/3")  # the whole of it, in IPv6
+    INTERNET = ipaddress.ip_network("2000::/3")  # all of it, in IPv6
     NAT64 = ipaddress.ip_network("64:ff9b::/96")
-    # What is_global takes for public: a range of clouds' services (in older Pythons), and Azure's
+    # Services of clouds, which is_global calls public: a range (in older Pythons), and Azure's.
     CLOUDS = (ipaddress.ip_network("192.0.0.0/24"), ipaddress.ip_network("168.63.129.16"))
 
     def __init__(self, settings: Settings) -> None:
@@ -2344,7 +2361,7 @@ class Guard:
                 return opened
 
     def check_name(self, url: str) -> None:
-        """Raises ImageError where the host is a private address itself, no name of one."""
+        """Raises ImageError if the host is written as a private address. Looks no name up."""
         host, port = host_and_port(url)
         host = unquote(host).rstrip(".")
         if re.fullmatch(r"(.+\.)?localhost", host) and (host, port) != self._own:
@@ -2353,7 +2370,7 @@ class Guard:
             self._allowed(host, port, socket.AI_NUMERICHOST)
 
     def _allowed(self, host: str, port: int, flags: int = 0) -> list[str]:
-        """The addresses of a host that may be connected to: one at least, or it raises."""
+        """The addresses of a host that a connection may go to; raises ImageError without any."""
         entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
         addresses = list(dict.fromkeys(str(entry[4][0]) for entry in entries))
         if self._all or (host, port) == self._own:
@@ -2380,29 +2397,29 @@ class Guard:
 
 
 def host_and_port(url: str) -> tuple[str, int]:
-    """Where a URL leads; an empty host where it leads nowhere."""
+    """Host and port of a URL; the host is empty if there is none."""
     parts = urlsplit(url)
     port = parts.port or PORTS.get(parts.scheme, 0)
     return parts.hostname or "", port
 
 
 class Timed(socket.SocketIO):
-    """A socket's bytes, all of which come by the deadline. A time-out of the socket alone would
-    begin again with each byte."""
+    """A socket whose bytes all come before the deadline, or it raises. A time-out of the socket
+    alone would begin again with each byte."""
 
     _sock: socket.socket
 
     def readinto(self, buffer: Any) -> int | None:
-        if this_thread.deadline:  # else the download is another program's
+        if this_thread.deadline:  # None: another library of this process is reading
             seconds = this_thread.deadline.left()
-            if abs(seconds - (self._sock.gettimeout() or 0)) > 1:  # to set it is a system call
+            if abs(seconds - (self._sock.gettimeout() or 0)) > 1:  # setting it is a system call
                 self._sock.settimeout(seconds)
         return super().readinto(buffer)
 
 
 class Bounded(io.BufferedReader):
-    """A response's bytes. http.client reads by lines what is no body, also a proxy's headers and
-    what may follow a body. All its lines together fit into HEADER_BYTES."""
+    """A response's bytes. http.client reads headers, trailers and a proxy's headers line by line.
+    All these lines together fit into HEADER_BYTES."""
 
     _left = HEADER_BYTES
 
@@ -2417,7 +2434,7 @@ class Bounded(io.BufferedReader):
 def guarded_adapter(guard: Guard, workers: int) -> requests.adapters.HTTPAdapter:
     """requests' connections, for all threads together. Those without a proxy ask the guard.
 
-    The classes stand in a function, as decoders do without requests.
+    The classes are made in a function, because decoders don't import requests.
     """
     # No documentation promises this hook. Without it nobody would ask the guard.
     if not hasattr(urllib3.connection.HTTPConnection, "_new_conn"):
@@ -2431,7 +2448,7 @@ def guarded_adapter(guard: Guard, workers: int) -> requests.adapters.HTTPAdapter
             raw.__class__ = Timed
             self.fp = Bounded(raw)
 
-    # For the whole process: a proxy's connections are among those.
+    # This holds for the whole process, so also for connections to a proxy.
     http.client._MAXHEADERS = MOST_HEADERS  # type: ignore[attr-defined]
     urllib3.connection.HTTPConnection.response_class = Response
 
@@ -2455,13 +2472,13 @@ def guarded_adapter(guard: Guard, workers: int) -> requests.adapters.HTTPAdapter
             return super().proxy_manager_for(proxy, ssl_context=tls, **options)
 
         def cert_verify(self, *_: Any) -> None:
-            """requests would read its certificates for each connection. The context has ours."""
+            """Does nothing: requests would read certificates each time. `tls` has ours."""
 
     return Adapter(HOSTS_KEPT, workers)
 
 
 def certificates() -> str:
-    """The file of trusted certificates, for images, the database and the hub alike."""
+    """The file of trusted certificates, for images, the database and the hub."""
     names = ("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
     return next(filter(None, map(os.environ.get, names)), certifi.where())
 
@@ -2477,7 +2494,7 @@ def tls_context() -> ssl.SSLContext:
 
 
 def tls_as_browsers() -> ssl.SSLContext:
-    """The same for image hosts, some of which are old: as browsers do, it takes ciphers without
+    """The same for image hosts, some of which are old. Like browsers, it accepts ciphers without
     forward secrecy, servers without renegotiation_info, and roots without key identifiers."""
     context = tls_context()
     context.set_ciphers("DEFAULT:@SECLEVEL=2")
@@ -2487,7 +2504,7 @@ def tls_as_browsers() -> ssl.SSLContext:
 
 
 def check_proxies() -> None:
-    """Raises RunError where the environment names a SOCKS proxy that can't be used."""
+    """Raises RunError if the environment names a SOCKS proxy that can't be used."""
     proxies = getproxies()
     packages = find_spec("socks") and find_spec("socksio")  # requests' and httpx's
     for name in ("http", "https", "all"):
@@ -2505,19 +2522,19 @@ def check_proxies() -> None:
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, by channel
 STD = (0.26862954, 0.26130258, 0.27577711)
 DECODE_SECONDS = 5  # of a core for one image; the largest honest ones take 2
-DECODE_MB = 1000  # of memory for one image, on each core; a WebP of 50 megapixels takes 800
+DECODE_MB = 1000  # for one image, in each decoder; a WebP of 50 megapixels takes 800
 MIN_SIDE = 16  # pixels; below it: tracking pixels and spacers
-KEEP_SCALE = 2  # large images are first reduced, by a whole number, to so many times SIDE
-# Other Pillow plugins stay shut: some start programs (EPS), none is a product photo.
+KEEP_SCALE = 2  # large images are first reduced, by a whole number, to this many times SIDE
+# Other Pillow plugins stay shut: some start programs (EPS), and no product photo needs them.
 FORMATS = ["JPEG", "PNG", "GIF", "WEBP", "AVIF", "TIFF", "BMP"]
-# Memory that decoding takes, where it is not 4 bytes a pixel. Short of memory, the first three
-# formats' libraries call the file broken. The last two shrink while they are decoded.
+# The memory that decoding takes, if not 4 bytes a pixel. Without enough memory the libraries of
+# the first three report a broken file. JPEG and MPO are made smaller while they are decoded.
 PIXEL_BYTES = {"WEBP": 20, "AVIF": 20, "HEIF": 20, "JPEG": 0, "MPO": 0}
-# What Pillow raises for broken files, as hundreds of thousands of damaged ones showed. Its other
+# What Pillow raises for broken files, as hundreds of thousands of damaged files showed. Its other
 # errors (AttributeError, TypeError) mean that we call it wrongly.
 BROKEN_FILE = (OSError, EOFError, SyntaxError, ValueError, RuntimeError, struct.error, zlib.error)
 PngImagePlugin.MAX_TEXT_CHUNK = 2**24  # bytes of an ICC profile; some have over 1 MB
-# Pillow itself reads planes of 16 bits as if they were of 8; libtiff does not.
+# Pillow itself reads planes of 16 bits as if they had 8; libtiff does not.
 TiffImagePlugin.READ_LIBTIFF = True
 
 
@@ -2548,7 +2565,7 @@ def loaded(data: bytes) -> Image.Image:
     try:
         image = opened(mended(data))
         refuse_sizes(image)
-        # Where EXIF is silent Pillow would turn an image by XMP. Browsers don't.
+        # Without a turn in EXIF, Pillow would turn an image by its XMP. Browsers don't.
         image.info.pop("xmp", None)
         # JPEG's decoder can shrink by 2, 4 or 8 as it goes. The other decoders ignore this.
         image.draft(None, (KEEP_SCALE * SIDE, KEEP_SCALE * SIDE))
@@ -2582,7 +2599,7 @@ def png_of_pixels(data: bytes) -> bytes:
     for kind, chunk, is_right in chunks_of(data):
         if kind == b"IDAT":
             pixels_seen = True
-            # Pillow doesn't look. Zeros in a copy that stopped halfway make pixels, too.
+            # Pillow doesn't check. A copy that stopped halfway may end in zeros, which it shows.
             if not is_right:
                 raise ImageError(BROKEN)
         is_extra = kind in (b"tRNS", b"iCCP", b"eXIf") and is_right and not pixels_seen
@@ -2606,11 +2623,11 @@ def chunks_of(data: bytes) -> Iterator[tuple[bytes, bytes, bool]]:
 
 
 def jpeg_with_end(data: bytes) -> bytes:
-    """A JPEG with an end marker. Raises ImageError where pixels are missing, too.
+    """A JPEG with an end marker. Raises ImageError if pixels are missing as well.
 
-    Uploads often lack their last bytes, the marker FFD9, and nothing else. Where more is missing,
+    Uploads often lack their last bytes, the marker FFD9, and nothing else. If more is missing,
     decoders fill up with gray and report no error. So the file is decoded twice, the second time
-    with noise at its end. Behind the last pixel noise changes nothing.
+    with noise at its end. If all pixels are there, the noise changes nothing.
     """
     start_of_scan, end_marker = b"\xff\xda", b"\xff\xd9"
     if data.find(end_marker, data.rfind(start_of_scan)) >= 0:
@@ -2630,22 +2647,25 @@ def jpeg_with_end(data: bytes) -> bytes:
 
 
 # How files begin that Pillow can't open, and what they are. The first that fits counts.
-_BLANKS = rb"[\s\0\xef\xbb\xbf\xfe\xff]*"  # with a byte order mark, or half of UTF-16
-UNREADABLE_FILES = (
-    (rb"\s*\Z", EMPTY),
+_BLANKS = rb"[\s\0\xef\xbb\xbf\xfe\xff]*"  # also a byte order mark, and the zeros of UTF-16
+BEGINNINGS = (
+    (rb"\s*\Z", EMPTY),  # "\n"
+    # "GIF89a", "....ftypavif"
     (rb"\xff\xd8\xff|\x89png|gif8|riff|bm|....ftyp(avi|he[iv]|m[is]f)", BROKEN),
-    (rb"ii[*+]\0|mm\0[*+]", f"{RARE_FORMAT} (TIFF, if it is not broken)"),
-    (rb"\xff\x0a|\0\0\0\x0cjxl ", f"{RARE_FORMAT} (JPEG XL)"),
+    (rb"ii[*+]\0|mm\0[*+]", f"{RARE_FORMAT} (TIFF, if it is not broken)"),  # "II*\0"
+    (rb"\xff\x0a|\0\0\0\x0cjxl ", f"{RARE_FORMAT} (JPEG XL)"),  # "\0\0\0\x0cJXL "
+    # "<?xml ...><!-- ... --><svg ": the first tag that begins with a letter
     (_BLANKS + rb"(?=<)(?:(?!<\w).)*+<(\w+:)?svg\b", SVG),
-    (_BLANKS + rb"<", WEB_PAGE),
-    (_BLANKS + rb"[\[{]", JSON),
-    (_BLANKS + rb"%pdf", PDF),
+    (_BLANKS + rb"<", WEB_PAGE),  # "<!doctype html>"
+    (_BLANKS + rb"[\[{]", JSON),  # '{"error":'
+    (_BLANKS + rb"%pdf", PDF),  # "%PDF-1.7"
 )
 
 
 def opened(data: bytes) -> Image.Image:
-    """An image file of which the header was read. Raises ImageError for any other file."""
+    """An image file whose header has been read. Raises ImageError for any other file."""
     formats = FORMATS
+    # "....ftypheic", or "....ftypmif1" without "avif" soon after
     if re.match(rb"....ftyp(hei|hev|m[is]f1(?!.{,40}avif))", data, re.DOTALL):
         try:
             import pillow_heif
@@ -2655,7 +2675,7 @@ def opened(data: bytes) -> Image.Image:
         formats = ["HEIF"]
     with contextlib.suppress(UnidentifiedImageError):
         return Image.open(io.BytesIO(data), formats=formats)
-    for beginning, reason in UNREADABLE_FILES:
+    for beginning, reason in BEGINNINGS:
         if re.match(beginning, data[: 2**16], re.DOTALL | re.IGNORECASE):
             raise ImageError(reason)
     raise ImageError(OTHER_FORMAT)
@@ -2688,8 +2708,8 @@ def in_eight_bits(image: Image.Image) -> Image.Image:
 
 
 def gif_on_its_canvas(image: Any) -> Image.Image:
-    """A GIF's first picture. Where it is smaller than the canvas there is nothing around it, not
-    the colour that Pillow puts there."""
+    """A GIF's first picture. If it is smaller than the canvas, the rest is transparent. Pillow
+    would fill it with a colour."""
     box = image.dispose_extent
     canvas = Image.new("RGBA", image.size)
     canvas.paste(image.convert("RGBA").crop(box), box)
@@ -2706,7 +2726,7 @@ def on_white(image: Image.Image) -> Image.Image:
     return paper
 
 
-# How to turn an image that a camera held otherwise, by EXIF's value
+# How to turn an image that was taken with a turned camera, by EXIF's value
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -2731,7 +2751,7 @@ def upright(image: Image.Image, file: Image.Image) -> Image.Image:
 
 
 def square(image: Image.Image) -> Image.Image:
-    """What CLIP sees of an image: its shorter side at 224 pixels, of the longer one the middle."""
+    """What CLIP sees of an image: the square in its middle, at 224 x 224 pixels."""
     shorter = min(image.size)
     width = int(SIDE * image.width / shorter)
     height = int(SIDE * image.height / shorter)
@@ -2748,7 +2768,7 @@ PROFILED = {b"GRAY": "L", b"RGB ": "RGB", b"CMYK": "CMYK"}  # a profile's colour
 def in_srgb(image: Image.Image) -> Image.Image:
     """An image of mode L, RGB or CMYK in sRGB, by its ICC profile if it has one that fits.
 
-    The smaller the better: 224 x 224 pixels take 2 ms, a photograph 25.
+    Meant for small images: 224 x 224 pixels take 2 ms, a photograph 25.
     """
     profile = image.info.get("icc_profile") or b""
     mode = PROFILED.get(profile[16:20])
@@ -2762,7 +2782,7 @@ def in_srgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-@lru_cache(maxsize=4)  # it takes 20 ms, and a catalog has few profiles
+@lru_cache(maxsize=4)  # making one takes 20 ms, and a catalog has few profiles
 def to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform:
     """The conversion from a profile's colours."""
     return ImageCms.buildTransform(io.BytesIO(profile), SRGB, mode, "RGB")
@@ -2770,8 +2790,8 @@ def to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform:
 
 @lru_cache
 def pixels_by_level() -> np.ndarray:
-    """The pixel of each channel and level (3, 256), by the arithmetic of transformers' processor:
-    the same bits."""
+    """The pixel of each channel and level (3, 256), computed as transformers' processor does,
+    bit by bit the same."""
     levels = (np.arange(256) * (1 / 255)).astype(np.float32)
     channels = zip(MEAN, STD, strict=True)
     return np.stack([(levels - np.float32(mean)) / np.float32(std) for mean, std in channels])
@@ -2785,7 +2805,7 @@ def normalise(levels: np.ndarray) -> np.ndarray:
 
 # ============================================================================= Decoders
 
-DECODE_PATIENCE = 60.0  # seconds, on a busy machine, too; then a decoder counts as hung
+DECODE_PATIENCE = 60.0  # seconds; after that a decoder counts as hung, even on a busy machine
 LEVELS_BYTES = SIDE * SIDE * 3
 MOST_REASON = 200  # characters of a reason that are kept
 MOST_CALLS = 20  # of a traceback that are sent
@@ -2799,10 +2819,10 @@ DEATHS = {
     -signal.SIGABRT: BROKEN,
     -signal.SIGFPE: BROKEN,
 }
-CANT_START = "no process to decode images can be started; is memory short, ulimit -a low?"
+CANT_START = "can't start a process to decode images: check free memory and ulimit -a"
 
-# Imported, as Python keeps the bytecode of modules alone: to compile a script takes 0.1 s.
-# By its path: nothing else of its folder, or of the current one, can be imported.
+# The script is imported, because Python keeps bytecode of modules only: compiling takes 0.1 s. It
+# is imported by its path: nothing else in its folder, or in the current one, can be imported.
 RUN_DECODER = """
 import importlib.machinery, importlib.util, sys
 loader = importlib.machinery.SourceFileLoader("decoder", sys.argv.pop(1))
@@ -2814,7 +2834,7 @@ sys.exit(decoder.serve_as_decoder())
 # What Python may need to start. The rest of the environment may hold secrets.
 DECODER_NEEDS = re.compile("PYTHON|LD_|DYLD_|(PATH|HOME|APPDATA|SYSTEMROOT)$")
 DECODER_SETTINGS = {
-    # Else glibc gives memory back after each image and asks for it again, which takes 2 ms.
+    # Else glibc returns memory after each image and asks for it again, which takes 2 ms.
     "MALLOC_TRIM_THRESHOLD_": str(64 * 2**20),
     "MALLOC_MMAP_THRESHOLD_": str(64 * 2**20),
 }
@@ -2830,7 +2850,7 @@ PR_SET_NO_NEW_PRIVS = 38
 class Loader:
     """The way from a source to pixels, for any number of threads.
 
-    Raises ImageError, and RunError where no decoder can be started.
+    Raises ImageError, and RunError if no decoder can be started.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -2847,7 +2867,7 @@ class Loader:
         return normalise(self.decode(data))
 
     def decode(self, data: bytes) -> np.ndarray:
-        """The levels (224, 224, 3) of an image file, by the first decoder that is free."""
+        """The levels (224, 224, 3) of an image file, from the first decoder that is free."""
         decoder = self._decoders.get()
         try:
             return decoder.decode(data)
@@ -2860,14 +2880,14 @@ class Decoder:
     holds, and codecs have holes. The process runs this script again (RUN_DECODER).
 
     Bytes go in, bytes come out: levels or a reason. A process that replies anything else, or
-    hangs, is killed. Where it died, its exit code says whose fault that was.
+    hangs, is killed. If a process dies, its exit code says whether the image was at fault.
     """
 
     def __init__(self) -> None:
         self._process: Any = None
 
     def decode(self, data: bytes) -> np.ndarray:
-        """The levels (224, 224, 3) of an image file. Raises ImageError, and RunError where no
+        """The levels (224, 224, 3) of an image file. Raises ImageError, and RunError if no
         process can be started."""
         process = self._process
         if not process or process.poll() is not None:  # it may have died while it was idle
@@ -2895,7 +2915,7 @@ def started_decoder() -> Any:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=needs | DECODER_SETTINGS,
-            # What timeout(1) or a closed terminal sends to its group is for the run.
+            # Signals of timeout(1) or a closed terminal must reach the run, not its decoders.
             start_new_session=True,
         )
     except OSError as error:
@@ -2961,10 +2981,10 @@ def receive(pipe: IO[bytes], most: int) -> bytes:
 def serve_as_decoder() -> int:
     """Replies to what comes until the run closes its pipe. Returns the exit code."""
     warnings.simplefilter("ignore")  # Pillow's, about oddities that do no harm
-    # Fails where ulimit -v leaves less than an image may take.
+    # Fails if ulimit -v leaves less than an image may take.
     bytes(DECODE_MB * 2**20)
     load_codecs()
-    with contextlib.suppress(OSError):  # where memory is short, Linux ends a decoder, not the run
+    with contextlib.suppress(OSError):  # if memory is short, Linux ends a decoder, not the run
         Path("/proc/self/oom_score_adj").write_text("1000")
     replies = os.fdopen(os.dup(1), "wb")
     for stream in (1, 2):  # where libraries print
@@ -2988,7 +3008,7 @@ def reply_to(data: bytes) -> bytes:
     except ImageError as reason:
         return str(reason).encode()
     except MemoryError:
-        # There may be too little left to say more, or to go on with.
+        # There may be too little left to say more, or to continue.
         os._exit(OUT_OF_MEMORY)
     except Exception:
         text = traceback.format_exc(-MOST_CALLS).strip()
@@ -2996,7 +3016,7 @@ def reply_to(data: bytes) -> bytes:
 
 
 def load_codecs() -> None:
-    """Imports what Pillow imports when it meets a format: later nothing can be opened."""
+    """Imports what Pillow would import when it meets a format: later no file can be opened."""
     Image.preinit()  # BMP, GIF, JPEG, PNG; AVIF and TIFF are imported above
     for name in ("Mpo", "WebP"):
         import_module(f"PIL.{name}ImagePlugin")
@@ -3018,7 +3038,7 @@ def limit_memory() -> None:
 
 def shut_in() -> None:
     """Takes from this process what decoding doesn't need, so that a hole in a codec leads
-    nowhere. What Linux refuses, and other systems lack, is done without."""
+    nowhere. If the system offers less, we do without."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource  # Windows has none
 
@@ -3029,8 +3049,8 @@ def shut_in() -> None:
 
 
 def lock_files() -> None:
-    """Landlock (Linux 5.13): no file can be changed, moved or run, and no other process be looked
-    into or (Linux 6.12) sent a signal."""
+    """Landlock (Linux 5.13): no file can be changed, moved or run. No other process can be traced
+    or, from Linux 6.12, sent a signal."""
     linux = ctypes.CDLL(None)
     version = linux.syscall(LANDLOCK_CREATE_RULESET, None, 0, LANDLOCK_ASK_VERSION)
     kinds = min(12 + version, 15)  # of what can be done to files; none is allowed
@@ -3043,11 +3063,11 @@ def lock_files() -> None:
 
 # ================================================================================ Model
 
-# CLIP has two towers. One makes vectors of pixels, the other of words. A picture and words that
-# describe it get vectors that lie near each other.
+# CLIP has two towers. One makes vectors from pixels, the other from words. A picture and words that
+# describe it get vectors that are near each other.
 #
-# The import of torch takes over a second. So it stands where torch is used: then a run imports
-# torch while its first images are on their way.
+# The import of torch takes over a second. So each function that uses torch imports it: then a run
+# does so while its first images are on their way.
 
 MODEL_CACHE = HERE / ".cache" / "transformers"
 CONFIG = "config.json"
@@ -3077,12 +3097,12 @@ Tensor = Any  # torch's
 
 
 class ClipEncoder:
-    """CLIP's image encoder. Raises RunError where the model can't be had, or can't be used here."""
+    """CLIP's image encoder. Raises RunError if the model can't be had, or can't be used here."""
 
     def __init__(self, settings: Settings) -> None:
         import torch
 
-        torch.set_num_threads(1)  # each core has an image of its own, see Run
+        torch.set_num_threads(1)  # each core has its own image, see Run
         if settings.dtype == "bfloat16" and settings.device == "cpu" and not has_bfloat16():
             raise RunError("--dtype bfloat16: this processor has no arithmetic for it")
         folder = model_folder(settings, TO_EMBED)
@@ -3114,11 +3134,11 @@ class ClipEncoder:
             return of_unit_length(self.tower(torch.from_numpy(pixels)))
 
     def embed(self, batch: list[np.ndarray]) -> np.ndarray:
-        """Pixels, each (3, 224, 224) -> vectors (n, 512). Raises RunError where the batch is too
+        """Pixels, each (3, 224, 224) -> vectors (n, 512). Raises RunError if the batch is too
         large."""
         try:
             return self.encode(np.stack(batch))
-        except RuntimeError as error:  # the device has not enough memory, say
+        except RuntimeError as error:  # such as: the device has too little memory
             raise RunError(
                 f"the model failed on {len(batch)} images at once ({shorten(str(error), 100)}): "
                 "try a smaller --batch-size, or another --device"
@@ -3134,7 +3154,7 @@ class TextEncoder:
     def __init__(self, settings: Settings) -> None:
         import torch
 
-        torch.set_num_threads(1)  # for a few words threads wait longer than they work
+        torch.set_num_threads(1)  # with a few words, more threads wait longer than they work
         folder = model_folder(settings, TO_ASK)
         with model_trouble(folder, settings):
             from tokenizers import Tokenizer
@@ -3156,10 +3176,10 @@ class TextEncoder:
             return of_unit_length(torch.cat(embeddings))
 
     def tokens(self, text: str) -> list[Any]:
-        """The tokens of a text, between the token of a start and that of an end."""
+        """The tokens of a text, with the start token before them and the end token after them."""
         inner = self.tokenizer.encode(text, add_special_tokens=False).ids
         tokens = [self.start, *inner[: self.most_tokens - 2], self.end]
-        return tokens[: tokens.index(self.end) + 1]  # a text may hold the word for the end
+        return tokens[: tokens.index(self.end) + 1]  # a text may contain <|endoftext|> itself
 
 
 def of_unit_length(embeddings: Tensor) -> np.ndarray:
@@ -3181,12 +3201,12 @@ def model_trouble(folder: Path, settings: Settings) -> Iterator[None]:
         if settings.clip_model:
             trouble += f"; CLIP_MODEL must be a folder with a copy of {MODEL_ID}"
         if settings.device != "cpu":
-            trouble += f"; torch must find the --device {settings.device}"
+            trouble += f"; or torch has no --device {settings.device}"
         raise RunError(trouble) from None
 
 
 def read_config(folder: Path, tower: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """A tower's settings of these names. The file may leave out those with the default value."""
+    """The settings of a tower. One that the file leaves out has the default value."""
     config = json.loads((folder / CONFIG).read_text("utf-8"))
     config = config.get(tower, config)
     return {name: config.get(name, value) for name, value in defaults.items()}
@@ -3228,7 +3248,7 @@ class ImageTower:
         self.position = weights.put(position)  # (50, 768)
         patches = weights.read(embeddings + "patch_embedding.weight")  # (768, 3, 32, 32)
         self.patches = Linear(weights, patches.flatten(1))
-        # The file spells it so.
+        # The file has this typo.
         self.norm_before = read_norm(weights, "vision_model.pre_layrnorm")
         self.norm_after = read_norm(weights, "vision_model.post_layernorm")
         self.projection = Linear(weights, weights.read("visual_projection.weight"))
@@ -3318,8 +3338,8 @@ def read_norm(weights: Weights, name: str) -> Callable[[Tensor], Tensor]:
 
 
 class Linear:
-    """A linear layer: x @ weight.T + bias. The silu of that, or its sum with `add`, costs nothing
-    where torch has oneDNN's operators (`can_pack`)."""
+    """A linear layer: x @ weight.T + bias. If torch has oneDNN's operators (`can_pack`), the
+    silu of that, or its sum with `add`, costs no extra time."""
 
     def __init__(
         self, weights: Weights, weight: Tensor, bias: Tensor = None, silu: bool = False
@@ -3393,7 +3413,7 @@ class Weights:
 
     def map_file(self) -> None:
         """Maps the file into memory. Only the parts that are used are read: one tower of the two.
-        To map it again gives back the memory of the parts that were read."""
+        Mapping it again frees the memory of the parts that were read."""
         import torch
 
         if (self.folder / SAFETENSORS).is_file():
@@ -3468,7 +3488,7 @@ def pinned_model(needed: tuple[str, ...] = TO_ASK) -> Path:
     folder_in_cache = f"models--{MODEL_ID.replace('/', '--')}/snapshots/{MODEL_REVISION}"
     for cache in (MODEL_CACHE, Path(constants.HF_HUB_CACHE)):
         folder = cache / folder_in_cache
-        with contextlib.suppress(OSError):  # the user's may be closed to us
+        with contextlib.suppress(OSError):  # we may lack permission for the user's cache
             if all(is_whole(folder / name) for name in needed):
                 return folder
     folder = MODEL_CACHE / folder_in_cache
@@ -3488,7 +3508,7 @@ def pinned_model(needed: tuple[str, ...] = TO_ASK) -> Path:
 def is_whole(path: Path) -> bool:
     """Whether a file of the model is there, and byte for byte the pinned one.
 
-    Its SHA-256 takes up to a second, so it is looked at once: NAME.checked beside the file says
+    Its SHA-256 takes up to a second, so it is computed once: NAME.checked beside the file says
     that the file has not changed since.
     """
     pinned = MODEL_FILES[path.name]
@@ -3501,7 +3521,7 @@ def is_whole(path: Path) -> bool:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != pinned.sha256:
         return False
-    with contextlib.suppress(OSError):  # a cache that may only be read is checked in each run
+    with contextlib.suppress(OSError):  # a read-only cache is checked in each run
         checked.touch()
     return True
 
@@ -3514,7 +3534,7 @@ def download_model(folder: Path) -> None:
     set_up_hub()
     log.info("downloading %s once, about 600 MB, to %s", MODEL_ID, MODEL_CACHE)
     MODEL_CACHE.mkdir(parents=True, exist_ok=True)
-    with FileLock(MODEL_CACHE / "download.lock"):  # of several runs one downloads, the others wait
+    with FileLock(MODEL_CACHE / "download.lock"):  # one of several runs downloads, the others wait
         for partial_file in MODEL_CACHE.rglob("*.incomplete"):  # of runs that were stopped
             partial_file.unlink()
         for name in MODEL_FILES:
@@ -3547,7 +3567,7 @@ def download_file(path: Path) -> None:
         hf_hub_download(MODEL_ID, path.name, revision=MODEL_REVISION, cache_dir=MODEL_CACHE)
     if not is_whole_or_deleted(path):
         raise RunError(
-            f"the hub serves another {path.name} than {MODEL_ID}'s: check HF_ENDPOINT, or set "
+            f"the hub's {path.name} is not that of {MODEL_ID}: check HF_ENDPOINT, or set "
             "CLIP_MODEL to a folder with a copy of it"
         )
 
@@ -3575,10 +3595,10 @@ def hub_trouble(error: BaseException) -> str:
 
 # ============================================================ The gallery, the question
 
-# Cosine from which pictures look the same. Photo libraries draw the line there: immich's duplicate
-# detection takes a distance of 0.01.
+# From this cosine on, pictures look the same. Photo libraries draw the line there: immich's
+# duplicate detection uses a distance of 0.01.
 SAME = 0.99
-LOOK_SECONDS = 4.0  # for that search, and as many for a look at a folder's files
+LOOK_SECONDS = 4.0  # for that search, and again for a look at a folder's files
 MATCHES = 12  # pictures for a question; --limit says another number
 # With these numbers a gallery has at most 3 MB, also with four questions. Mail programs and phones
 # take that.
@@ -3592,11 +3612,11 @@ THUMBNAIL = 160  # pixels a side
 THUMBNAIL_BYTES = 2700
 LONGEST_LINK = 800  # bytes of HTML
 LONGEST_CELL = 2000  # characters; spreadsheets take 32,767
-HEAD_BYTES = 2**20  # of a file: its width and height stand there
-# Where a cell, or what a spreadsheet that splits at semicolons takes for one, begins a formula.
+HEAD_BYTES = 2**20  # of a file, which hold its width and height
+# Where a cell begins a formula, such as =1+1. Some spreadsheets split lines at semicolons.
 FORMULA = re.compile(r"""(?:^|[;\t\r\n])[\s"]*(?=[=+\-@\uff1d\uff0b\uff0d\uff20])""")
 
-NEAR_TO_WORDS = "0.2 to 0.35 is near; pictures are nearer to each other"
+NEAR_TO_WORDS = "a similarity of 0.2 to 0.35 is high; between pictures it is higher"
 
 
 def answer_questions(store: Store, settings: Settings, status: Status) -> int:
@@ -3650,8 +3670,8 @@ def question_vectors(settings: Settings) -> dict[str, np.ndarray]:
 
 
 def question_source(question: str) -> Source | None:
-    """Where the picture is that a question names: a URL, or a file that is there. None: it is
-    words. Raises RunError for what looks like a file and is none."""
+    """Where the picture of a question is: at a URL, or in a file that exists. None: the question
+    is in words. Raises RunError for what looks like a file's name and is none."""
     if re.match("(?i)https?://", question):
         return Source(question, {})
     if os.path.isfile(question):  # noqa: PTH113 - Path's raises for many words
@@ -3674,7 +3694,7 @@ def question_pixels(question: str, source: Source, settings: Settings) -> np.nda
 
 
 def joined(pairs: Iterable[Pair]) -> list[list[Picture]]:
-    """The pictures of pairs that share one, together: a picture in four copies is one list."""
+    """Lists of pictures that pairs connect: a picture in four copies becomes one list."""
     list_of: dict[Id, list[Picture]] = {}
     for pair in pairs:
         ours = list_of.setdefault(pair.one.id, [pair.one])
@@ -3686,20 +3706,20 @@ def joined(pairs: Iterable[Pair]) -> list[list[Picture]]:
     return list({id(pictures): pictures for pictures in list_of.values()}.values())
 
 
-def copies_in(pairs: Iterable[Pair]) -> set[Id]:
-    """All but one picture of each group. They are no samples, and no look-alikes."""
+def alike_but_first(pairs: Iterable[Pair]) -> set[Id]:
+    """All but one of each group of pictures that look the same. They would bore as samples."""
     return {picture.id for group in joined(pairs) for picture in group[1:]}
 
 
 class Look(NamedTuple):
-    """What a look at a picture's file told."""
+    """What we learned from a picture's file."""
 
     width: int | None = None
     height: int | None = None
     size: int | None = None  # bytes
     digest: bytes = b""
-    thumbnail: str = ""  # an address that holds it, or else
-    trouble: str = "not in time"
+    thumbnail: str = ""  # a data: URL
+    trouble: str = "not in time"  # shown if there is no thumbnail
 
     @property
     def largeness(self) -> tuple[int, int]:
@@ -3707,20 +3727,20 @@ class Look(NamedTuple):
         return (self.width or 0) * (self.height or 0), self.size or 0
 
 
-# Where a WebP's kinds have their width and height, which are side by side as numbers of as many
-# bits: their first byte, the bits from one to the other, their bits, and what to add.
+# Where each kind of WebP has its width and height: the first byte, how many bits later the height
+# begins, the bits of each, and what to add.
 WEBP = {b"VP8 ": (26, 16, 14, 0), b"VP8L": (21, 14, 14, 1), b"VP8X": (24, 24, 24, 1)}
 
 
 def measures_of(data: bytes) -> tuple[int | None, int | None]:
-    """Width and height, as far as the first bytes of a file tell. What Pillow opens with code in
-    C, which may crash on a file, is read here."""
+    """Width and height, as far as the first bytes of a file tell. For WebP, AVIF and HEIC Pillow
+    would run code in C, which a file may crash. So we read those headers ourselves."""
     head = data[:HEAD_BYTES]
     if head[8:12] == b"WEBP" and head[12:16] in WEBP:
         first, apart, bits, more = WEBP[head[12:16]]
         both = int.from_bytes(head[first : first + 6], "little")
         return both % 2**bits + more, (both >> apart) % 2**bits + more
-    # AVIF and HEIC have one of these for the image, and one for the tiles that it is made of.
+    # AVIF and HEIC have such a box for the image, and one for the tiles that it is made of.
     sizes = re.findall(rb"ispe\0{4}(.{4})(.{4})", head, re.DOTALL)
     if sizes:
         width, height = max(sizes)
@@ -3732,7 +3752,7 @@ def measures_of(data: bytes) -> tuple[int | None, int | None]:
 
 
 def thumbnail_of(levels: np.ndarray) -> str:
-    """A picture as an address that holds it."""
+    """A small picture as a data: URL."""
     small = Image.fromarray(levels).resize((THUMBNAIL, THUMBNAIL))
     for quality in (60, 30, 10, 1):
         file = io.BytesIO()
@@ -3746,7 +3766,7 @@ def thumbnail_of(levels: np.ndarray) -> str:
 
 TABLE_HEAD = "what,group,name,client,similarity,copy,keep,width,height,bytes,id,image,link"
 TABLE_HEAD += ",reason,advice\r\n"
-# A template of Jinja, which escapes whatever is filled in. It may name what stands in this file.
+# A template of Jinja, which escapes whatever is filled in. It sees the globals of this module.
 GALLERY = """\
 {% set catalog = gallery.catalog %}
 {% set settings = gallery.settings %}
@@ -3776,9 +3796,9 @@ GALLERY = """\
 {% endmacro %}
 
 {% macro name(picture) %}
-{% set product = gallery.address(picture.link) %}
-<b>{% call link(product) %}<bdi>{{ shorten(picture.name) }}</bdi>{% endcall %}</b>
-{% if not fits(product) %}
+{% set product_page = gallery.address(picture.link) %}
+<b>{% call link(product_page) %}<bdi>{{ shorten(picture.name) }}</bdi>{% endcall %}</b>
+{% if not fits(product_page) %}
 <small><bdi class="id">{{ shorten(picture.id|string, 200) }}</bdi></small>
 {% endif %}
 {% if picture.client and not local %}
@@ -3872,7 +3892,8 @@ sample{{ "s" if catalog.samples|length != 1 }} of what looks alike</a>
 <main>
 {% if gallery.answers %}
 <section id="asked"><h2>Asked</h2>
-<p>Nearest first; the search printed them all. For words {{ NEAR_TO_WORDS }}.</p>
+<p>The nearest come first. The search printed all of them. For words
+{{ NEAR_TO_WORDS }}.</p>
 <div class="cards">
 {% for question, matches in gallery.answers.items() %}
 {{ nearest(question, matches) }}
@@ -3881,19 +3902,20 @@ sample{{ "s" if catalog.samples|length != 1 }} of what looks alike</a>
 {% endif %}
 
 <section id="same"><h2>Looks the same</h2>
-<p>Copies, resized pictures, or variants of one product: look before you delete. The largest of a
-group comes first. A picture opens its original. Its name leads to the product, or else a click on
-the line below the name selects that, to be copied. {{ table() }} has all of them, with the one to
-keep of those that are the same. An empty cell there means: not known.</p>
-<p>A similarity of {{ SAME }} counts as the same. Compared is the square in a picture's middle. See
-under the last heading how similar other pictures are.
+<p>These are copies, resized pictures, or variants of one product: look before you delete. The
+largest of a group comes first. Click a picture to open its original. Click its name to open the
+product's page. Without such a page, click the line below the name to select it for copying.
+{{ table() }} lists all of these pictures, and which of the identical ones to keep. An empty cell
+there means: unknown.</p>
+<p>Pictures look the same from a similarity of {{ SAME }} on. Only the square in the middle of a
+picture is compared. The last section shows how similar other pictures are.
 {% if local and gallery.unknown() %}
-{{ counted(gallery.unknown(), "file") }} could not be looked at, or not in time.
+{{ counted(gallery.unknown(), "file") }} could not be read, or not in time.
 {% endif %}
 </p>
 {% if catalog.compared < catalog.embedded %}
-<p>Time was short: of {{ number(catalog.embedded) }} pictures {{ number(catalog.compared) }} were
-compared with all others, {{ number(catalog.sought_among) }} searched for copies.</p>
+<p>Time was short: of {{ number(catalog.embedded) }} pictures, {{ number(catalog.compared) }} were
+compared with all others, and {{ number(catalog.sought_among) }} were searched for copies.</p>
 {% endif %}
 <div class="cards">
 {% for group in gallery.groups[:SHOWN_GROUPS] %}
@@ -3917,8 +3939,8 @@ compared with all others, {{ number(catalog.sought_among) }} searched for copies
 
 {% set reasons = gallery.reasons() %}
 <section id="failed"><h2>Can't be used</h2>
-<p>Similar-product search can't find these until they are mended. Later runs try them again by
-themselves. {{ table() }} has all.</p>
+<p>Similar-product search can't find these until they are fixed. Later runs try them again by
+themselves. {{ table() }} lists all of them.</p>
 <div class="cards">
 {% for reason, pictures in reasons[:SHOWN_REASONS] %}
 <article><h3>{{ shorten(reason[:1]|upper ~ reason[1:], 200) }}
@@ -3934,7 +3956,8 @@ themselves. {{ table() }} has all.</p>
 </div>{{ more(reasons|length - SHOWN_REASONS) }}</section>
 
 <section id="alike"><h2>Looks alike</h2>
-<p>Some pictures from all over, each with the nearest to it, as a shop would show them.</p>
+<p>Some pictures from the whole catalog, each with those nearest to it, as a shop would show
+them.</p>
 <div class="cards">
 {% for matches in catalog.samples %}
 {{ nearest(matches[0].picture.name, matches, true) }}
@@ -3946,14 +3969,14 @@ themselves. {{ table() }} has all.</p>
 
 
 class Gallery:
-    """What --gallery shows. The page loads nothing and runs nothing, so it can be sent around. Its
-    template reads what has no underscore here."""
+    """What --gallery shows. The page loads nothing and runs nothing, so it can be sent around. The
+    template uses the attributes and methods without an underscore."""
 
     def __init__(
         self, store: Store, settings: Settings, answers: Mapping[str, list[Match]]
     ) -> None:
         log.info("making the page")
-        warnings.simplefilter("ignore")  # Pillow's, of what a file claims
+        warnings.simplefilter("ignore")  # Pillow's, about what a file claims
         self._store = store
         self._loader = Loader(settings)
         self._path = settings.gallery or Path()
@@ -3966,27 +3989,27 @@ class Gallery:
         for pair in self.catalog.pairs:
             for id_ in (pair.one.id, pair.other.id):
                 self.similarity[id_] = max(self.similarity[id_], round(pair.similarity, 6))
-        # Those that are more alike come first.
+        # The groups that are most alike come first.
         self.groups = joined(self.catalog.pairs)
         self.groups.sort(key=lambda group: -min(self.similarity[one.id] for one in group))
         self.looks: dict[Id, Look] = defaultdict(Look)
         if settings.local:
             self._look(self._listed(), LOOK_SECONDS, show=False)
-        self._sort_groups()  # which says what is shown
+        self._sort_groups()  # the order decides what is shown
         # No host keeps the gallery waiting: all pictures together get the time of one.
         self._look(self._shown(), settings.fetch_seconds + 1, show=True)
         self._sort_groups()
         self.copies = self._find_copies()
-        # One of each kind is not superfluous.
+        # All but one of each kind are superfluous.
         self.superfluous = [
             len(group) - len({self.copies[one.id][0] for one in group}) for group in self.groups
         ]
 
     def write(self, status: Status) -> None:
-        """Writes the page, and the table beside it. Raises RunError where that can't be done."""
+        """Writes the page, and the table beside it. Raises RunError if that can't be done."""
         try:
             self._path.write_text(self._html(status), "utf-8", "replace")
-            # Excel takes a file without this encoding's first bytes for another one.
+            # Without the first bytes of this encoding Excel assumes another one.
             with self.table.open("w", encoding="utf-8-sig", errors="replace", newline="") as file:
                 file.write(TABLE_HEAD)
                 csv.writer(file).writerows(self._rows())
@@ -4007,7 +4030,7 @@ class Gallery:
         return [*itertools.chain(*groups), *(match.picture for match in found)]
 
     def _look(self, pictures: Iterable[Picture], seconds: float, show: bool) -> None:
-        """Looks at pictures for so long; at those that are to be shown more closely."""
+        """Looks at pictures for so many seconds. `show`: makes thumbnails, too."""
         deadline = time.monotonic() + seconds
         pool = ThreadPoolExecutor(self.settings.workers)
         left = list(dict.fromkeys(pictures))
@@ -4030,15 +4053,15 @@ class Gallery:
         return look
 
     def _sort_groups(self) -> None:
-        """The largest comes first, as far as files are known, and of equal ones the shortest name,
-        which is rarely a copy's."""
+        """The largest comes first, as far as sizes are known. Among equal ones the shortest name
+        comes first: it is rarely that of a copy."""
         for group in self.groups:
             group.sort(key=lambda one: (len(one.name), str(one.id)))
             group.sort(key=lambda one: self.looks[one.id].largeness, reverse=True)
 
     def _find_copies(self) -> dict[Id, list[Id]]:
-        """By each id of the table the ids of what is the same, itself included, in a folder by its
-        file, else by its vector. The first can stay."""
+        """For each id of the table: the ids of the same picture, itself included. Pictures of a
+        folder are the same if their files are, others if their vectors are. The first can stay."""
         same = joined(pair for pair in self.catalog.pairs if pair.same)
         kinds: dict[Id, Any] = {picture.id: group[0].id for group in same for picture in group}
         if self.settings.local:
@@ -4107,27 +4130,27 @@ class Gallery:
 
 
 def fits(address: str) -> bool:
-    """Whether there is an address, no longer than a link may be."""
+    """Whether an address can be a link: it is neither empty nor too long."""
     return 0 < len(html.escape(address).encode("utf-8", "replace")) <= LONGEST_LINK
 
 
 def cell(value: Any) -> Any:
-    """A value that no spreadsheet takes for a formula, nor for too long a text. Some split a line
-    at semicolons, some at tabs."""
+    """A value that no spreadsheet takes for a formula or finds too long. Some split a line at
+    semicolons, some at tabs."""
     if not isinstance(value, str):
         return value
     return FORMULA.sub(r"\g<0>'", shorten(value, LONGEST_CELL))
 
 
 def to_gallery(text: str) -> Path:
-    """A flag's path of a gallery; raises ArgumentTypeError where that, or the table beside it,
-    can't be written, or where the table would take the place of somebody's own."""
+    """The path that a flag gives for a gallery. Raises ArgumentTypeError if the page, or the table
+    beside it, can't be written, or if the table would overwrite a file that is not ours."""
     gallery = full_path(str(Path(text).parent)) / Path(text).name
     if gallery.suffix != ".html":
         raise argparse.ArgumentTypeError(f"{text!r} does not end in .html")
     table = gallery.with_suffix(".csv")
     for path in (gallery, table):
-        # Somebody else may have made a link, which may lead anywhere. A pipe waits for a reader.
+        # A link that somebody else made may lead anywhere. A pipe would wait for a reader.
         strange = is_link(path) or (path.exists() and not path.is_file())
         if strange or not os.access(path if path.exists() else path.parent, os.W_OK):
             raise argparse.ArgumentTypeError(f"'{path}' can't be written, or is a link")
@@ -4160,15 +4183,15 @@ settings come from the environment or .env: see .env.example
 exit codes:
   0    all done, or nothing to do
   1    some images failed, or their host did not cope
-  2    the run could not start or not go on
-  130  interrupted (143 by SIGTERM, 129 by a closed terminal)
+  2    the run could not start, or could not continue
+  130  after Ctrl-C (143 after SIGTERM, 129 after the terminal closed)
 """
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line's flags. A flag that is not given has the default of Settings; --workers
-    alone has its own."""
-    usage = argparse.ArgumentParser(
+def flags_parser() -> argparse.ArgumentParser:
+    """Reads the flags. A flag that is not given has the default of Settings. Only --workers has a
+    default of its own."""
+    parser = argparse.ArgumentParser(
         usage="%(prog)s [--limit N] [--client NAME] [--local DIR] [...]   -h: all flags",
         description="Give every product image in a Supabase database, or in a folder, "
         "a CLIP embedding. Run again to resume.",
@@ -4179,39 +4202,39 @@ def parser() -> argparse.ArgumentParser:
     )
     most = min(MOST_WORKERS, WORKERS_PER_CORE * cores())
     workers = f"most downloads from a host ({WORKERS_PER_CORE} a core, {MOST_WORKERS} at most)"
-    search = f"embed nothing, print the {MATCHES} nearest to this (or --limit N); may be repeated"
+    search = f"only print the {MATCHES} (or --limit N) pictures nearest to this; may be repeated"
     gallery = "at the end, write a page to look at (.html), and a table beside it (.csv)"
 
-    what = usage.add_argument_group("what to embed").add_argument
+    what = parser.add_argument_group("what to embed").add_argument
     what("--limit", type=positive_number, metavar="N", help="try at most N images")
     what("--client", metavar="NAME", help="only this client's (with --local: subfolder's) images")
     what("--local", type=full_path, metavar="DIR", help="embed a folder's images; needs no account")
     what("--shard", type=to_shard, metavar="I/N", help="only part I of N parts of a database")
     what("--retry-failed", action="store_true", help="also try failures that are not due yet")
 
-    speed = usage.add_argument_group("how fast").add_argument
+    speed = parser.add_argument_group("how fast").add_argument
     speed("--workers", type=positive_number, default=most, metavar="N", help=workers)
     speed("--batch-size", type=positive_number, metavar="N", help="images to a core's batch (1)")
     speed("--dtype", choices=["float32", "bfloat16"], help="number format (float32)")
     speed("--device", choices=["cpu", "cuda", "mps"], help="where the model runs (cpu)")
 
-    show = usage.add_argument_group("what to show").add_argument
+    show = parser.add_argument_group("what to show").add_argument
     show("--search", action="append", type=to_question, metavar="TEXT|FILE|URL", help=search)
     show("--gallery", type=to_gallery, metavar="FILE", help=gallery)
     show("--dry-run", action="store_true", help="say what would be done; load and write nothing")
-    show("-v", "--verbose", action="store_true", help="say each failure as it happens, and more")
+    show("-v", "--verbose", action="store_true", help="report each failure as it happens, and more")
     show("--version", action="store_true", help="say what a bug report needs, and exit")
-    return usage
+    return parser
 
 
 def read_flags(argv: list[str] | None) -> dict[str, Any]:
-    """The flags that were given. Exits with code 2 where they are wrong."""
-    usage = parser()
-    flags = vars(usage.parse_args(argv))
+    """The flags that were given. Exits with code 2 if they are wrong."""
+    parser = flags_parser()
+    flags = vars(parser.parse_args(argv))
     if "shard" in flags and "gallery" in flags:
-        usage.error("--gallery shows a whole catalog: leave --shard out")
+        parser.error("--gallery shows a whole catalog: leave --shard out")
     if "shard" in flags and "local" in flags:
-        usage.error("--shard is for a database; for a part of a folder there is --client SUBFOLDER")
+        parser.error("--shard is for a database; for a part of a folder use --client SUBFOLDER")
     return flags
 
 
@@ -4241,15 +4264,16 @@ class Setting(NamedTuple):
     field: str
     names: tuple[str, ...]  # the first that has a value counts
     pattern: str  # its group is the value
-    advice: str  # what is said of a value that does not look so
+    advice: str  # the message for a value that does not fit the pattern
     read: Callable[[str], Any] = str
 
 
+# https://abcdefghijkl.supabase.co, http://localhost:54321
 A_URL = r"(https?://(?!YOUR-PROJECT|supabase\.com/)[\w-]+(?:\.[\w-]+)*(?::\d{1,5})?(?:/[\w.-]+)*?)"
-A_KEY = r"(sb_secret_[\w-]+|[\w-]+\.[\w-]+\.[\w-]+)"
-A_TEXT = r"([^\x00-\x1f\x7f-\x9f\ud800-\udfff]+)"
-A_NUMBER = r"(\d{1,6}(?:\.\d+)?)"
-NOT_A_TEXT = "has a control character in it"
+A_KEY = r"(sb_secret_[\w-]+|[\w-]+\.[\w-]+\.[\w-]+)"  # sb_secret_AbC1, eyJh.eyJp.c2ln
+A_TEXT = r"([^\x00-\x1f\x7f-\x9f\ud800-\udfff]+)"  # clip-vit-base-patch32
+A_NUMBER = r"(\d{1,6}(?:\.\d+)?)"  # 30, 2.5
+NOT_A_TEXT = "contains a control character"
 NOT_A_NUMBER = "is not a number of seconds"
 
 SETTINGS = (
@@ -4285,16 +4309,16 @@ def read_settings(flags: dict[str, Any]) -> Settings:
     """Flags, environment and the nearest .env as Settings; raises RunError that names the setting
     at fault. Nothing of .env enters the environment, which libraries read as well."""
     file = full_path(".env")
-    # An app's .env.local is not read. It hides the .env beside the script, which is for another
-    # project's database.
+    # An app's .env.local is not read. But if the current folder has one, the .env beside the script
+    # is not read either: that one is for another project's database.
     if not file.is_file() and not file.with_name(".env.local").is_file():
         file = HERE / ".env"
     try:
-        # Nothing in a key is filled in: a ${...} there is part of it.
+        # No ${...} is filled in: in a key it is part of the key.
         in_file = dotenv.dotenv_values(file, encoding="utf-8-sig", interpolate=False)
     except (UnicodeDecodeError, OSError):
         raise RunError(
-            f"{file} can't be read: it must be text in UTF-8, and yours to read"
+            f"{file} can't be read: it must be text in UTF-8, and you must be allowed to read it"
         ) from None
     needs_database = "local" not in flags
     values = dict(flags)
@@ -4318,13 +4342,13 @@ def read_settings(flags: dict[str, Any]) -> Settings:
     if needs_database:
         values["key_source"] = str(found["key"])
         if found["url"].origin != found["key"].origin:
-            # A folder's .env must not get the environment's key in silence.
-            log.info("%s, %s", found["url"], found["key"])
+            # The environment's key must not go to the URL of a folder's .env in silence.
+            log.info("using %s with %s", found["url"], found["key"])
     return Settings(**values)
 
 
 class FoundSetting(NamedTuple):
-    """A setting's name, its text, and in words where that was read."""
+    """A setting's name, its text, and where that was read, in words."""
 
     name: str
     text: str
@@ -4335,7 +4359,7 @@ class FoundSetting(NamedTuple):
 
 
 def find_setting(setting: Setting, file: Path, in_file: Mapping[str, str | None]) -> FoundSetting:
-    """A setting as the environment has it, else .env; without text where neither does."""
+    """A setting from the environment, else from .env. Its text is empty if neither has it."""
     for name in setting.names:
         given = os.environ.get(name, "").strip()
         kept = (in_file.get(name) or "").strip()
@@ -4350,7 +4374,7 @@ def find_setting(setting: Setting, file: Path, in_file: Mapping[str, str | None]
 
 
 def say_version() -> None:
-    """Prints the versions, and the arithmetic that would be used."""
+    """Prints the versions, and whether the processor has bfloat16."""
     import torch
 
     python = sys.version.split()[0]
@@ -4376,7 +4400,7 @@ class Lines(logging.Formatter):
 
 
 def set_up_output(verbose: bool) -> None:
-    """Logs to stderr, with the time where nobody watches."""
+    """Logs to stderr, with the time unless stderr is a terminal."""
     handler = logging.StreamHandler()
     look = "%(message)s" if sys.stderr.isatty() else "%(asctime)s %(message)s"
     handler.setFormatter(Lines(look))
@@ -4384,7 +4408,7 @@ def set_up_output(verbose: bool) -> None:
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # its warnings have tracebacks in them
     log.setLevel(logging.DEBUG if verbose else logging.INFO)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # Not each encoding has all that names may hold.
+        # The terminal's encoding may lack characters of a name.
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
@@ -4392,5 +4416,5 @@ if __name__ == "__main__":
     code = main()
     with contextlib.suppress(OSError, AttributeError):  # as in: ... | head, or >&-
         sys.stdout.flush()
-    # A download may hang in a thread, and Python would wait for it.
+    # A download may hang in its thread, and Python would wait for that.
     os._exit(code)

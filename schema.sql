@@ -4,9 +4,9 @@
 -- nothing. Running it again does no harm. It needs pgvector 0.8.
 -- It expects a table public.assets (id uuid primary key, image_url text, client_name text). For
 -- another table change "Your tables". If your ids are bigint or text, replace the word uuid there.
--- Examples for other tables stand near the end, and how to remove it all.
+-- Examples for other tables are near the end. So are the lines that remove it all.
 --
--- It makes, in the schema public:
+-- It creates these in the schema public:
 --   tables product_embeddings, product_embedding_failures, and a view of these, embedding_failures
 --   embedding_sources(), which reads your tables; nothing else names them
 --   match_products(), similar_products(), duplicate_products() for your app
@@ -46,7 +46,7 @@ language sql stable as $$
 $$;
 grant select on public.assets to service_role;  -- and on each other table that is read above
 
--- Our tables. A deleted product takes its rows along. No key can refer to a view, a foreign or
+-- Our tables. With a product its rows are deleted, too. No key can refer to a view, a foreign or
 -- partitioned table, or a column that is not unique: then leave out "references ... cascade".
 create table if not exists public.product_embeddings (
   asset_id uuid primary key references public.assets (id) on delete cascade on update cascade,
@@ -72,7 +72,7 @@ alter table public.product_embedding_failures enable row level security;
 
 -- ====== "Your tables" end here. A later version of the file replaces all that stands below. ======
 
--- For tables from before this file. "If not exists" of an index sees the name alone.
+-- For tables from before this file. "If not exists" of an index looks only at the name.
 alter table public.product_embeddings add column if not exists embedded_image_hash bigint,
   alter column created_at set default now(), alter column updated_at set default now();
 alter table public.product_embedding_failures add column if not exists image_hash bigint,
@@ -88,9 +88,9 @@ do $$ begin
   end if;
 end $$;
 
--- Millions of products are loaded quicker without it:
+-- Millions of products load faster without it:
 --   drop index public.product_embeddings_embedding_hnsw;
--- It is made afterwards, by psql over the direct connection, as the SQL editor gives up too soon:
+-- Make it afterwards, by psql over the direct connection: the SQL editor gives up too soon.
 --   set statement_timeout = 0; set maintenance_work_mem = '4GB';  -- the server must have it
 --   set max_parallel_maintenance_workers = 0;  -- needed before pgvector 0.8.2 (CVE-2026-3172)
 --   drop index if exists public.product_embeddings_embedding_hnsw;  -- of a build that was cut off
@@ -105,7 +105,7 @@ grant select, insert, update, delete
 
 -- For the script -------------------------------------------------------------------------------
 -- use_column: a name that a column and a parameter share means the column. The parameter reads
--- pending_assets.client. force_custom_plan: which parameters are null decides on the plan.
+-- pending_assets.client. force_custom_plan: the best plan depends on which parameters are null.
 
 -- Tells whether an image is still the same. It must become a part of the query, and so can't have a
 -- search_path of its own (the advisor's warning 0011; as embedding_shard and embedding_sources).
@@ -117,7 +117,7 @@ create or replace function public.embedding_shard(id text, shards int) returns i
 language sql immutable parallel safe
 return 1 + (hashtextextended(id, 0::bigint) & 9223372036854775807) % shards;
 
--- The failures that hold: the image is still the one that failed, without a vector. Texts come cut.
+-- The failures that still hold: this image failed, and has no vector. Long texts are cut.
 create or replace view public.embedding_failures with (security_invoker = true) as
   select f.asset_id, left(s.image, 2000) as image, left(s.client, 2000) as client,
     left(s.title, 200) as title, left(s.link, 2000) as link, f.model_version, f.stage, f.reason,
@@ -164,7 +164,7 @@ end $$;
 
 -- The next products to embed, after an id: those that never failed, or those that failed before a
 -- time and are due again. One value, as the API cuts lists of rows; go on with "last" until it is
--- null. It holds 8 MB of images at most, as some are data: URLs. One that is longer comes cut.
+-- null. It holds 8 MB of images at most, as some are data: URLs. A longer one is cut.
 create or replace function public.pending_assets(
   model_version text, client text default null,
   after public.product_embeddings.asset_id%type default null, wanted int default 250,
@@ -304,8 +304,8 @@ language sql stable set search_path = public, extensions as $$
 $$;
 
 -- Pairs of products that look the same, each pair once, the most similar ones first. A product is
--- compared with the nearest few, "neighbours". "same": the vectors are equal. This is in time for
--- some 10,000 products. Ask for parts of more: duplicate_products(0.97, shard => 1, shards => 9)
+-- compared with the nearest few, "neighbours". "same": the vectors are equal. It is fast enough for
+-- some 10,000 products. For more, ask for parts: duplicate_products(0.97, shard => 1, shards => 9)
 create or replace function public.duplicate_products(
   min_similarity float8 default 0.97, client text default null, neighbours int default 5,
   shard int default 1, shards int default 1
@@ -415,12 +415,12 @@ union all select 'AMISS: vectors that no new image replaces, see "Moved pictures
 -- In the place of a.client_name::text or null::text:
 --   (select c.name from public.clients c where c.id = a.client_id)
 --   'https://shop.example/products/' || a.id
--- Behind public.assets a:
+-- After public.assets a:
 --   where a.published and a.deleted_at is null
 -- Many products with photos in a table of their own, and many clients, need indexes:
 --   create index on public.photos (asset_id, position, url);
 --   create index on public.assets (client_name);
--- Without a foreign key the rows of deleted products stay. No search finds them. To be rid of them:
+-- Without a foreign key the rows of deleted products stay. No search finds them. To delete them:
 --   delete from public.product_embeddings e
 --     where not exists (select from public.embedding_sources() s where s.id = e.asset_id);
 -- Another table took the place of yours? Keys still refer to the old one. For both of our tables:

@@ -51,7 +51,7 @@ FLAGS += " --search --gallery --dry-run --verbose --version --help"
 
 
 def test_help_explains_every_flag_and_exit_code():
-    text = script.parser().format_help()
+    text = script.flags_parser().format_help()
     found = re.findall(r"(?m)^  (?:-\w, )?(--[\w-]+).*\s+\w", text)
     assert sorted(found) == sorted(FLAGS.split())
     assert re.search(r"(?is)exit codes?\b.*\b0\b.*\b1\b.*\b2\b.*\b130\b.*\b143\b", text)

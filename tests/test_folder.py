@@ -294,7 +294,7 @@ def link(folder, victim, ending):
 
 
 OTHER = f"{FOLDER_FILE}.*this version"
-NO_FILE = "is a link, or no file"
+NO_FILE = "is a link, or not a file"
 RUNS = "has triggers or views"
 TRAPS = {
     "a diary": (lambda folder, _: (folder / FOLDER_FILE).write_bytes(b"dear " * 99), OTHER),

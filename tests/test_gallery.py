@@ -68,7 +68,7 @@ class Page(HTMLParser):
             for card in re.findall("<article.*?</article>", cards, re.S)
         ]
         self.text = " ".join(found("</style>(.*)", source))
-        self.head = self.text[: self.text.index("Copies, resized pictures")]
+        self.head = self.text[: self.text.index("These are copies, resized")]
         for card in self.cards:
             assert not re.search(r"--[a-z]|vector|embedded|schema\.sql|\.env|1\.000", card.text)
 
@@ -175,7 +175,7 @@ def test_the_head_says_what_is_superfluous(album):
     assert "16 samples of what looks alike" in page.head
     assert "secret place" not in page.source
     assert "Time was short" not in page.text
-    assert "1 file could not be looked at" in page.text
+    assert "1 file could not be read" in page.text
 
 
 def test_groups_have_the_picture_to_keep_first(album):
@@ -207,7 +207,7 @@ def test_samples_are_of_different_groups(album):
 
 def test_failures_are_told_once_with_what_to_do(album):
     empty, *others = album.page.of("failed")
-    assert album.page.text.count("search can't find these until they are mended.") == 1
+    assert album.page.text.count("search can't find these until they are fixed.") == 1
     assert empty.text.startswith("An empty file 25 The file is damaged or was cut off")
     assert empty.names == [f"broken {n}.jpg" for n in (0, 1, 10, 11, 12, 13, 14, 15)]
     assert "And 17 more: see x.csv ." in empty.text
@@ -260,8 +260,8 @@ def test_short_time_and_images_that_broke_since_are_said(monkeypatch, photos, tm
         vectors[copy] = vectors["1.jpg"]
     store = keep(open_folder(tmp_path), vectors, {})
     page, rows = page_of(store, tmp_path, local=tmp_path)
-    assert "of 11 pictures 7 were compared with all others, 11 searched" in page.text
-    assert "4 files could not be looked at, or not in time." in page.text
+    assert "of 11 pictures, 7 were compared with all others, and 11 were" in page.text
+    assert "4 files could not be read, or not in time." in page.text
     assert {row["copy"] for row in rows if row["id"] in ("9.jpg", "10.jpg")} == {""}
     unread, group = page.of("same")
     assert unread.title == "Group 1: 3 look the same"

@@ -191,7 +191,7 @@ def test_what_may_go_wrong_once_does_not_end_a_download(hub, caplog, faults, tim
 @pytest.mark.parametrize(
     ("setting", "fault", "why"),
     [
-        ({}, "flip", "serves another config.json"),
+        ({}, "flip", "hub's config.json is not"),
         ({}, 503, "(HTTP 503)"),
         ({}, 200, "(FileMetadataError)"),
         ({}, ("cut", 10), "(RemoteProtocolError)"),

@@ -312,7 +312,7 @@ def test_the_other_examples_run_as_they_stand(stack):
         f"update assets set deleted_at = now() where id = '{ids[0]}'"
     )
     client, link = examples("In the place of a.client_name::text or null::text:")
-    (condition,) = examples("Behind public.assets a:")
+    (condition,) = examples("After public.assets a:")
     script = schema().replace(PLAIN, f"a.id, a.image_url, {client}, null, {link}")
     script = script.replace("from public.assets a\n", f"from public.assets a {condition}\n")
     script = script.replace("on public.assets to", "on public.assets, public.clients to")

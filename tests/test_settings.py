@@ -88,7 +88,8 @@ def test_where_url_and_key_came_from_is_said_where_that_is_two_places(read, tmp_
     # A folder's .env must not get the environment's key in silence
     caplog.set_level("INFO")
     read(f"SUPABASE_URL={GOOD['SUPABASE_URL']}\n", SUPABASE_SECRET_KEY="sb_secret_abc")
-    said = f"SUPABASE_URL (from {tmp_path / '.env'}), SUPABASE_SECRET_KEY (from the environment)"
+    said = f"using SUPABASE_URL (from {tmp_path / '.env'})"
+    said += " with SUPABASE_SECRET_KEY (from the environment)"
     assert caplog.messages == [said]
     read(**GOOD)
     assert caplog.messages == [said]
@@ -120,7 +121,7 @@ WRONG = [  # a setting, what is said of it, and values
     ("SUPABASE_SERVICE_ROLE_KEY", "is no secret key", "your-service-role-key"),
     ("FETCH_SECONDS", "is not a number", "soon", "inf"),
     ("DB_RETRY_SECONDS", "is not a number", "-1"),
-    ("MODEL_VERSION", "has a control character", "a\x1bb"),
+    ("MODEL_VERSION", "contains a control character", "a\x1bb"),
     ("ALLOW_PRIVATE_IMAGE_HOSTS", "is not 0 or 1", "yes"),
 ]
 
@@ -185,7 +186,7 @@ def test_every_message_in_the_readmes_troubleshooting_is_one_of_the_script():
 
 def test_every_flag_is_in_the_readme():
     readme = (REPO / "README.md").read_text()
-    flags = set(re.findall(r"--[a-z-]+", script.parser().format_help()))
+    flags = set(re.findall(r"--[a-z-]+", script.flags_parser().format_help()))
     assert [flag for flag in sorted(flags - {"--help"}) if flag not in readme] == []
 
 

@@ -250,7 +250,7 @@ def refusing(code, times):
     ("code", "tries", "words"),
     [
         ("23503", 3, r'foreign key .*see "Another table"'),  # a product that is deleted just now
-        ("57014", 3, r"took too long \(sorry\): has product_embeddings its HNSW index"),
+        ("57014", 3, r"took too long \(sorry\): does product_embeddings have its HNSW index"),
         ("23514", 1, r"the database says 'sorry' \(23514\)"),
     ],
 )
