@@ -173,6 +173,15 @@ def test_a_store_that_is_written_from_the_protocol_alone_will_do(ride, good):
     assert "       3  changed or gone meanwhile" in report.lines()
 
 
+def test_hosts_take_turns(ride, good, answering, monkeypatch):
+    for name in ("FIRST_WINDOW_OF_LINE", "MOST_LOADS"):
+        monkeypatch.setattr(script, name, 1)  # one download at a time
+    asked = []
+    changed(monkeypatch, script.Loader, "fetch", lambda _, source, __: asked.append(source.host))
+    ride(MemoryStore([*good.urls(20), *answering(answering.ok).urls(20)]))
+    assert len(set(asked[:2])) == len(set(asked[2:4])) == 2
+
+
 def test_when_what_waits_is_tried_again_is_said():
     for hours, shown in ((0.1, "%H:%M:%S"), (73, "%-d %B")):
         due = datetime.now().astimezone() + timedelta(hours=hours)
