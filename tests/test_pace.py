@@ -212,7 +212,12 @@ def test_rests_double_up_to_16_seconds_and_begin_with_the_third_strain():
 def test_a_host_rests_as_long_as_it_asks_for_up_to_15_minutes(rest, given_up):
     """However many downloads it tells so."""
     pace = strained(script.Pace(4, 16), 10.0, times=4, rest=rest)
+    strained(pace, 10.0, times=4)  # from downloads that it told nothing
     assert (pace.rest_until, pace.given_up) == (10 + rest, given_up)
+
+
+def test_a_host_gets_no_more_downloads_than_the_workers():
+    assert [script.Pace(4, most).window for most in (1, 3, 8)] == [1, 3, 4]
 
 
 GIVEN_UP = {

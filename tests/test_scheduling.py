@@ -173,6 +173,12 @@ def test_a_store_that_is_written_from_the_protocol_alone_will_do(ride, good):
     assert "       3  changed or gone meanwhile" in report.lines()
 
 
+def test_a_limit_holds_across_pages(ride, good, monkeypatch):
+    monkeypatch.setattr(script, "PAGE_ROWS", 10)
+    store = MemoryStore(good.urls(40))
+    assert ride(store, limit=15).embedded == len(good.requests) == 15
+
+
 def test_hosts_take_turns(ride, good, answering, monkeypatch):
     for name in ("FIRST_WINDOW_OF_LINE", "MOST_LOADS"):
         monkeypatch.setattr(script, name, 1)  # one download at a time

@@ -81,6 +81,7 @@ def test_answers_are_lines_and_the_pages_first_section(folder, photos, tmp_path)
     ("question", "says"),
     [
         ("gone.jpg", "--search gone.jpg: there is no such file"),
+        ("GONE.JPG", "--search GONE.JPG: there is no such file"),
         ("page.jpg", "--search page.jpg: a web page, not an image"),
         ("http://127.0.0.1:9/x.jpg", "--search http://127.0.0.1:9/x.jpg: connection refused"),
     ],
