@@ -506,7 +506,9 @@ def test_an_odd_image_costs_itself_alone(ride, good, monkeypatch, opened):
 
     class NotFinite(Encoder):
         def embed(self, batch):
-            return super().embed(batch) + [[float(pixels[0, 0, 0])] for pixels in batch]
+            vectors = super().embed(batch)
+            vectors[:, 7] += [pixels[0, 0, 0] for pixels in batch]  # one number of 512
+            return vectors
 
     def load(self, data):
         pixels = np.zeros((3, 224, 224), np.float32)

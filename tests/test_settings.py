@@ -87,7 +87,10 @@ def test_a_file_in_the_current_folder_hides_the_dotenv_beside_the_script(
 def test_where_url_and_key_came_from_is_said_where_that_is_two_places(read, tmp_path, caplog):
     # A folder's .env must not get the environment's key in silence
     caplog.set_level("INFO")
-    read(f"SUPABASE_URL={GOOD['SUPABASE_URL']}\n", SUPABASE_SECRET_KEY="sb_secret_abc")
+    other = {"NEXT_PUBLIC_SUPABASE_URL": "https://other.supabase.co"}  # the second name comes last
+    url = GOOD["SUPABASE_URL"]
+    made = read(f"SUPABASE_URL={url}\n", SUPABASE_SECRET_KEY="sb_secret_abc", **other)
+    assert made.url == url
     said = f"using SUPABASE_URL (from {tmp_path / '.env'})"
     said += " with SUPABASE_SECRET_KEY (from the environment)"
     assert caplog.messages == [said]
