@@ -90,7 +90,7 @@ def test_where_url_and_key_came_from_is_said_where_that_is_two_places(read, tmp_
     other = {"NEXT_PUBLIC_SUPABASE_URL": "https://other.supabase.co"}  # the second name comes last
     url = GOOD["SUPABASE_URL"]
     made = read(f"SUPABASE_URL={url}\n", SUPABASE_SECRET_KEY="sb_secret_abc", **other)
-    assert made.url == url
+    assert (made.url, made.key_source) == (url, "SUPABASE_SECRET_KEY (from the environment)")
     said = f"using SUPABASE_URL (from {tmp_path / '.env'})"
     said += " with SUPABASE_SECRET_KEY (from the environment)"
     assert caplog.messages == [said]
