@@ -501,7 +501,7 @@ def test_files_on_a_disk_that_hangs_are_left_and_no_network_is_blamed(
 
 
 def test_an_odd_image_costs_itself_alone(ride, good, monkeypatch, opened):
-    """One whose vector is not finite, one that nobody foresaw, one that hangs, and one with a NUL
+    """One whose vector is not finite, one that nobody foresaw, two that hang, and one with a NUL
     in its reason, which no database takes."""
 
     class NotFinite(Encoder):
@@ -513,6 +513,8 @@ def test_an_odd_image_costs_itself_alone(ride, good, monkeypatch, opened):
     def load(self, data):
         pixels = np.zeros((3, 224, 224), np.float32)
         pixels[0, 0, 0] = np.nan if data == b"not finite" else 0
+        if data == b"hangs":
+            opened.wait(PERSON)
         return 1 / 0 if data == b"odd" else pixels
 
     def fetch(self, source, deadline):
@@ -525,7 +527,8 @@ def test_an_odd_image_costs_itself_alone(ride, good, monkeypatch, opened):
     monkeypatch.setattr(script, "ClipEncoder", NotFinite)
     monkeypatch.setattr(script.Loader, "load", load)
     changed(monkeypatch, script.Loader, "fetch", fetch)
-    good.files |= {"/0": b"not finite", "/1": b"odd"}
+    monkeypatch.setattr(script, "LONGEST_DECODE", 2.0)
+    good.files |= {"/0": b"not finite", "/1": b"odd", "/4": b"hangs"}
     store = MemoryStore(good.urls(6))
     report = ride(store, fetch_seconds=0.5)
     assert {i: store.saved[i][1:] for i in store.failed()} == {
@@ -533,8 +536,18 @@ def test_an_odd_image_costs_itself_alone(ride, good, monkeypatch, opened):
         1: ("decode", f"{script.DEFECT} (ZeroDivisionError)"),
         2: ("fetch", "not complete in time (0.5 s)"),
         3: ("fetch", "a?b"),
+        4: ("decode", script.DECODER_LOST),
     }
-    assert counts(report) == (2, 4, 0)
+    assert counts(report) == (1, 5, 0)
+
+
+def test_a_run_ends_with_its_first_error():
+    store = MemoryStore([])
+    report = script.Report(store.status(), script.Settings())
+    run = script.Run(store, script.Settings(), report, script.Stop())
+    for words in ("first", "second"):
+        run.end(RunError(words))
+    assert str(run.trouble) == "first"
 
 
 def test_an_end_waits_for_what_is_being_embedded_and_stores_it(ride, good, monkeypatch):
