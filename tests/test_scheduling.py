@@ -179,6 +179,11 @@ def test_a_limit_holds_across_pages(ride, good, monkeypatch):
     assert ride(store, limit=15).embedded == len(good.requests) == 15
 
 
+def test_a_download_is_silent_from_its_own_start_on():
+    before = time.monotonic()
+    assert script.Task("fetch", print, print).since >= before
+
+
 def test_hosts_take_turns(ride, good, answering, monkeypatch):
     for name in ("FIRST_WINDOW_OF_LINE", "MOST_LOADS"):
         monkeypatch.setattr(script, name, 1)  # one download at a time

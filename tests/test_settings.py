@@ -98,6 +98,13 @@ def test_where_url_and_key_came_from_is_said_where_that_is_two_places(read, tmp_
     assert caplog.messages == [said]
 
 
+def test_private_hosts_are_allowed_by_1_alone(read):
+    allowed = [
+        read(ALLOW_PRIVATE_IMAGE_HOSTS=text, **GOOD).private_hosts for text in ("", "0", "1")
+    ]
+    assert allowed == [False, False, True]
+
+
 def test_nothing_is_filled_in_where_a_value_has_a_dollar_sign(read):
     value = "v-${HOME}-$HOME-${NOT_SET:-x}"
     assert read(f"MODEL_VERSION={value}\n", **GOOD).model_version == value
