@@ -1026,16 +1026,13 @@ class Run:
         self.start(Task("model", self.take_model, self.end), ClipEncoder, self.settings)
         with logging_redirect_tqdm(), self.progress.bar:
             while True:
-                try:
-                    self.start_what_is_next()
-                    if not self.under_way(*self.awaited) and (self.ending or not self.turns):
-                        break
-                    self.take_what_finished()
-                    self.give_up_what_hangs()
-                except Exception as defect:  # what is embedded is still stored
-                    if self.trouble:
-                        raise
-                    self.end(defect)
+                if not self.ending:
+                    self.attempt(self.start_what_is_next)
+                self.start_store()
+                if not self.under_way(*self.awaited) and (self.ending or not self.turns):
+                    break
+                self.attempt(self.take_what_finished)
+                self.attempt(self.give_up_what_hangs)
         self.check_network()
         if self.trouble:
             raise self.trouble
@@ -1054,12 +1051,17 @@ class Run:
 
     # Tasks, in general
 
+    def attempt(self, step: Callable[[], None]) -> None:
+        """A defect in a step ends the run, and what is embedded is still stored."""
+        try:
+            step()
+        except Exception as defect:
+            self.end(defect)
+
     def start_what_is_next(self) -> None:
-        if not self.ending:
-            self.start_fetches()
-            self.start_find()
-            self.start_embeds()
-        self.start_store()
+        self.start_fetches()
+        self.start_find()
+        self.start_embeds()
 
     def start(self, task: Task, work: Callable[..., Any], *arguments: Any) -> None:
         pool = self.embedders if task.step == "embed" else self.background

@@ -375,10 +375,18 @@ def test_silent_hosts_keep_no_other_host_waiting(ride, answering, good, monkeypa
     assert (report.embedded, done) == (len(urls), [True])
 
 
-def test_downloads_of_silent_hosts_are_bounded_too(ride, answering, monkeypatch, opened):
+@pytest.mark.parametrize("slow", ["host", "decoder"])
+def test_what_waits_for_silent_hosts_or_decoders_is_bounded(
+    ride, answering, monkeypatch, opened, slow
+):
     monkeypatch.setattr(script, "SILENT_SECONDS", 0.1)
     monkeypatch.setattr(script, "MOST_LOADS", 6)
-    hosts = [answering(silent_until(opened, answering.ok)) for _ in range(3)]
+    answer = answering.ok
+    if slow == "host":
+        answer = silent_until(opened, answering.ok)
+    else:
+        changed(monkeypatch, script.Loader, "load", lambda *_: opened.wait(PERSON))
+    hosts = [answering(answer) for _ in range(3)]
     counted = []
 
     def asked():
@@ -482,12 +490,15 @@ def test_the_last_images_are_shared_among_the_cores(ride, good, monkeypatch, loa
 # What ends a run, and what does not
 
 
-def test_a_defect_in_the_loop_ends_the_run_and_what_is_embedded_is_stored(ride, good, monkeypatch):
-    def arrived(*_):
+@pytest.mark.parametrize("where", [(script.Pace, "arrived"), (script.Run, "start_find")])
+def test_a_defect_in_the_loop_ends_the_run_and_what_is_embedded_is_stored(
+    ride, good, monkeypatch, where
+):
+    def breaks(*_):
         if len(good.requests) > 20:
             raise OverflowError("a defect")
 
-    changed(monkeypatch, script.Pace, "arrived", arrived)
+    changed(monkeypatch, *where, breaks)
     store = MemoryStore(good.urls(60))
     report, error = ride.fails(store)
     assert isinstance(error, OverflowError)
