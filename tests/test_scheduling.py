@@ -557,10 +557,10 @@ def test_an_odd_image_costs_itself_alone(ride, good, monkeypatch, opened):
     assert counts(report) == (1, 5, 0)
 
 
-def test_a_run_ends_with_its_first_error():
-    store = MemoryStore([])
-    report = script.Report(store.status(), script.Settings())
-    run = script.Run(store, script.Settings(), report, script.Stop())
+def test_a_run_ends_with_its_first_error_and_its_progress_with_the_limit():
+    store, settings = MemoryStore([""] * 12), script.Settings(limit=10)
+    run = script.Run(store, settings, script.Report(store.status(), settings), script.Stop())
+    assert run.progress.bar.total == 10
     for words in ("first", "second"):
         run.end(RunError(words))
     assert str(run.trouble) == "first"
