@@ -88,7 +88,8 @@ def test_what_is_decoded_in_a_process_that_can_open_nothing_is_the_same(decoder,
             data = saved(cat, kind, compression=compression)
             assert decoder.decode(data).tobytes() == script.levels_of(data), kind
     timers = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
-    wait_until(lambda: not any(timer.is_alive() for timer in timers))  # one would kill it later
+    # Long before its time: one that is left would kill the decoder later.
+    wait_until(lambda: not any(timer.is_alive() for timer in timers), script.DECODE_PATIENCE / 2)
 
 
 def test_an_avif_is_decoded_in_one_thread(decoder):

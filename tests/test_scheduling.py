@@ -557,6 +557,16 @@ def test_an_odd_image_costs_itself_alone(ride, good, monkeypatch, opened):
     assert counts(report) == (1, 5, 0)
 
 
+def test_a_stop_is_heard_where_it_ended_the_reader_of_stderr_too(monkeypatch):
+    def write(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(script.os, "write", write)
+    stop = script.Stop()
+    stop._handle(2, None)
+    assert stop.code == 130
+
+
 def test_a_run_ends_with_its_first_error_and_its_progress_with_the_limit():
     store, settings = MemoryStore([""] * 12), script.Settings(limit=10)
     run = script.Run(store, settings, script.Report(store.status(), settings), script.Stop())

@@ -98,10 +98,6 @@ def test_where_url_and_key_came_from_is_said_where_that_is_two_places(read, tmp_
     assert caplog.messages == [said]
 
 
-def test_a_dotenv_of_notepad_is_read(read):
-    assert read("\ufeffMODEL_VERSION=v\n", **GOOD).model_version == "v"
-
-
 def test_private_hosts_are_allowed_by_1_alone(read):
     allowed = [
         read(ALLOW_PRIVATE_IMAGE_HOSTS=text, **GOOD).private_hosts for text in ("", "0", "1")
