@@ -3600,7 +3600,7 @@ def hub_trouble(error: BaseException) -> str:
 # From this cosine on, pictures look the same. Photo libraries draw the line there: immich's
 # duplicate detection uses a distance of 0.01.
 SAME = 0.99
-LOOK_SECONDS = 4.0  # for that search, and again for a look at a folder's files
+LOOK_SECONDS = 3.0  # for that search, and again for a look at a folder's files
 MATCHES = 12  # pictures for a question; --limit says another number
 # With these numbers a gallery has at most 3 MB, also with four questions. Mail programs and phones
 # take that.
