@@ -1088,7 +1088,7 @@ class Run:
             task.take(future.result())
 
     def give_up_what_hangs(self) -> None:
-        """Gives up tasks that no time-out of a socket can end: headers that drip, a dead disk."""
+        """Gives up tasks that no time-out of a socket can end: a dead disk, a name server."""
         for future, task in list(self.tasks.items()):
             if task.deadline and task.deadline.overdue:
                 del self.tasks[future]
@@ -4271,7 +4271,7 @@ class Setting(NamedTuple):
 
 
 # https://abcdefghijkl.supabase.co, http://localhost:54321
-A_URL = r"(https?://(?!YOUR-PROJECT|supabase\.com/)[\w-]+(?:\.[\w-]+)*(?::\d{1,5})?(?:/[\w.-]+)*?)"
+A_URL = r"(https?://(?!YOUR-PROJECT|supabase\.com/)[\w-]+(?:\.[\w-]+)*(?::[1-6]?\d{1,4})?(?:/[\w.-]+)*?)"
 A_KEY = r"(sb_secret_[\w-]+|[\w-]+\.[\w-]+\.[\w-]+)"  # sb_secret_AbC1, eyJh.eyJp.c2ln
 A_TEXT = r"([^\x00-\x1f\x7f-\x9f\ud800-\udfff]+)"  # clip-vit-base-patch32
 A_NUMBER = r"(\d{1,6}(?:\.\d+)?)"  # 30, 2.5
