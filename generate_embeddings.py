@@ -3840,41 +3840,35 @@ GALLERY = """\
  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>{{ shorten(title, 200) }}</title>
 <style>
-:root { color-scheme: light dark; --page: #f6f6f4; --card: #fff; --line: #e3e3df; --dim: #66665f;
-  --mark: #e4f2e7; --ink: #17311d }
-@media (prefers-color-scheme: dark) { :root { --page: #131314; --card: #1e1e20; --line: #353538;
-  --dim: #a5a59f; --mark: #1f3a28; --ink: #d5f0dc } }
+:root { color-scheme: light dark; --card: color-mix(in srgb, CanvasText 4%, Canvas);
+  --line: color-mix(in srgb, CanvasText 14%, Canvas);
+  --dim: color-mix(in srgb, CanvasText 66%, Canvas) }
 * { box-sizing: border-box }
-body { max-width: 1400px; margin: 0 auto; padding: 1.5rem clamp(.75rem, 3vw, 2.5rem) 4rem;
-  background: var(--page); font: 15px/1.45 system-ui, sans-serif; overflow-wrap: anywhere }
-h1 { margin: 0; font-size: 1.7rem; line-height: 1.2 }
-h2 { margin: 2.5rem 0 .25rem; font-size: 1.3rem }
-h3 { margin: 0 0 .6rem; font-size: .95rem }
+body { max-width: 1400px; margin: auto; padding: 1.5rem clamp(.75rem, 3vw, 2.5rem) 4rem;
+  font: 15px/1.45 system-ui, sans-serif; overflow-wrap: anywhere }
+h1, h2, h3 { margin: 0 0 .5rem; line-height: 1.25 }
+h2 { margin-top: 2.5rem }
+h3 { font-size: 1rem }
 a { color: inherit }
 p { margin: .25rem 0 1rem; max-width: 62em; color: var(--dim) }
 nav, .cards { display: flex; flex-wrap: wrap; gap: .9rem }
 nav a, article { padding: .9rem; border: 1px solid var(--line); border-radius: .8rem;
   background: var(--card) }
-nav a { flex: 1 1 11rem; color: var(--dim); text-decoration: none }
-nav a:hover { border-color: currentcolor }
-nav b { display: block; color: CanvasText; font-size: 1.5rem; line-height: 1.2 }
+nav a { flex: 1 1 11rem; text-decoration: none }
+nav b { display: block; font-size: 1.4rem }
 article { flex: var(--n) 1 calc(var(--n) * 8.75rem + 1.3rem); max-width: calc(var(--n) * 13rem) }
 #failed article { flex: 1 1 20rem; max-width: 40rem }
-article p { margin: .6rem 0 0; font-size: .85rem }
+article p { margin: .6rem 0 0 }
 .grid { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)) }
-figure { margin: 0; min-width: 0; font-size: .8rem; line-height: 1.35 }
-#failed figure { margin-top: .6rem }
-img, .none { display: block; width: 100%; aspect-ratio: 1; border-radius: .5rem;
-  box-shadow: 0 0 0 1px var(--line) }
-.none { display: grid; place-content: center; padding: .5rem; color: var(--dim); text-align: center;
-  overflow: hidden }
-figcaption { margin-top: .35rem }
+figure { margin: .4rem 0 0; min-width: 0; font-size: .8rem }
+img, .none { display: grid; width: 100%; aspect-ratio: 1; border-radius: .5rem; overflow: hidden;
+  box-shadow: 0 0 0 1px var(--line); place-content: center; text-align: center }
 figcaption b { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 4;
   overflow: hidden }
-small { display: block; color: var(--dim); font-size: .75rem }
-.id { -webkit-user-select: all; user-select: all }
-mark { display: inline-block; padding: 0 .45rem; border-radius: 1rem; background: var(--mark);
-  color: var(--ink); font-size: .75rem }
+small { display: block; color: var(--dim) }
+.id { user-select: all; -webkit-user-select: all }
+mark { padding: 0 .45rem; border-radius: 1rem; background: #cfe8d5; color: #17311d;
+  font-size: .75rem }
 </style>
 <header><h1>{{ shorten(title, 200) }}</h1>
 <p>{{ number(status.done) }} of {{ number(status.assets) }} pictures can be found by
@@ -3882,14 +3876,14 @@ similar-product search
 · {{ now.day }} {{ now.strftime("%B %Y, %H:%M") }}
 {{ " · " ~ shorten(origin, 200) if origin != title }}</p></header>
 <nav aria-label="Sections">
-<a href="#same"><b>{{ number(gallery.groups|length) }}</b>
-group{{ "s" if gallery.groups|length != 1 }} of pictures that look the same; superfluous:
+<a href="#same"><b>{{ counted(gallery.groups|length, "group") }}</b>
+of pictures that look the same; superfluous:
 {{ counted(gallery.superfluous|sum, "identical file" if local else "repeated picture") }} in
 {{ counted(gallery.superfluous|select|list|length, "group") }}</a>
-<a href="#failed"><b>{{ number(catalog.failures|length) }}</b>
-picture{{ "s" if catalog.failures|length != 1 }} can't be used</a>
-<a href="#alike"><b>{{ catalog.samples|length }}</b>
-sample{{ "s" if catalog.samples|length != 1 }} of what looks alike</a>
+<a href="#failed"><b>{{ counted(catalog.failures|length, "picture") }}</b>
+can't be used</a>
+<a href="#alike"><b>{{ counted(catalog.samples|length, "sample") }}</b>
+of what looks alike</a>
 </nav>
 <main>
 {% if gallery.answers %}
