@@ -19,8 +19,12 @@ import signal
 import subprocess
 import sys
 import termios
+from datetime import UTC, datetime, timedelta, timezone
 from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from conftest import FOLDER_FILE, REPO, SCRIPT, SMALL, STAMPED, Cli, model_settings, wait_until
 
@@ -57,17 +61,30 @@ def test_help_explains_every_flag_and_exit_code():
     assert re.search(r"(?is)exit codes?\b.*\b0\b.*\b1\b.*\b2\b.*\b130\b.*\b143\b", text)
 
 
-def test_many_cores_ask_no_host_for_hundreds_of_images(monkeypatch):
-    monkeypatch.setattr(script, "cores", lambda: 99)
-    assert script.read_flags([])["workers"] == 64
+@pytest.mark.parametrize(("cores", "workers"), [(1, 8), (2, 16), (99, 64)])
+def test_many_cores_ask_no_host_for_hundreds_of_images(monkeypatch, cores, workers):
+    monkeypatch.setattr(script, "cores", lambda: cores)
+    assert script.read_flags([]) == {"workers": workers}
+
+
+def test_flags_are_what_they_say(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = "--local shop --limit 007 --dtype bfloat16 --device mps --workers 3 --batch-size 8"
+    wanted = {"local": tmp_path / "shop", "limit": 7, "dtype": "bfloat16", "device": "mps"}
+    assert script.read_flags(words.split()) == wanted | {"workers": 3, "batch_size": 8}
+    for text, shard in {"1/1": (1, 1), "2/4": (2, 4), "4/4": (4, 4)}.items():
+        assert script.read_flags(["--shard", text])["shard"] == shard
 
 
 def test_version_says_what_a_bug_report_needs(cli):
     run = cli("--version", CLIP_MODEL=None)
     assert run.code == 0
-    for part in (script.VERSION, script.MODEL_ID, script.MODEL_REVISION, version("torch")):
-        assert part in run.out
-    assert "bfloat16" in run.out
+    python = ".".join(map(str, sys.version_info[:3]))
+    assert run.out.splitlines() == [
+        f"generate_embeddings.py {script.VERSION}, schema.sql {script.CONTRACT}, Python {python}",
+        f"{script.MODEL_VERSION}: {script.MODEL_ID} at {script.MODEL_REVISION}",
+        f"torch {version('torch')}, bfloat16: {'yes' if script.has_bfloat16() else 'no'}",
+    ]
 
 
 @pytest.mark.parametrize("what", ["help", "nothing to do", "a dry run"])
@@ -114,7 +131,7 @@ def test_a_usage_error_names_the_flag_or_its_value(capsys, arguments, named):
 
 
 def test_a_near_name_is_one_that_was_meant():
-    near = dict.fromkeys(["acme", "ACME MUGS", "Acme Mgus"], "Acme Mugs")
+    near = dict.fromkeys(["acme", " ACME MUGS ", "Acme Mgus"], "Acme Mugs")
     near |= {"summer": "acme/summer", "Globex Ltd": "", "a": "", "": ""}
     names = ["Acme Mugs", "Acme Mugs and Cups", "acme/summer"]
     assert {name: script.near_name(name, names) for name in near} == near
@@ -132,6 +149,15 @@ def test_a_usage_error_is_one_line_and_exit_2(cli, arguments):
 
 
 def test_a_dry_run_on_the_database_loads_no_model_and_writes_nothing(cli, stack, tmp_path):
+    stack.sql_as_editor("""
+        create or replace function public.embedding_sources()
+        returns table (id uuid, image text, client text, title text, link text)
+        language sql stable as $$
+            select id, image_url, client_name,
+            case when image_url like '%/0.jpg' then 'Mug ' || repeat('x', 300) end, null::text
+            from assets
+        $$""")
+    stack.reload_schema()
     ids = stack.add_images(f"https://images.invalid/{n}.jpg" for n in range(7))
     stack.sql(
         "insert into product_embeddings (asset_id, embedding, model_version) select id, "
@@ -142,10 +168,15 @@ def test_a_dry_run_on_the_database_loads_no_model_and_writes_nothing(cli, stack,
     before = [stack.sql(query) for query in rows]
     run = cli("--dry-run", "--limit", "6", CLIP_MODEL=tmp_path)
     assert run.code == 0, run.err
-    assert run.out.splitlines()[0].startswith("Would embed 6 ")
-    shown = re.findall(r"[0-9a-f-]{36}(?=  )", run.out)
-    assert shown == [str(i) for i in ids[:5]]
+    shown = [f"  {ids[n]}  https://images.invalid/{n}.jpg" for n in range(1, 5)]
+    shown.insert(0, f"  {ids[0]}  Mug {'x' * 24}...{'x' * 28}  https://images.invalid/0.jpg")
+    assert run.out.splitlines() == ["Would embed 6 assets as tiny", *shown]
     assert [stack.sql(query) for query in rows] == before
+    stack.sql(
+        "insert into product_embedding_failures (asset_id, model_version, image_hash, stage, "
+        "reason) select id, 'tiny', embedding_image_hash(image_url), 'fetch', '' from assets"
+    )
+    assert cli("--dry-run").out.splitlines() == ["Would embed 7 assets as tiny", *shown]
 
 
 def test_a_dry_run_on_a_folder_loads_no_model_and_writes_nothing(cli, done, tmp_path):
@@ -160,9 +191,72 @@ def test_a_dry_run_on_a_folder_loads_no_model_and_writes_nothing(cli, done, tmp_
     run = cli("--local", folder, "--dry-run", "--limit", beyond, CLIP_MODEL=tmp_path / "none")
     assert run.code == 0, run.err
     assert run.out.splitlines() == ["Would embed 2 images as tiny", "  new.jpg", "  newer.jpg"]
-    run = cli("--local", folder, "--dry-run", "--limit", 1)
+    run = cli("--local", folder, "--dry-run", "--limit", 1, "--gallery", folder / "x.html")
     assert run.out.splitlines() == ["Would embed 1 image as tiny", "  new.jpg"]
     assert files() == before
+
+
+class Clock(datetime):
+    """It is half past two in the morning, seven hours east of Greenwich."""
+
+    @classmethod
+    def now(cls, tz=None):
+        here = datetime(2026, 11, 30, 2, 30, 5, tzinfo=timezone(timedelta(hours=7)))
+        return here.astimezone(tz) if tz else here.replace(tzinfo=None)
+
+
+def test_the_report_line_by_line(monkeypatch):
+    monkeypatch.setattr(script, "datetime", Clock)
+    monkeypatch.setattr(script, "time", SimpleNamespace(monotonic=lambda: 100.0))
+    shown = {0: "02:30:05", 71_999: "22:30:04", 72_000: "30 November", 259_200: "3 December"}
+    assert {seconds: script.clock(seconds) for seconds in shown} == shown
+    status = script.Status(9000, 2000, 3005, 1000, Clock.now(UTC) + timedelta(days=3))
+    at_once = script.Report(status, script.Settings(local=Path(), retry_failed=True))
+    said = "9,000 images: 2,000 done, 7,000 to do, of which 3,005 failed before"
+    assert at_once.beginning() == said
+    report = script.Report(status, script.Settings())
+    waiting = "1,000 failed before, tried again from 3 December on"
+    said = f"9,000 assets: 2,000 done, {waiting}, 6,000 to do, of which 2,005 failed before"
+    assert report.beginning() == said
+
+    def count(number, taken=True, **result):
+        asset = script.Asset(number, f"{number}.jpg")
+        made = script.Failed(asset, **result) if result else script.Embedded(asset, np.zeros(512))
+        report.count(made, taken)
+
+    count(1)
+    count(2, taken=False)
+    count(3, stage="decode", reason="too few pixels (1 x 1)")
+    for number in range(4, 8):
+        count(number, stage="fetch", reason="HTTP 404")
+    report.left_of.update({"a.example: no answer in time": 1, "b.example: HTTP 429": 1500})
+    report.started = 38.74
+    assert list(report.lines()) == [
+        "Embedded         1",
+        "Failed           5",
+        "       4  fetch: HTTP 404",
+        "          Nothing is at this address: correct it, or upload the image again.",
+        "          4  4.jpg",
+        "          5  5.jpg",
+        "          6  6.jpg",
+        "       1  decode: too few pixels (1 x 1)",
+        "          Ask for a larger image.",
+        "          3  3.jpg",
+        f"Waiting      {waiting.replace('failed', ' failed')}; --retry-failed: now",
+        "Left         5,994",
+        "   1,500  of b.example: HTTP 429",
+        "       1  of a.example: no answer in time",
+        "       1  changed or gone meanwhile",
+        "Elapsed      61.3s",
+        "embedded=1 failed=5 left=5994 attempted=6 waiting=1000 seconds=61.3",
+    ]
+    for report.found, report.found_all in ((30, True), (7000, False)):
+        assert report.left == report.found - 6
+    for number in range(60):
+        count(number, stage="embed", reason=f"no reason {number}")
+        report.left_of[f"{number}.example"] += 1
+    lines = "\n".join(report.lines())
+    assert len(re.findall(r"  \d  \w+: ", lines)) == len(re.findall("  of .*example", lines)) == 50
 
 
 def test_without_a_terminal_the_log_has_times_and_the_report_a_line_for_programs(piped):
@@ -175,27 +269,15 @@ def test_without_a_terminal_the_log_has_times_and_the_report_a_line_for_programs
     assert " failed=0 left=0 attempted=25 " in run.out.splitlines()[-1]
 
 
-def test_a_run_says_what_there_is_before_it_starts(cli, photos, tmp_path):
-    fill(tmp_path, photos, 3)
-    (tmp_path / "1b.jpg").write_bytes(b"broken")
-    run = cli("--local", tmp_path, "-v")
+def test_a_run_says_what_there_is_and_files_need_no_proxy(cli, patched, small):
+    (small / "1é.jpg").write_bytes(b"broken")
+    ascii = patched(before="sys.stdout.reconfigure(encoding='ascii')")
+    run = cli("--local", small, "-v", script=ascii, ALL_PROXY="socks4://127.0.0.1:9")
+    assert run.code == 1
     assert run.err.splitlines()[0].endswith(" 4 images: 4 to do")
-    assert " 1b.jpg: decode: " in run.err
-    assert "0.jpg" not in run.err  # what went well
-
-
-def test_products_are_shown_by_their_titles(cli, stack):
-    stack.sql_as_editor("""
-        create or replace function public.embedding_sources()
-        returns table (id uuid, image text, client text, title text, link text)
-        language sql stable as $$
-            select id, image_url, client_name, 'Mug ' || repeat('x', 300), null::text from assets
-        $$""")
-    stack.reload_schema()
-    (product,) = stack.add_images(["nowhere.jpg"])
-    shown = f"{product}  Mug {'x' * 24}...{'x' * 28}  nowhere.jpg"
-    for flags in (["--dry-run"], ["--limit", "1"]):
-        assert f"  {shown}\n" in cli(*flags).out
+    assert " 1é.jpg: decode: " in run.err
+    assert "china.jpg" not in run.err  # what went well
+    assert "          1\\xe9.jpg\n" in run.out
 
 
 def test_names_from_outside_reach_the_screen_without_control_characters(cli, photos, tmp_path):
@@ -271,13 +353,20 @@ def test_a_stderr_that_takes_nothing_stops_no_run(cli, patched, photos, tmp_path
     run = cli("--local", tmp_path, script=patched(before=trouble))
     assert (run.code, run.err) == (0, "")
     assert "embedded=12 failed=0" in run.out
+    assert cli("--local", tmp_path / "none", script=patched(before=trouble)) == (2, "", "")
 
 
 def test_a_defect_is_one_line_and_no_exit_code_of_failed_images(cli, stack, tmp_path):
-    (tmp_path / "supabase.py").write_text("{}['gone']")
+    (tmp_path / "supabase.py").write_text("raise ValueError('\\x1b[2J\\nerror: forged')")
+    said = "error: unexpected ValueError: ?[2J?error: forged; -v says more"
     run = cli(PYTHONPATH=tmp_path)
-    assert run.code == 2
-    assert "unexpected KeyError" in run.error
+    assert (run.code, run.err.splitlines()) == (2, [said])
+    run = cli.start("-v", PYTHONPATH=tmp_path)
+    assert run.wait() == 2
+    *log, last = run.err.splitlines()
+    assert last == said
+    assert "Traceback (most recent call last):" in log
+    assert all(map(str.isprintable, log))
 
 
 def test_ctrl_c_while_python_imports_shows_no_traceback(cli, tmp_path):
@@ -290,6 +379,12 @@ def test_ctrl_c_while_python_imports_shows_no_traceback(cli, tmp_path):
     run.send_signal(signal.SIGINT)
     end = run.finish(20)
     assert (end.code, end.err) == (130, "")
+
+
+def test_an_older_python_is_refused(cli, patched):
+    run = cli("--help", script=patched(before="sys.version_info = (3, 10, 99)"))
+    assert (run.code, run.out, run.noise) == (2, "", [run.error])
+    assert "Python 3.11 or later is needed" in run.error
 
 
 @pytest.mark.parametrize("package", ["numpy", "tqdm", "supabase", "safetensors", "torch"])
