@@ -49,13 +49,14 @@ def complaint(cli, trio, monkeypatch):
         ([], "nowhere.invalid", "SUPABASE_URL .* is not like"),
         (["--local", "no/such/folder"], None, "no/such/folder"),
         (["--local", str(SCRIPT)], None, str(SCRIPT)),
+        (["--local", "{small}", "--search", "mug"], None, "nothing is embedded yet as tiny: run"),
     ],
 )
-def test_what_ends_a_run_before_it_begins_is_one_line(cli, tuned, tmp_path, flags, url, words):
+def test_what_ends_a_run_before_it_begins_is_one_line(cli, tuned, small, flags, url, words):
     # This model would fail in its own way
-    settings = {"SUPABASE_URL": url, "SUPABASE_SECRET_KEY": "sb_secret_abc"}
-    arguments = ["CHECK_SECONDS=0.2", "--", *flags]
-    run = cli(*arguments, script=tuned, CLIP_MODEL=tmp_path, **settings)
+    settings = {"SUPABASE_URL": url, "SUPABASE_SECRET_KEY": "sb_secret_abc", "CLIP_MODEL": small}
+    flags = [flag.format(small=small) for flag in flags]
+    run = cli("CHECK_SECONDS=0.2", "--", *flags, script=tuned, **settings)
     assert (run.code, run.out) == (2, ""), run.err
     assert re.search(words, run.error)
     assert run.err.splitlines()[-1] == run.error
@@ -126,18 +127,12 @@ def test_functions_of_another_version(complaint, trio, version):
     assert '"How to remove it", but not the last one; then run this version' in message
 
 
-CLIENTS = {
-    "nobody": "check the spelling",
-    "": "check the spelling",
-    "Client-True": r"did you mean 'client-True'\?",
-    "client-Fals": r"did you mean 'client-False'\?",
-}
-
-
-@pytest.mark.parametrize("client", CLIENTS)
-def test_a_client_without_assets_is_not_all_done(trio, client):
-    said = f"no asset is of client '{client}': {CLIENTS[client]}"
-    with pytest.raises(script.RunError, match=said):
+@pytest.mark.parametrize(
+    ("client", "advice"),
+    [("", "check the spelling"), ("client-Fals", r"did you mean 'client-False'\?")],
+)
+def test_a_client_without_assets_is_not_all_done(trio, client, advice):
+    with pytest.raises(script.RunError, match=f"no asset is of client '{client}': {advice}"):
         open_store(trio, client=client).status()
 
 

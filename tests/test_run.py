@@ -258,16 +258,6 @@ def test_a_database_that_drips_its_answer_ends_the_run_in_time(cli, stack, tuned
     assert "no answer from the database for 12 s: check SUPABASE_URL" in end.error  # 1 + 1 + 10
 
 
-def test_a_model_that_fails_to_load_is_not_the_images_fault(cli, stack, gate, forty, tmp_path):
-    gate.opened.set()
-    (tmp_path / "torch.py").write_text("raise ValueError('numpy.dtype size changed')")
-    end = cli(PYTHONPATH=tmp_path)
-    assert end.code == 2
-    assert "numpy.dtype size changed" in end.error
-    assert end.counts == end.counts | {"attempted": 0, "left": 40}
-    assert stack.sql("select count(*) from product_embedding_failures") == [(0,)]
-
-
 FAULTS = {  # those with a code are in test_supabase.py
     "a reset": "reset",
     "a reset after the work was done": "after",

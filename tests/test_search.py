@@ -119,13 +119,6 @@ def test_all_vectors_of_a_folder_are_compared_and_12_are_shown(tmp_path, monkeyp
     assert len(capsys.readouterr().out.splitlines()) == 12
 
 
-def test_where_nothing_is_embedded_yet_that_is_said(folder):
-    folder, cli = folder
-    run = cli("--local", folder, "--search", "red mug", MODEL_VERSION="another")
-    assert (run.code, run.out) == (2, "")
-    assert "nothing is embedded yet as another" in run.error
-
-
 def test_words_are_compared_by_the_text_tower(full, tmp_path, capsys, caplog):
     caplog.set_level("INFO")
     settings = script.Settings(local=tmp_path, clip_model=str(full), search=("red mug, hot",))
