@@ -62,19 +62,13 @@ def halfway(cli, stack, gate, forty):
 # Stopped from outside
 
 
-NOBODY_READS = """
-reader, writer = os.pipe()
-os.dup2(writer, 2)
-os.close(reader)
-"""
-
-
 @pytest.mark.parametrize("name", ["SIGINT", "SIGHUP"])
 def test_a_stop_stores_what_is_embedded_and_waits_for_no_hanging_host(
     stack, halfway, patched, name
 ):
     """Also where Ctrl-C has ended the reader of the log."""
-    run = halfway(script=patched(NOBODY_READS)) if name == "SIGINT" else halfway()
+    nobody_reads = patched("ours, theirs = os.pipe(); os.dup2(theirs, 2); os.close(ours)")
+    run = halfway(script=nobody_reads) if name == "SIGINT" else halfway()
     run.send_signal(getattr(signal, name))
     end = run.finish(60)
     assert end.code == 128 + getattr(signal, name), end.err
