@@ -116,9 +116,9 @@ def test_a_usage_error_names_the_flag_or_its_value(capsys, arguments, named):
 
 
 def test_a_near_name_is_one_that_was_meant():
-    near = dict.fromkeys(["acme", " ACME MUGS ", "Acme Mgus"], "Acme Mugs")
-    near |= {"summer": "acme/summer", "Globex Ltd": "", "a": "", "": ""}
-    names = ["Acme Mugs", "Acme Mugs and Cups", "acme/summer"]
+    near = dict.fromkeys(["acme", "ACME MUGS", "Acme Mgus"], "Acme Mugs")
+    near |= {"summer": "acme/summer", " x1  ": "X1", "Globex Ltd": "", "a": "", "": ""}
+    names = ["Acme Mugs", "Acme Mugs and Cups", "acme/summer", "X1"]
     assert {name: script.near_name(name, names) for name in near} == near
 
 
@@ -176,7 +176,8 @@ def test_the_report_line_by_line(monkeypatch):
     said = f"2,000 done, 1,000 {when}, 6,000 to do, of which 2,005 failed before"
     assert report.beginning() == f"9,000 assets: {said}"
 
-    assets = [Asset(number, f"{number}.jpg") for number in range(60)]
+    title = "m" * 60  # is not cut
+    assets = [Asset(number, f"{number}.jpg", title=title) for number in range(60)]
     results = [Failed(asset, "fetch", "HTTP 404") for asset in assets[1:5]]
     inline = Asset(5, "data:" + "x" * 10**6)
     results += [Failed(inline, "decode", "too few pixels (1 x 1)"), Embedded(assets[6], None)]
@@ -190,9 +191,9 @@ def test_the_report_line_by_line(monkeypatch):
         "Failed           5",
         "       4  fetch: HTTP 404",
         "          Nothing is at this address: correct it, or upload the image again.",
-        "          1  1.jpg",
-        "          2  2.jpg",
-        "          3  3.jpg",
+        f"          1  {title}  1.jpg",
+        f"          2  {title}  2.jpg",
+        f"          3  {title}  3.jpg",
         "       1  decode: too few pixels (1 x 1)",
         "          Ask for a larger image.",
         f"          5  data:{'x' * 23}...{'x' * 28}",
@@ -218,7 +219,7 @@ def test_each_reason_has_advice_of_its_own():
         "The host does not give us": (204, 302, 400, 499),
         "The host refuses us": (401, 402, 403, 451),
         "Nothing is at this address": (404, 410),
-        "Ask your developer: the proxy": (407,),
+        "Ask your developer": (407, script.PRIVATE_ADDRESS, script.PRIVATE_BUCKET, script.NO_URL),
         "The host has trouble": (408, 425, 500, 599, script.NO_ANSWER, script.CONNECTION_LOST),
         "The image is not ready": (202, 423),
         "The host wants fewer": (420, 429, 430),

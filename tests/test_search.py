@@ -151,5 +151,6 @@ def test_a_database_answers_with_names_and_ids(cli, stack, host, photos):
     assert len(rows) == 12
     assert rows[0] == ["1.000", "Space rocket", ids[2], "rocket.jpg"]
     assert rows[6][1:3] == ["coffee.png", ids[1]]
-    rows = lines(cli("--client", "client 0", "--search", "photo.webp", "--limit", 2))
+    rows = lines(cli("--client", "client 0", "--search", "photo.webp", "--limit", 2, "--dry-run"))
     assert {row[2][-1] for row in rows} < set("024")
+    assert script.Picture(7, "DATA:image/png;base64,AA/B").name == "7"

@@ -15,7 +15,7 @@ from conftest import REPO, SCRIPT
 
 import generate_embeddings as script
 
-GOOD = {"SUPABASE_URL": "https://abc.supabase.co", "SUPABASE_SECRET_KEY": "sb_secret_abc"}
+GOOD = {"SUPABASE_URL": "https://abc.supabase.co", "SUPABASE_SECRET_KEY": "sb_secret_a-b_C"}
 NAMES = [name for setting in script.SETTINGS for name in setting.names]
 
 
