@@ -1,7 +1,7 @@
 """How a run ends, and what it leaves behind: kills, Ctrl-C, a database or hosts that go away.
 
 Promises: what is embedded is stored, once, and the report tells the truth; a stop ends the run at
-once but for that; a database is waited for, for a bounded time.
+once but for that; a database is waited for, for a bounded time. (test_soak.py kills runs.)
 """
 
 import re
@@ -12,7 +12,7 @@ import time
 import psutil
 import psycopg
 import pytest
-from answers import status
+from answers import hang_up, raw, status
 from conftest import open_store, pending, vector, wait_until
 from stack import HTML, JSON, ImageHost
 
@@ -62,34 +62,13 @@ def halfway(cli, stack, gate, forty):
 # Stopped from outside
 
 
-def test_after_kill_9_the_next_run_does_the_rest_and_nothing_twice(cli, stack, gate, halfway):
-    run = halfway()
-    run.kill()
-    run.wait()
-    early = stack.sql("select asset_id, updated_at from product_embeddings")
-    gate.opened.set()
-    again = cli()
-    assert again.code == 0, again.err
-    assert again.counts == again.counts | {"embedded": 20, "left": 0}
-    assert "40 assets: 20 done, 20 to do" in again.err
-    late = stack.sql("select asset_id, updated_at from product_embeddings")
-    assert len(late) == 40
-    assert set(early) < set(late)
-
-
-NOBODY_READS = """
-reader, writer = os.pipe()
-os.dup2(writer, 2)
-os.close(reader)
-"""
-
-
 @pytest.mark.parametrize("name", ["SIGINT", "SIGHUP"])
 def test_a_stop_stores_what_is_embedded_and_waits_for_no_hanging_host(
     stack, halfway, patched, name
 ):
     """Also where Ctrl-C has ended the reader of the log."""
-    run = halfway(script=patched(NOBODY_READS)) if name == "SIGINT" else halfway()
+    nobody_reads = patched("ours, theirs = os.pipe(); os.dup2(theirs, 2); os.close(ours)")
+    run = halfway(script=nobody_reads) if name == "SIGINT" else halfway()
     run.send_signal(getattr(signal, name))
     end = run.finish(60)
     assert end.code == 128 + getattr(signal, name), end.err
@@ -270,17 +249,7 @@ def test_a_database_that_drips_its_answer_ends_the_run_in_time(cli, stack, tuned
     monkeypatch.setattr(stack.gateway, "answer", drip)
     end = cli("ANSWER_SECONDS=1", "--", script=tuned, DB_RETRY_SECONDS=1, timeout=60)
     assert end.code == 2
-    assert "no answer from the database" in end.error
-
-
-def test_a_model_that_fails_to_load_is_not_the_images_fault(cli, stack, gate, forty, tmp_path):
-    gate.opened.set()
-    (tmp_path / "torch.py").write_text("raise ValueError('numpy.dtype size changed')")
-    end = cli(PYTHONPATH=tmp_path)
-    assert end.code == 2
-    assert "numpy.dtype size changed" in end.error
-    assert end.counts == end.counts | {"attempted": 0, "left": 40}
-    assert stack.sql("select count(*) from product_embedding_failures") == [(0,)]
+    assert "no answer from the database for 12 s: check SUPABASE_URL" in end.error  # 1 + 1 + 10
 
 
 FAULTS = {  # those with a code are in test_supabase.py
@@ -333,7 +302,10 @@ def test_no_fault_that_passes_loses_or_doubles_a_vector(stack, forty, monkeypatc
 
 
 def test_assets_that_change_or_go_meanwhile_are_left_and_nobody_waits(cli, stack, host):
-    host.files |= {"/old.html": b"<html>Sold out"}
+    # urllib3 would complain of the broken header
+    host.files["/old.html"] = raw(
+        b"HTTP/1.1 200 OK\r\nno header\r\n\r\n<html>Sold out", end=hang_up
+    )
     host.latency = 0.5
     paths = ["/coffee.png", "/old.html", "/cell.png", "/coins.png", "/brick.png"]
     changed, changed_too, deleted, locked, other = stack.add_images(map(host.url_of, paths))
@@ -346,7 +318,7 @@ def test_assets_that_change_or_go_meanwhile_are_left_and_nobody_waits(cli, stack
         stack.sql(change, [rocket, [changed, changed_too]])
         stack.sql("delete from assets where id = %s", [deleted])
         end = run.finish()
-    assert end.code == 0, end.out
+    assert (end.code, end.noise) == (0, []), end.out
     assert stack.embedded() == {locked, other}
     assert end.counts == end.counts | {"embedded": 2, "failed": 0, "left": 3}
     assert "       3  changed or gone meanwhile" in end.out.splitlines()
@@ -354,21 +326,19 @@ def test_assets_that_change_or_go_meanwhile_are_left_and_nobody_waits(cli, stack
     again = cli()
     assert (again.code, again.counts["embedded"], again.counts["left"]) == (0, 2, 0)
     assert host.asked() == {"/rocket.jpg": 1}
-    alike = (
-        "select count(distinct embedding::text) from product_embeddings where asset_id = any(%s)"
-    )
-    assert stack.sql(alike, [[changed, changed_too]]) == [(1,)]
 
 
 # Image hosts go away
 
 
-def test_ctrl_c_while_all_hosts_rest_ends_at_once(cli, stack):
+def test_ctrl_c_while_all_hosts_rest_ends_at_once_and_makes_no_page(cli, stack, tmp_path):
     with ImageHost(otherwise=status(429, ("Retry-After", "600"))) as host:
         stack.add_images([*host.urls(9), "data:,no"])
-        run = cli.start()
+        run = cli.start("--gallery", tmp_path / "x.html")
         wait_until(lambda: "rests until" in run.err)
         run.send_signal(signal.SIGINT)
         end = run.finish(30)
     assert end.code == 130
     assert end.counts == end.counts | {"failed": 1, "attempted": 1, "left": 9}
+    assert "fetch: " not in end.err  # single failures are for -v
+    assert list(tmp_path.iterdir()) == []

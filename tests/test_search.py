@@ -95,14 +95,15 @@ def test_a_picture_that_can_not_be_had_is_said(monkeypatch, tmp_path, question, 
 
 def test_what_is_neither_a_url_nor_a_file_is_words():
     url = "HTTPS://shop.example/mug"
-    assert script.question_source(url) == script.Source(url, {})
+    source = script.question_source(url)
+    assert (source, source.host) == (script.Source(url, {}), "shop.example")
     for words in ("red mug", "a mug, 3.5 litres", "mug " * 200, "."):
         assert script.question_source(words) is None
     with pytest.raises(argparse.ArgumentTypeError, match="there is no question"):
         script.to_question(" ")
 
 
-def test_all_vectors_of_a_folder_are_compared(tmp_path):
+def test_all_vectors_of_a_folder_are_compared_and_12_are_shown(tmp_path, monkeypatch, capsys):
     count = 5_100  # more than a block
     vectors = unit(np.random.default_rng(1).standard_normal((count, 512))).astype("<f4")
     for n in range(count):
@@ -113,13 +114,9 @@ def test_all_vectors_of_a_folder_are_compared(tmp_path):
     found = store.search(question, 50)
     expected = np.argsort(-(vectors @ question))[:50]
     assert [match.picture.name for match in found] == [f"{n:05}.jpg" for n in expected]
-
-
-def test_where_nothing_is_embedded_yet_that_is_said(folder):
-    folder, cli = folder
-    run = cli("--local", folder, "--search", "red mug", MODEL_VERSION="another")
-    assert (run.code, run.out) == (2, "")
-    assert "nothing is embedded yet as another" in run.error
+    monkeypatch.setattr(script, "question_vectors", lambda _: {"mug": question})
+    script.answer_questions(store, script.Settings(search=("mug",)), script.Status(1, 1, 0))
+    assert len(capsys.readouterr().out.splitlines()) == 12
 
 
 def test_words_are_compared_by_the_text_tower(full, tmp_path, capsys, caplog):
@@ -146,7 +143,7 @@ def test_a_database_answers_with_names_and_ids(cli, stack, host, photos):
         "case when image_url ~ 'rocket' then 'Space rocket' end, null from public.assets $$"
     )
     ids = [f"00000000-0000-0000-0000-00000000000{n}" for n in range(6)]
-    stack.add_assets((ids[n], host.url_of(f"/{SIX[n]}"), f"client {n % 2}") for n in range(6))
+    stack.add_assets((ids[n], host.url_of(f"/{SIX[n]}#v2"), f"client {n % 2}") for n in range(6))
     assert cli().code == 0
     (cli.folder / "photo.webp").write_bytes(halved(photos["coffee.png"]))
     (cli.folder / "rocket.jpg").write_bytes(photos["rocket.jpg"])
@@ -154,5 +151,6 @@ def test_a_database_answers_with_names_and_ids(cli, stack, host, photos):
     assert len(rows) == 12
     assert rows[0] == ["1.000", "Space rocket", ids[2], "rocket.jpg"]
     assert rows[6][1:3] == ["coffee.png", ids[1]]
-    rows = lines(cli("--client", "client 0", "--search", "photo.webp", "--limit", 2))
+    rows = lines(cli("--client", "client 0", "--search", "photo.webp", "--limit", 2, "--dry-run"))
     assert {row[2][-1] for row in rows} < set("024")
+    assert script.Picture(7, "DATA:image/png;base64,AA/B").name == "7"
