@@ -13,6 +13,7 @@ import csv
 import io
 import os
 import re
+import struct
 from html import unescape
 from html.parser import HTMLParser
 from types import SimpleNamespace
@@ -105,8 +106,9 @@ class Page(HTMLParser):
 
 def written(path):
     """The page at a path, and its table's rows."""
-    with path.with_suffix(".csv").open(encoding="utf-8-sig", newline="") as file:
-        rows = list(csv.DictReader(file))
+    table = path.with_suffix(".csv").read_bytes()
+    assert table.startswith(b"\xef\xbb\xbf")  # else Excel takes it for another encoding
+    rows = list(csv.DictReader(io.StringIO(table.decode("utf-8-sig"), newline="")))
     for row in rows:
         for text in row.values():
             assert not re.search(r"""(^|[;\t\r\n])[\s"]*[=+@-]""", text), text
@@ -139,23 +141,23 @@ def keep(store, vectors, failures):
 
 @pytest.fixture(scope="module")
 def album(photos, tmp_path_factory):
-    """A folder: 22 photographs, a file three times, one in three other formats, two that look
+    """A folder: 22 photographs, a file three times, one in six other formats, two that look
     alike, odd names, 29 files that are no images; with its page and its table."""
     folder = tmp_path_factory.mktemp("secret place") / "Mugs & More"
-    (folder / "new <b>").mkdir(parents=True)
+    (folder / "a <b>").mkdir(parents=True)
     files = dict(photos)
     vectors = dict(zip(files, vectors_for(len(files)), strict=True))
-    for copy in ("new <b>/=cmd|'copy'.png", "new <b>/a:b #1 50%;=1+1.png"):
+    for copy in ("a <b>/=cmd|'copy'.png", "a <b>/a:b #1 50%;=1+1.png"):
         files[copy], vectors[copy] = files["coffee.png"], vectors["coffee.png"]
     rocket = Image.open(io.BytesIO(photos["rocket.jpg"]))
-    for number, kind in enumerate(("png", "webp", "avif")):
+    for number, kind in enumerate(("png", "webp", "avif", "gif", "bmp", "tiff")):
         path = f"rocket.{kind}"
         files[path] = saved(rocket.resize((100 + number, 50)), kind)
         vectors[path] = near(vectors["rocket.jpg"], 0.9999)
     files["chelsea-2.png"] = photos["cell.png"]
     vectors["chelsea-2.png"] = near(vectors["chelsea.png"], 0.993)
     failures = {f"broken {n}.jpg": script.EMPTY for n in range(25)}
-    failures |= {"page.jpg": script.WEB_PAGE, "svg.jpg": script.SVG, "odd.jpg": "a riddle (42)"}
+    failures |= {"a page.jpg": script.WEB_PAGE, "svg.jpg": script.SVG, "odd.jpg": "a riddle (42)"}
     for path in failures:
         files[path] = b"" if "broken" in path else path.encode()
     for path, data in files.items():
@@ -168,7 +170,8 @@ def album(photos, tmp_path_factory):
 
 def test_the_head_says_what_is_superfluous(album):
     page = album.page
-    assert page.head.startswith("Mugs & More 28 of 57 pictures can be found by similar-product")
+    assert page.head.startswith("Mugs & More 31 of 60 pictures can be found by similar-product")
+    assert re.search(r"search · \d+ [A-Z][a-z]+ \d{4}, \d\d:\d\d ", page.head)
     assert "3 groups of pictures that look the same" in page.head
     assert "superfluous: 2 identical files in 1 group" in page.head
     assert "29 pictures can't be used" in page.head
@@ -176,6 +179,7 @@ def test_the_head_says_what_is_superfluous(album):
     assert "secret place" not in page.source
     assert "Time was short" not in page.text
     assert "1 file could not be read" in page.text
+    assert "look the same from a similarity of 0.99 on" in page.text
 
 
 def test_groups_have_the_picture_to_keep_first(album):
@@ -183,14 +187,15 @@ def test_groups_have_the_picture_to_keep_first(album):
     assert first.title == "Group 1: 3 times the same file"
     assert first.names == ["coffee.png", "=cmd|'copy'.png", "a:b #1 50%;=1+1.png"]
     assert first.marks == ["same file"] * 3
-    assert second.title == "Group 2: 4 look the same"
-    assert second.names == ["rocket.jpg", "rocket.avif", "rocket.webp", "rocket.png"]
-    assert second.marks == ["largest"]
-    assert second.text.count("similarity 0.999") == 4
+    assert second.title == "Group 2: 7 look the same"
+    shown = ("jpg", "tiff", "bmp", "gif", "avif", "webp")  # all but the smallest
+    assert second.names == [f"rocket.{kind}" for kind in shown]
+    assert (second.pictures, second.boxes, second.marks) == (6, 0, ["largest"])
+    assert second.text.count("similarity 0.999") == 6
     assert "640 x 427, 75 KB" in second.text
     assert third.names == ["chelsea-2.png", "chelsea.png"]  # whose file has fewer pixels
     assert third.text.count("similarity 0.993") == 2
-    assert "new <b>/a:b #1 50%;=1+1.png" in first.text  # the id, to be copied
+    assert "a <b>/a:b #1 50%;=1+1.png" in first.text  # the id, to be copied
 
 
 def test_samples_are_of_different_groups(album):
@@ -202,12 +207,16 @@ def test_samples_are_of_different_groups(album):
         assert card.title == card.names[0]
         assert len(set(card.names)) == 7
         assert all(len(group & set(card.names)) < 2 for group in groups)
-        assert card.text.count("similarity") == 6
+        similarities = re.findall(r"similarity (0\.\d{3})", card.text)
+        assert (len(similarities), similarities) == (6, sorted(similarities, reverse=True))
+    shown = {name for card in cards for name in card.names}
+    assert all(group & shown for group in groups)
 
 
 def test_failures_are_told_once_with_what_to_do(album):
     empty, *others = album.page.of("failed")
     assert album.page.text.count("search can't find these until they are fixed.") == 1
+    assert "Open it" in empty.text
     assert empty.text.startswith("An empty file 25 The file is damaged or was cut off")
     assert empty.names == [f"broken {n}.jpg" for n in (0, 1, 10, 11, 12, 13, 14, 15)]
     assert "And 17 more: see x.csv ." in empty.text
@@ -218,7 +227,8 @@ def test_failures_are_told_once_with_what_to_do(album):
 
 def test_each_row_of_a_folders_table_is_complete(album):
     rows = album.rows
-    assert [row["group"] for row in rows] == [*"111222233", *[""] * 29]
+    assert [row["group"] for row in rows] == [*"111222222233", *[""] * 29]
+    assert [row["what"] for row in rows] == ["looks the same"] * 12 + ["can't be used"] * 29
     for row in rows:
         path = row["id"].replace("'=", "=")
         if path == "pipe.jpg":  # which can't be looked at
@@ -232,14 +242,15 @@ def test_each_row_of_a_folders_table_is_complete(album):
                 assert (row["width"], row["height"]) == tuple(map(str, image.size))
         assert row["advice"] == script.advice_on(row["reason"])
     assert [row["keep"] for row in rows[:4]] == ["coffee.png"] * 3 + [""]
-    assert {row["reason"] for row in rows[9:]} >= {"an empty file", "a riddle (42)"}
+    assert {row["keep"] for row in rows if "broken" in row["id"]} == {"broken 0.jpg"}
+    assert {row["reason"] for row in rows[12:]} >= {"an empty file", "a riddle (42)"}
 
 
 def test_a_page_may_be_of_a_subfolder_and_elsewhere(album, tmp_path):
-    given = {"local": album.folder, "client": "new <b>"}
-    store = open_folder(album.folder, client="new <b>")
+    given = {"local": album.folder, "client": "a <b>"}
+    store = open_folder(album.folder, client="a <b>")
     page, rows = page_of(store, tmp_path, status=store.status(), **given)
-    assert page.head.startswith("new <b> 2 of 2 pictures")
+    assert page.head.startswith("a <b> 2 of 2 pictures")
     assert "· Mugs & More" in page.head
     assert len(rows) == 2
     links = [unquote(link) for card in page.of("same") for link in card.links]
@@ -259,7 +270,13 @@ def test_short_time_and_images_that_broke_since_are_said(monkeypatch, photos, tm
         os.mkfifo(tmp_path / copy)  # which can't be looked at
         vectors[copy] = vectors["1.jpg"]
     store = keep(open_folder(tmp_path), vectors, {})
+    # Another version's rows are none of this page's.
+    (tmp_path / "old.jpg").touch()
+    (tmp_path / "older.jpg").touch()
+    old = open_folder(tmp_path, model_version="old")
+    keep(old, {"old.jpg": vectors["0.jpg"]}, {"older.jpg": script.EMPTY})
     page, rows = page_of(store, tmp_path, local=tmp_path)
+    assert (len(rows), page.of("failed")) == (5, [])
     assert "of 11 pictures, 7 were compared with all others, and 11 were" in page.text
     assert "4 files could not be read, or not in time." in page.text
     assert {row["copy"] for row in rows if row["id"] in ("9.jpg", "10.jpg")} == {""}
@@ -290,11 +307,14 @@ def test_the_page_stays_below_3_mb_whatever_is_to_be_shown(tmp_path, monkeypatch
     matches = [script.Match(picture, 0.7) for picture in pictures[::10]]
     failures = [script.FailedPicture(one, f"{one.id % 40} {ODD}") for one in pictures * 5]
     store = store_of(pairs, [matches[:7]] * 16, failures)
-    page, rows = page_of(store, tmp_path, {f"{n} {ODD}": matches for n in range(4)})
+    asked = {f"{n} {ODD}": matches for n in range(4)}
+    page, rows = page_of(store, tmp_path, asked, status=(1200, 1000, 0))
+    assert "1,000 of 1,200 pictures can be found" in page.head
     assert len(page.source) > 1_500_000
     counts = {name: len(page.of(name)) for name in ("asked", "same", "failed", "alike")}
     assert counts == {"asked": 4, "same": 60, "failed": 15, "alike": 16}
     assert [card.pictures for card in page.of("asked")] == [24] * 4
+    assert [card.text.count("similarity 0.700") for card in page.of("asked")] == [24] * 4
     assert [card.pictures for card in page.of("same")] == [6] * 60
     assert page.text.count("And 4 more: see x.csv") == 60
     assert "And 40 more: see x.csv" in page.text
@@ -303,11 +323,23 @@ def test_the_page_stays_below_3_mb_whatever_is_to_be_shown(tmp_path, monkeypatch
     assert max(len(link["href"]) for link in page.named("a")) <= 800
 
 
+def test_what_pairs_connect_is_one_group_and_the_most_alike_come_first(tmp_path):
+    cosines = {(0, 1): 0.999, (2, 3): 0.998, (3, 1): 0.992, (3, 9): 0.991, (4, 5): 0.995}
+    one = [script.Picture(n, "") for n in range(10)]
+    pairs = [script.Pair(one[a], one[b], cosine) for (a, b), cosine in cosines.items()]
+    _, rows = page_of(store_of(pairs), tmp_path)
+    assert [(row["group"], row["id"]) for row in rows] == [*zip("1122222", "4501239", strict=True)]
+    nearest = [0.995, 0.995, 0.999, 0.999, 0.998, 0.998, 0.991]
+    assert [float(row["similarity"]) for row in rows] == nearest
+
+
 def test_the_largest_of_a_group_is_kept_and_is_marked_if_all_are_known(tmp_path):
-    """The smallest here has the shortest name."""
+    """The smallest here has the shortest name, and is the widest. The fifth and the sixth differ
+    in bytes alone."""
+    sizes = [(700 - 50 * n, 20 * n) for n in (1, 2, 3, 4, 5, 5, 5)]
     images = {
-        f"/{'x' * n}.png": saved(Image.new("RGB", (90 + 10 * n, 100), "red"), "PNG")
-        for n in range(1, 8)
+        f"/{'x' * n}.png": saved(Image.new("RGB", size, "red"), "PNG", compress_level=9 * (n != 6))
+        for n, size in enumerate(sizes, 1)
     }
     with ImageHost(images) as host:
         pictures = [script.Picture(path, host.url_of(path)) for path in images]
@@ -326,10 +358,12 @@ def test_the_largest_of_a_group_is_kept_and_is_marked_if_all_are_known(tmp_path)
 def test_a_picture_leads_to_its_original(tmp_path):
     leads_to = {
         "//x/a.jpg": "https://x/a.jpg",
+        "HTTPS://x/b.jpg": "HTTPS://x/b.jpg",
         "/storage/v1/object/public/a.jpg": "https://abc/storage/v1/object/public/a.jpg",
         "/images/a.jpg": None,
         "javascript:alert('http://x')": None,
         "//" + "x" * 900: None,
+        "//" + "é" * 450: None,  # as many bytes
         "/storage/v1/object/" + "&" * 200: None,  # &amp;
     }
     failures = [script.FailedPicture(script.Picture(1, image), "HTTP 404") for image in leads_to]
@@ -350,18 +384,28 @@ def test_no_host_keeps_the_page_waiting(tmp_path):
 def test_a_cell_that_begins_like_a_formula_is_quoted():
     cells = {f"{sign}1": f"'{sign}1" for sign in "=+-@\uff1d"}
     cells |= {"\t=1": "\t'=1", "a;=1": "a;'=1", 'a;"=1': "a;\"'=1", "a\n+1": "a\n'+1"}
-    cells |= {"mug - blue, -1": "mug - blue, -1"}
+    cells |= {text: text for text in ("mug - blue, -1", "x" * 2000, -1)}
     assert {text: script.cell(text) for text in cells} == cells
     assert script.cell("=" + "x" * 9999).startswith("'=x")
 
 
 def test_width_and_height_are_read_without_codecs():
     made = [(kind, {}) for kind in ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "AVIF")]
-    for kind, options in [*made, ("WEBP", {"lossless": True}), ("WEBP", {"exif": exif(6)})]:
+    made += [("WEBP", {"lossless": True}), ("WEBP", {"exif": exif(6)})]
+    made += [("JPEG", {"icc_profile": bytes(10**6)})]  # which comes first
+    for kind, options in made:
         data = saved(Image.new("RGB", (301, 202), "red"), kind, **options)
         assert script.measures_of(data) == (301, 202), (kind, options)
         for end in (0, 9, 16, 25, 30):
             script.measures_of(data[:end])  # raises nothing
+    tiled = ((512, 512), (1001, 700), (512, 188))
+    boxes = (b"ispe" + struct.pack(">3I", 0, *size) for size in tiled)
+    assert script.measures_of(b"ftypheic" + b"".join(boxes)) == (1001, 700)
+
+
+def test_a_thumbnail_is_as_good_as_its_bytes_allow(photos):
+    levels = np.asarray(Image.open(io.BytesIO(photos["rocket.jpg"])))
+    assert 1600 < len(script.thumbnail_of(levels)) < 3700
 
 
 def test_all_pairs_above_the_line_are_found_and_no_other(monkeypatch):
