@@ -17,6 +17,7 @@ import struct
 from html import unescape
 from html.parser import HTMLParser
 from types import SimpleNamespace
+from unittest.mock import Mock
 from urllib.parse import unquote, urlsplit
 
 import answers
@@ -472,6 +473,13 @@ def test_a_page_that_can_not_be_written_is_refused_at_once(album, tmp_path):
     assert script.to_gallery(str(earlier)) == earlier
 
 
+def test_a_page_that_becomes_impossible_to_write_is_said(monkeypatch, tmp_path):
+    for gone in (OSError(28, "No space left"), OSError(28, "No space left", str(tmp_path))):
+        monkeypatch.setattr(script.Path, "write_text", Mock(side_effect=gone))
+        with pytest.raises(script.RunError, match=f"^{tmp_path}.* can't be written: No space left"):
+            page_of(store_of(), tmp_path)
+
+
 @pytest.fixture(scope="module")
 def shop(_stack, photos, tiny, tmp_path_factory):
     """A catalog with ids of text, odd names, titles and links, and more dead links than an answer
@@ -497,6 +505,8 @@ def shop(_stack, photos, tiny, tmp_path_factory):
         dead |= {"gone": host.url_of("/gone%20now.jpg"), "bad": "javascript:alert(1)", "none": None}
         reasons = {"bad": script.OTHER_SCHEME, "none": script.NO_IMAGE}
         _stack.add_assets((id_, url, ODD) for id_, url in (urls | dead).items())
+        few = "split_part(id, ' ', 1) in ('small', 'coins.png', 'cell.png', '0', '1')"
+        _stack.sql(f"update assets set client_name = 'few' where {few}")
         keep(store, vectors, dict.fromkeys(dead, "HTTP 404") | reasons)
         _stack.sql("update assets set name = %s where id ^@ 'rocket'", (f"Rocket {ODD}",))
         link = f"https://shop.example/{ODD}"
@@ -504,13 +514,18 @@ def shop(_stack, photos, tiny, tmp_path_factory):
         cli = stack_cli(_stack, tiny, tmp_path_factory.mktemp("cwd"))
         run = cli("--gallery", "gallery.html")
         path = cli.folder / "gallery.html"
-        assert run.err.splitlines()[-1].endswith(f"look at {path.as_uri()}"), run.err
+        table, page = run.err.splitlines()[-2:]
+        assert table.endswith(f"for a spreadsheet: {path.with_suffix('.csv')}")
+        assert page.endswith(f"look at {path.as_uri()}")
         page, rows = written(path)
-        yield SimpleNamespace(page=page, rows=rows, link=link, url=host.url)
+        made = {"page": page, "rows": rows, "link": link, "url": host.url, "stack": _stack}
+        yield SimpleNamespace(**made, coins=len(photos["coins.png"]))
 
 
 def test_a_databases_page_leads_to_products(shop):
     assert shop.page.head.startswith("Products 24 of 277 pictures can be found")
+    assert f"· {urlsplit(shop.stack.url).netloc}" in shop.page.head
+    assert "could not be read, or not in time" not in shop.page.text  # which only files are
     assert "superfluous: 1 repeated picture in 1 group" in shop.page.head
     same, near = shop.page.of("same")
     assert same.title == "Group 1: 2 times the same picture"
@@ -521,10 +536,15 @@ def test_a_databases_page_leads_to_products(shop):
     assert sorted(same.links) == [f"{shop.url}/rocket.jpg", shop.link]
     assert near.names == ["coffee.png", "coins.png"]
     assert near.marks == ["largest"]
-    assert " small " in f"{near.text} "  # its id, to be copied
+    assert " small few " in near.text  # its id, to be copied, and its client
     table = {row["id"]: row for row in shop.rows}
-    assert (table["inline"]["copy"], table["small"]["copy"]) == ("same picture", "")
-    assert (table["small"]["width"], table["gone"]["link"]) == ("384", shop.link)
+    assert table["inline"]["copy"] == "same picture"
+    small = ["looks the same", "2", "coins.png", "few", "0.995", "", "", "384", "303"]
+    small += [str(shop.coins), "small", f"{shop.url}/coins.png", "", "", ""]
+    assert [*table["small"].values()] == small
+    gone = ["can't be used", "", "gone now.jpg", ODD, "", "", "", "", "", ""]
+    gone += ["gone", f"{shop.url}/gone%20now.jpg", shop.link, "HTTP 404"]
+    assert [*table["gone"].values()] == [*gone, script.advice_on("HTTP 404")]
     assert len(shop.page.of("alike")) == 16
     for card in shop.page.of("alike"):
         assert 5 <= len(card.names) <= 7  # the index may miss one
@@ -538,3 +558,20 @@ def test_a_databases_failures_are_all_in_the_table(shop):
     assert "Nothing is at this address" in failed["HTTP 404"].text
     assert failed["No image URL"].links == []
     assert "javascript:alert(1)" in failed["Only http, https and data URLs are fetched"].text
+
+
+def test_a_client_has_a_page_of_its_own_pictures(shop):
+    old = open_store(shop.stack, model_version="old")
+    keep(old, {}, {"0": "HTTP 404"})  # which is of this version no more
+    catalog = open_store(shop.stack, client="few").catalog()
+    assert [failure.picture.id for failure in catalog.failures] == ["1"]
+    counts = (catalog.embedded, catalog.sought_among, catalog.compared)
+    assert (counts, catalog.pairs, len(catalog.samples)) == ((3, 3, 3), [], 3)
+    found = {match.picture.client for sample in catalog.samples for match in sample}
+    assert found == {"few"}
+
+
+def test_a_database_is_compared_for_a_short_time(monkeypatch, shop):
+    monkeypatch.setattr(script, "COMPARED_AT_ONCE", 10)
+    monkeypatch.setattr(script, "LOOK_SECONDS", 0)
+    assert open_store(shop.stack).catalog().compared == 24 // 3
