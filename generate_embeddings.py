@@ -280,7 +280,7 @@ def embed_all(settings: Settings, stop: Stop) -> int:
         log.info("stopped: run the same command again to go on")
     elif settings.gallery:
         done = status.done + report.embedded
-        Gallery(store, settings, {}).write(status._replace(done=done))
+        Gallery(store, settings, status._replace(done=done), {}).write()
     elif settings.local and report.embedded and sys.stderr.isatty():
         log.info("next: --gallery FILE.html shows what looks alike. Supabase: see README.md")
     return report.exit_code
@@ -681,9 +681,8 @@ class Catalog:
     """What a store tells the gallery."""
 
     pairs: list[Pair]
-    embedded: int  # pictures
-    sought_among: int  # of `embedded`: those that were searched for exact copies
-    compared: int  # of `embedded`: those that were compared with all others
+    sought_among: int  # pictures that were searched for exact copies
+    compared: int  # pictures that were compared with all others
     samples: list[list[Match]]  # each: a picture, then those nearest to it
     failures: list[FailedPicture]
 
@@ -731,8 +730,8 @@ class Store(Protocol):
         """Stores vectors and notes failures, all or nothing. Returns the ids of the results that
         were taken: the other assets changed or vanished meanwhile."""
 
-    def catalog(self) -> Catalog:
-        """What the gallery shows; raises RunError."""
+    def catalog(self, embedded: int) -> Catalog:
+        """What the gallery shows of so many embedded pictures; raises RunError."""
 
     def search(self, vector: np.ndarray, wanted: int) -> list[Match]:
         """The pictures whose vectors are nearest to one (512,), nearest first."""
@@ -1607,16 +1606,15 @@ class SupabaseStore:
         given = {"query_embedding": vector_text(vector), "match_count": wanted}
         return self._call("match_products", read_matches, **given, **self._scope)
 
-    def catalog(self) -> Catalog:
+    def catalog(self, embedded: int) -> Catalog:
         """As Store says. Asks in pieces, each of which fits into the time of one call."""
-        embedded = self._call("embedding_status", self._read_status, **self._scope).done
         pairs, sought_among = self._call(
             "embedding_copies", read_copies, min_similarity=SAME, **self._scope
         )
         near, compared = self._near_pairs(embedded)
         pairs += near
         samples = self._samples(alike_but_first(pairs))
-        return Catalog(pairs, embedded, sought_among, compared, samples, list(self._failures()))
+        return Catalog(pairs, sought_among, compared, samples, list(self._failures()))
 
     def _near_pairs(self, embedded: int) -> tuple[list[Pair], int]:
         """Pairs that look the same, among as many products as LOOK_SECONDS allow; and the number of
@@ -1938,16 +1936,15 @@ class FolderStore:
         best = heapq.nlargest(wanted, found, key=lambda pair: pair[0])
         return [Match(picture, cosine) for cosine, picture in best]
 
-    def catalog(self) -> Catalog:
+    def catalog(self, embedded: int) -> Catalog:
         """As Store says, of the first MOST_COMPARED vectors."""
         pictures: list[Picture] = []
         blocks = [np.empty((0, DIMENSIONS), np.float32)]
-        embedded = 0
         for more, block in self._vectors():
-            embedded += len(more)
-            if embedded <= MOST_COMPARED:
-                pictures += more
-                blocks.append(block)
+            if len(pictures) + len(more) > MOST_COMPARED:
+                break
+            pictures += more
+            blocks.append(block)
         vectors = np.concatenate(blocks)
         blocks.clear()  # 200 MB
         alike, compared = rows_alike(vectors)
@@ -1961,7 +1958,7 @@ class FolderStore:
             cosines[row] = np.inf  # it comes first
             nearest = apart[np.argsort(-cosines[apart])][: NEAREST + 1]
             samples.append([Match(pictures[near], float(cosines[near])) for near in nearest])
-        return Catalog(pairs, embedded, len(vectors), compared, samples, self._failures())
+        return Catalog(pairs, len(vectors), compared, samples, self._failures())
 
     def _vectors(self) -> Iterator[tuple[list[Picture], np.ndarray]]:
         """The pictures that `status` found with their vectors (n, 512), in blocks of thousands."""
@@ -3636,7 +3633,7 @@ def answer_questions(store: Store, settings: Settings, status: Status) -> int:
             for match in matches:
                 print(answer_line(question, match, settings), flush=True)
     if settings.gallery:
-        Gallery(store, settings, answers).write(status)
+        Gallery(store, settings, status, answers).write()
     return 0
 
 
@@ -3766,12 +3763,13 @@ def thumbnail_of(levels: np.ndarray) -> str:
 
 # What --gallery writes
 
-TABLE_HEAD = "what,group,name,client,similarity,copy,keep,width,height,bytes,id,image,link"
+TABLE_HEAD = "what,group,name,client,similarity,copy,same_as,width,height,bytes,id,image,link"
 TABLE_HEAD += ",reason,advice\r\n"
 # A template of Jinja, which escapes whatever is filled in. It sees the globals of this module.
 GALLERY = """\
 {% set catalog = gallery.catalog %}
 {% set settings = gallery.settings %}
+{% set status = gallery.status %}
 {% set local = settings.local is not none %}
 {% set origin = settings.local.name if local else urlsplit(settings.url).netloc %}
 {% set now = datetime.now() %}
@@ -3859,7 +3857,7 @@ nav b { display: block; font-size: 1.4rem }
 article { flex: var(--n) 1 calc(var(--n) * 8.75rem + 1.3rem); max-width: calc(var(--n) * 13rem) }
 #failed article { flex: 1 1 20rem; max-width: 40rem }
 article p { margin: .6rem 0 0 }
-.grid { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)) }
+.grid { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fit, minmax(6.8rem, 1fr)) }
 figure { margin: .4rem 0 0; min-width: 0; font-size: .8rem }
 img, .none { display: grid; width: 100%; aspect-ratio: 1; border-radius: .5rem; overflow: hidden;
   box-shadow: 0 0 0 1px var(--line); place-content: center; text-align: center }
@@ -3877,7 +3875,7 @@ similar-product search
 {{ " · " ~ shorten(origin, 200) if origin != title }}</p></header>
 <nav aria-label="Sections">
 <a href="#same"><b>{{ counted(gallery.groups|length, "group") }}</b>
-of pictures that look the same; superfluous:
+of pictures that look the same; {{ "superfluous:" if local }}
 {{ counted(gallery.superfluous|sum, "identical file" if local else "repeated picture") }} in
 {{ counted(gallery.superfluous|select|list|length, "group") }}</a>
 <a href="#failed"><b>{{ counted(catalog.failures|length, "picture") }}</b>
@@ -3888,7 +3886,7 @@ of what looks alike</a>
 <main>
 {% if gallery.answers %}
 <section id="asked"><h2>Asked</h2>
-<p>The nearest come first. The search printed all of them. For words
+<p>The nearest come first, at most {{ SHOWN_MATCHES }}. Ask your developer for more. For words
 {{ NEAR_TO_WORDS }}.</p>
 <div class="cards">
 {% for question, matches in gallery.answers.items() %}
@@ -3898,19 +3896,20 @@ of what looks alike</a>
 {% endif %}
 
 <section id="same"><h2>Looks the same</h2>
-<p>These are copies, resized pictures, or variants of one product: look before you delete. The
-largest of a group comes first. Click a picture to open its original. Click its name to open the
-product's page. Without such a page, click the line below the name to select it for copying.
-{{ table() }} lists all of these pictures, and which of the identical ones to keep. An empty cell
-there means: unknown.</p>
+<p>These are copies, resized pictures, or variants of one product: look before you delete.
+{{ "A picture that many products share may be a placeholder." if not local }}
+Where sizes are known, the largest of a group comes first. Click a picture to open its original.
+{{ "Click its name to open the product's page." if not local }}
+Click a line below a name to select it for copying. {{ table() }} lists all of these pictures;
+identical ones have the same id under same_as. An empty cell there means: unknown, or none.</p>
 <p>Pictures look the same from a similarity of {{ SAME }} on. Only the square in the middle of a
 picture is compared. The last section shows how similar other pictures are.
 {% if local and gallery.unknown() %}
 {{ counted(gallery.unknown(), "file") }} could not be read, or not in time.
 {% endif %}
 </p>
-{% if catalog.compared < catalog.embedded %}
-<p>Time was short: of {{ number(catalog.embedded) }} pictures, {{ number(catalog.compared) }} were
+{% if catalog.compared < status.done %}
+<p>Time was short: of {{ number(status.done) }} pictures, {{ number(catalog.compared) }} were
 compared with all others, and {{ number(catalog.sought_among) }} were searched for copies.</p>
 {% endif %}
 <div class="cards">
@@ -3925,7 +3924,9 @@ compared with all others, and {{ number(catalog.sought_among) }} were searched f
 {% if loop.first and last.size and gallery.looks[picture.id].largeness > last.largeness %}
 <mark>largest</mark>
 {% endif %}
-{% if gallery.copies[picture.id]|length > 1 %}<mark>{{ gallery.same }}</mark>
+{% set copies = gallery.copies[picture.id] %}
+{% if copies|length > 1 %}
+<mark>{{ "keep" if local and copies[0] == picture.id else gallery.same }}</mark>
 {% else %}{{ similarity(gallery.similarity[picture.id]) }}{% endif %}
 {% endcall %}
 {% endfor %}
@@ -3953,7 +3954,7 @@ themselves. {{ table() }} lists all of them.</p>
 
 <section id="alike"><h2>Looks alike</h2>
 <p>Some pictures from the whole catalog, each with those nearest to it, as a shop would show
-them.</p>
+them. What looks the same is left out.</p>
 <div class="cards">
 {% for matches in catalog.samples %}
 {{ nearest(matches[0].picture.name, matches, true) }}
@@ -3969,7 +3970,7 @@ class Gallery:
     template uses the attributes and methods without an underscore."""
 
     def __init__(
-        self, store: Store, settings: Settings, answers: Mapping[str, list[Match]]
+        self, store: Store, settings: Settings, status: Status, answers: Mapping[str, list[Match]]
     ) -> None:
         log.info("making the page")
         warnings.simplefilter("ignore")  # Pillow's, about what a file claims
@@ -3977,34 +3978,28 @@ class Gallery:
         self._loader = Loader(settings)
         self._path = settings.gallery or Path()
         self.settings = settings
+        self.status = status
         self.table = self._path.with_suffix(".csv")
         self.same = "same file" if settings.local else "same picture"
-        self.catalog = store.catalog()
+        self.catalog = store.catalog(status.done)
         self.answers = {asked: matches[:SHOWN_MATCHES] for asked, matches in answers.items()}
         self.similarity: dict[Id, float] = defaultdict(float)  # to the nearest of the same group
         for pair in self.catalog.pairs:
             for id_ in (pair.one.id, pair.other.id):
                 self.similarity[id_] = max(self.similarity[id_], round(pair.similarity, 6))
-        # The groups that are most alike come first.
         self.groups = joined(self.catalog.pairs)
-        self.groups.sort(key=lambda group: -min(self.similarity[one.id] for one in group))
         self.looks: dict[Id, Look] = defaultdict(Look)
         if settings.local:
             self._look(self._listed(), LOOK_SECONDS, show=False)
-        self._sort_groups()  # the order decides what is shown
+        self._arrange()  # the order decides what is shown
         # No host keeps the gallery waiting: all pictures together get the time of one.
         self._look(self._shown(), settings.fetch_seconds + 1, show=True)
-        self._sort_groups()
-        self.copies = self._find_copies()
-        # All but one of each kind are superfluous.
-        self.superfluous = [
-            len(group) - len({self.copies[one.id][0] for one in group}) for group in self.groups
-        ]
+        self._arrange()
 
-    def write(self, status: Status) -> None:
+    def write(self) -> None:
         """Writes the page, and the table beside it. Raises RunError if that can't be done."""
         try:
-            self._path.write_text(self._html(status), "utf-8", "replace")
+            self._path.write_text(self._html(), "utf-8", "replace")
             # Without the first bytes of this encoding Excel assumes another one.
             with self.table.open("w", encoding="utf-8-sig", errors="replace", newline="") as file:
                 file.write(TABLE_HEAD)
@@ -4050,32 +4045,47 @@ class Gallery:
             return self.looks.get(picture.id, Look())._replace(trouble=str(error))
         return look
 
-    def _sort_groups(self) -> None:
-        """The largest comes first, as far as sizes are known. Among equal ones the shortest name
-        comes first: it is rarely that of a copy."""
+    def _arrange(self) -> None:
+        """Sorts groups and their pictures, and sets `copies` and `superfluous`."""
+        kinds = self._kinds()
+        count = Counter(kinds.values())
+        self.groups.sort(key=lambda group: -min(self.similarity[one.id] for one in group))
+        self.groups.sort(key=lambda group: all(count[kinds[one.id]] == 1 for one in group))
         for group in self.groups:
+            # Among equal ones the shortest name comes first: it is rarely that of a copy.
             group.sort(key=lambda one: (len(one.name), str(one.id)))
             group.sort(key=lambda one: self.looks[one.id].largeness, reverse=True)
-
-    def _find_copies(self) -> dict[Id, list[Id]]:
-        """For each id of the table: the ids of the same picture, itself included. Pictures of a
-        folder are the same if their files are, others if their vectors are. The first can stay."""
-        same = joined(pair for pair in self.catalog.pairs if pair.same)
-        kinds: dict[Id, Any] = {picture.id: group[0].id for group in same for picture in group}
-        if self.settings.local:
-            kinds = {id_: look.digest for id_, look in self.looks.items() if look.digest}
+            # Copies stand together, behind those of the largest.
+            place = {kinds[one.id]: number for number, one in reversed([*enumerate(group)])}
+            group.sort(key=lambda one: place[kinds[one.id]])
+            group.sort(key=lambda one: place[kinds[one.id]] > 0 and count[kinds[one.id]] == 1)
         ids_of: dict[Any, list[Id]] = defaultdict(list)
         for picture in self._listed():
-            ids_of[kinds.get(picture.id, picture.id)].append(picture.id)
-        return {id_: ids for ids in ids_of.values() for id_ in ids}
+            ids_of[kinds[picture.id]].append(picture.id)
+        self.copies = {id_: ids for ids in ids_of.values() for id_ in ids}
+        # All but one of each kind.
+        self.superfluous = [
+            len(group) - len({kinds[one.id] for one in group}) for group in self.groups
+        ]
 
-    def _html(self, status: Status) -> str:
+    def _kinds(self) -> dict[Id, Any]:
+        """What the same pictures of the table have in common. Pictures of a folder are the same if
+        their files are, others if their vectors are."""
+        kinds: dict[Id, Any] = {picture.id: picture.id for picture in self._listed()}
+        if self.settings.local:
+            kinds |= {id_: self.looks[id_].digest or id_ for id_ in kinds}
+        else:
+            same = joined(pair for pair in self.catalog.pairs if pair.same)
+            kinds |= {picture.id: group[0].id for group in same for picture in group}
+        return kinds
+
+    def _html(self) -> str:
         import jinja2
 
         template = jinja2.Template(
             GALLERY, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
         )
-        page: str = template.render(globals(), gallery=self, status=status)
+        page: str = template.render(globals(), gallery=self)
         return page
 
     def unknown(self) -> int:
@@ -4118,11 +4128,11 @@ class Gallery:
         look = self.looks[one.id]
         copies = self.copies[one.id]
         copy = "no" if self.settings.local and look.digest else ""
-        keep: Id = ""
+        same_as: Id = ""
         if len(copies) > 1:
             copy = self.same
-            keep = copies[0]
-        row = [what, number, one.name, one.client, self.similarity.get(one.id), copy, keep]
+            same_as = copies[0]
+        row = [what, number, one.name, one.client, self.similarity.get(one.id), copy, same_as]
         row += [look.width, look.height, look.size, one.id, one.image, one.link]
         return [cell(value) for value in [*row, reason, advice_on(reason)]]
 

@@ -219,6 +219,7 @@ RESTS |= dict.fromkeys([*NO_RESTS, "9" * 5000, "1 Jan 0 0:0:0 +9999999"], (0, 0)
 def test_retry_after_says_for_how_long_the_host_rests(host):
     ends = all_at_once(host, {text: status(429, ("Retry-After", text)) for text in RESTS})
     for text, (least, most) in RESTS.items():
+        assert told(ends[text]) == "strain: HTTP 429", text
         assert least <= ends[text].rest <= most, text
         assert script.clock(ends[text].rest), text  # as the log says it
 

@@ -343,8 +343,8 @@ def test_rows_of_files_that_the_walk_did_not_find_are_not_believed(small, tmp_pa
     folder_query(small, "update images set embedding = x'00' where asset_id = 'rocket.jpg'")
     store = open_folder(small, dry_run=True)  # which deletes no row
     store.status()
-    catalog = store.catalog()
-    assert (catalog.embedded, catalog.pairs, catalog.failures) == (2, [], [])
+    catalog = store.catalog(2)
+    assert (catalog.compared, catalog.pairs, catalog.failures) == (2, [], [])
     found = {match.picture.id for match in store.search(vector(1), 9)}
     assert found == {"china.jpg", "flower.jpg"}
     open_folder(small).status()  # which deletes rows

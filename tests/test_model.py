@@ -430,6 +430,14 @@ def test_without_the_private_operators_of_torch_the_vectors_are_the_same(tiny, m
     assert np.abs(encoder_of(tiny).encode(pixels) - usual).max() < 1e-5
 
 
+def test_a_setting_has_the_last_word_on_the_cores(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "0")
+    usual = script.cores()
+    assert usual > 0
+    monkeypatch.setenv("OMP_NUM_THREADS", f"{usual + 1}")
+    assert script.cores() == usual + 1
+
+
 def test_bfloat16_is_close_to_float32_or_refused(tiny, photos):
     import torch
 
