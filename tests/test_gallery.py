@@ -181,6 +181,7 @@ def test_the_head_says_what_is_superfluous(album):
     assert "Time was short" not in page.text
     assert "1 file could not be read" in page.text
     assert "look the same from a similarity of 0.99 on" in page.text
+    assert not re.search("placeholder|product's page", page.text)
 
 
 def test_groups_have_the_picture_to_keep_first(album):
@@ -286,6 +287,8 @@ def test_short_time_and_images_that_broke_since_are_said(monkeypatch, photos, tm
     assert (group.title, group.names) == ("Group 2: 2 look the same", ["8.jpg", "0.jpg"])
     assert (group.pictures, group.boxes, group.marks) == (1, 1, [])
     assert script.EMPTY in group.text
+    monkeypatch.setattr(script, "MOST_COMPARED", 10)
+    assert store.catalog(11).sought_among == 0  # of a block of 11
 
 
 def store_of(pairs=(), samples=(), failures=()):
@@ -324,16 +327,6 @@ def test_the_page_stays_below_3_mb_whatever_is_to_be_shown(tmp_path, monkeypatch
     assert max(len(link["href"]) for link in page.named("a")) <= 800
 
 
-def test_what_pairs_connect_is_one_group_and_the_most_alike_come_first(tmp_path):
-    cosines = {(0, 1): 0.999, (2, 3): 0.998, (3, 1): 0.992, (3, 9): 0.991, (4, 5): 0.995}
-    one = [script.Picture(n, "") for n in range(10)]
-    pairs = [script.Pair(one[a], one[b], cosine) for (a, b), cosine in cosines.items()]
-    _, rows = page_of(store_of(pairs), tmp_path)
-    assert [(row["group"], row["id"]) for row in rows] == [*zip("1122222", "4501239", strict=True)]
-    nearest = [0.995, 0.995, 0.999, 0.999, 0.998, 0.998, 0.991]
-    assert [float(row["similarity"]) for row in rows] == nearest
-
-
 def test_the_largest_of_a_group_is_kept_and_is_marked_if_all_are_known(tmp_path):
     """The smallest here has the shortest name, and is the widest. The fifth and the sixth differ
     in bytes alone."""
@@ -356,15 +349,46 @@ def test_the_largest_of_a_group_is_kept_and_is_marked_if_all_are_known(tmp_path)
         assert "largest" not in card.marks
 
 
-def test_copies_stand_together_in_a_group_and_groups_with_copies_come_first(tmp_path):
-    """Sizes are not known here: no address leads anywhere."""
-    names = ["x", "yy", "copy", "copied", "near", "nearer"]
-    one, two, copy, copied, near, nearer = (script.Picture(name, name) for name in names)
-    pairs = [script.Pair(one, other, 0.992) for other in (two, copied)]
-    pairs += [script.Pair(near, nearer, 0.999), script.Pair(copied, copy, 1.0, True)]
+def test_what_pairs_connect_is_a_group_with_its_copies_side_by_side(tmp_path):
+    """Groups with copies come first, then those that are most alike. No address leads anywhere
+    here, so sizes are not known."""
+    cosines = {"a b": 0.999, "c d": 0.998, "d b": 0.992, "d e": 0.991, "near nearer": 0.995}
+    cosines |= {"x yy": 0.992, "x copied": 0.992, "copied copy": 1.0}
+    pairs = [
+        script.Pair(*(script.Picture(name, name) for name in names.split()), cosine, cosine == 1)
+        for names, cosine in cosines.items()
+    ]
     page, rows = page_of(store_of(pairs), tmp_path)
-    assert [card.names for card in page.of("same")] == [["x", *names[2:4], "yy"], names[4:]]
-    assert [row["same_as"] for row in rows] == ["", "copy", "copy", "", "", ""]
+    groups = [["x", "copy", "copied", "yy"], ["near", "nearer"], [*"abcde"]]
+    assert [card.names for card in page.of("same")] == groups
+    assert [row["same_as"] for row in rows[:5]] == ["", "copy", "copy", "", ""]
+    assert [float(row["similarity"]) for row in rows[6:]] == [0.999, 0.999, 0.998, 0.998, 0.991]
+
+
+def test_a_file_more_than_a_thousand_is_looked_at(monkeypatch, tmp_path):
+    monkeypatch.setattr(script, "LOOK_SECONDS", 600)  # however busy the machine is
+    monkeypatch.setattr(script.Gallery, "_look_at", lambda *_: script.Look(size=1))
+    failures = [script.FailedPicture(script.Picture(n, ""), "broken") for n in range(2001)]
+    page, _ = page_of(store_of(failures=failures), tmp_path, local=tmp_path)
+    assert "could not be read" not in page.text
+
+
+def test_a_folder_has_a_page_before_anything_is_embedded(tmp_path):
+    (tmp_path / "a.jpg").touch()
+    store = keep(open_folder(tmp_path), {}, {"a.jpg": script.EMPTY})
+    page, rows = page_of(store, tmp_path, local=tmp_path, status=(1, 0, 1))
+    assert (len(rows), page.of("alike")) == (1, [])
+
+
+def test_a_search_whose_reader_left_makes_its_page(album, monkeypatch, tmp_path):
+    question = {"red mug": unit(np.eye(1, 512)[0])}
+    monkeypatch.setattr(script, "question_vectors", lambda _: question)
+    monkeypatch.setattr(script, "print", Mock(side_effect=BrokenPipeError), raising=False)
+    settings = script.Settings(local=album.folder, search=("red mug",), gallery=tmp_path / "x.html")
+    store = open_folder(album.folder)
+    assert script.answer_questions(store, settings, store.status()) == 0
+    (card,) = written(settings.gallery)[0].of("asked")
+    assert (card.title, card.pictures) == ("red mug", 12)
 
 
 def test_a_picture_leads_to_its_original(tmp_path):
@@ -537,6 +561,7 @@ def test_a_databases_page_leads_to_products(shop):
     assert shop.page.head.startswith("Products 24 of 277 pictures can be found")
     assert f"· {urlsplit(shop.stack.url).netloc}" in shop.page.head
     assert "could not be read, or not in time" not in shop.page.text  # which only files are
+    assert re.search("may be a placeholder.*open the product's page", shop.page.text)
     assert "look the same; 1 repeated picture in 1 group" in shop.page.head
     same, near = shop.page.of("same")
     assert same.title == "Group 1: 2 times the same picture"
