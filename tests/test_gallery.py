@@ -1,10 +1,8 @@
 """--gallery: a page that a shop's owner acts on, and its table.
 
-The page: what looks the same (the largest first, what is superfluous is counted), what can't be
-used (why, and what to do), what looks alike; each picture leads to its original, each name to the
-product, or there is the id. It loads and runs nothing, has at most 3 MB, and says what was cut, and
-where time was short. The table has all of it, in cells that no spreadsheet takes for formulas.
-Names, addresses and reasons are from outside, and break neither.
+Each picture leads to its original, each name to the product, or there is the id. The page loads and
+runs nothing, has at most 3 MB, and says what was cut, and where time was short. The table has all
+of it, in cells that no spreadsheet takes for formulas. What comes from outside breaks neither.
 """
 
 import argparse
@@ -171,12 +169,12 @@ def album(photos, tmp_path_factory):
 
 def test_the_head_says_what_is_superfluous(album):
     page = album.page
-    assert page.head.startswith("Mugs & More 31 of 60 pictures can be found by similar-product")
-    assert re.search(r"search · \d+ [A-Z][a-z]+ \d{4}, \d\d:\d\d ", page.head)
-    assert "3 groups of pictures that look the same" in page.head
-    assert "superfluous: 2 identical files in 1 group" in page.head
-    assert "29 pictures can't be used" in page.head
-    assert "16 samples of what looks alike" in page.head
+    head = re.sub(r"\d+ [A-Z][a-z]+ \d{4}, \d\d:\d\d", "today", page.head)
+    assert head == (
+        "Mugs & More 31 of 60 pictures can be found by similar-product search · today 3 groups of "
+        "pictures that look the same; superfluous: 2 identical files in 1 group 29 pictures can't "
+        "be used 16 samples of what looks alike Looks the same "
+    )
     assert "secret place" not in page.source
     assert "Time was short" not in page.text
     assert "1 file could not be read" in page.text
@@ -249,9 +247,9 @@ def test_each_row_of_a_folders_table_is_complete(album):
 
 
 def test_a_page_may_be_of_a_subfolder_and_elsewhere(album, tmp_path):
-    given = {"local": album.folder, "client": "a <b>"}
     store = open_folder(album.folder, client="a <b>")
-    page, rows = page_of(store, tmp_path, status=store.status(), **given)
+    given = {"local": album.folder, "client": "a <b>", "status": store.status()}
+    page, rows = page_of(store, tmp_path, **given)
     assert page.head.startswith("a <b> 2 of 2 pictures")
     assert "· Mugs & More" in page.head
     assert len(rows) == 2
@@ -265,17 +263,14 @@ def test_short_time_and_images_that_broke_since_are_said(monkeypatch, photos, tm
     monkeypatch.setattr(script, "BLOCK", 4)
     vectors = {f"{n}.jpg": vector for n, vector in enumerate(vectors_for(9))}
     vectors["8.jpg"] = vectors["0.jpg"]
-    for path in vectors:
+    for path in (*vectors, "old.jpg", "older.jpg"):
         (tmp_path / path).touch()
     (tmp_path / "8.jpg").write_bytes(photos["rocket.jpg"])
     for copy in ("9.jpg", "10.jpg"):
         os.mkfifo(tmp_path / copy)  # which can't be looked at
         vectors[copy] = vectors["1.jpg"]
     store = keep(open_folder(tmp_path), vectors, {})
-    # Another version's rows are none of this page's.
-    (tmp_path / "old.jpg").touch()
-    (tmp_path / "older.jpg").touch()
-    old = open_folder(tmp_path, model_version="old")
+    old = open_folder(tmp_path, model_version="old")  # its rows are none of the page's
     keep(old, {"old.jpg": vectors["0.jpg"]}, {"older.jpg": script.EMPTY})
     page, rows = page_of(store, tmp_path, local=tmp_path, status=store.status())
     assert (len(rows), page.of("failed")) == (5, [])
@@ -317,7 +312,6 @@ def test_the_page_stays_below_3_mb_whatever_is_to_be_shown(tmp_path, monkeypatch
     assert len(page.source) > 1_500_000
     counts = {name: len(page.of(name)) for name in ("asked", "same", "failed", "alike")}
     assert counts == {"asked": 4, "same": 60, "failed": 15, "alike": 16}
-    assert [card.pictures for card in page.of("asked")] == [24] * 4
     assert [card.text.count("similarity 0.700") for card in page.of("asked")] == [24] * 4
     assert [card.pictures for card in page.of("same")] == [6] * 60
     assert page.text.count("And 4 more: see x.csv") == 60
@@ -365,24 +359,19 @@ def test_what_pairs_connect_is_a_group_with_its_copies_side_by_side(tmp_path):
     assert [float(row["similarity"]) for row in rows[6:]] == [0.999, 0.999, 0.998, 0.998, 0.991]
 
 
-def test_a_file_more_than_a_thousand_is_looked_at(monkeypatch, tmp_path):
+def test_a_folder_of_broken_files_has_a_page(monkeypatch, tmp_path):
     monkeypatch.setattr(script, "LOOK_SECONDS", 600)  # however busy the machine is
-    monkeypatch.setattr(script.Gallery, "_look_at", lambda *_: script.Look(size=1))
-    failures = [script.FailedPicture(script.Picture(n, ""), "broken") for n in range(2001)]
-    page, _ = page_of(store_of(failures=failures), tmp_path, local=tmp_path)
+    reasons = {f"{n}.jpg": script.EMPTY for n in range(1001)}  # one more than are read at once
+    for path in reasons:
+        (tmp_path / path).touch()
+    store = keep(open_folder(tmp_path), {}, reasons)
+    page, rows = page_of(store, tmp_path, local=tmp_path)
+    assert (len(rows), page.of("alike")) == (1001, [])
     assert "could not be read" not in page.text
 
 
-def test_a_folder_has_a_page_before_anything_is_embedded(tmp_path):
-    (tmp_path / "a.jpg").touch()
-    store = keep(open_folder(tmp_path), {}, {"a.jpg": script.EMPTY})
-    page, rows = page_of(store, tmp_path, local=tmp_path, status=(1, 0, 1))
-    assert (len(rows), page.of("alike")) == (1, [])
-
-
 def test_a_search_whose_reader_left_makes_its_page(album, monkeypatch, tmp_path):
-    question = {"red mug": unit(np.eye(1, 512)[0])}
-    monkeypatch.setattr(script, "question_vectors", lambda _: question)
+    monkeypatch.setattr(script, "question_vectors", lambda _: {"red mug": np.eye(512)[0]})
     monkeypatch.setattr(script, "print", Mock(side_effect=BrokenPipeError), raising=False)
     settings = script.Settings(local=album.folder, search=("red mug",), gallery=tmp_path / "x.html")
     store = open_folder(album.folder)
@@ -553,11 +542,10 @@ def shop(_stack, photos, tiny, tmp_path_factory):
         assert table.endswith(f"for a spreadsheet: {path.with_suffix('.csv')}")
         assert page.endswith(f"look at {path.as_uri()}")
         page, rows = written(path)
-        made = {"page": page, "rows": rows, "link": link, "url": host.url, "stack": _stack}
-        yield SimpleNamespace(**made, coins=len(photos["coins.png"]))
+        yield SimpleNamespace(page=page, rows=rows, link=link, url=host.url, stack=_stack)
 
 
-def test_a_databases_page_leads_to_products(shop):
+def test_a_databases_page_leads_to_products(shop, photos):
     assert shop.page.head.startswith("Products 24 of 277 pictures can be found")
     assert f"· {urlsplit(shop.stack.url).netloc}" in shop.page.head
     assert "could not be read, or not in time" not in shop.page.text  # which only files are
@@ -576,11 +564,9 @@ def test_a_databases_page_leads_to_products(shop):
     table = {row["id"]: row for row in shop.rows}
     assert table["inline"]["copy"] == "same picture"
     small = ["looks the same", "2", "coins.png", "few", "0.995", "", "", "384", "303"]
-    small += [str(shop.coins), "small", f"{shop.url}/coins.png", "", "", ""]
+    small += [str(len(photos["coins.png"])), "small", f"{shop.url}/coins.png", "", "", ""]
     assert [*table["small"].values()] == small
-    gone = ["can't be used", "", "gone now.jpg", ODD, "", "", "", "", "", ""]
-    gone += ["gone", f"{shop.url}/gone%20now.jpg", shop.link, "HTTP 404"]
-    assert [*table["gone"].values()] == [*gone, script.advice_on("HTTP 404")]
+    assert table["gone"]["link"] == shop.link
     assert len(shop.page.of("alike")) == 16
     for card in shop.page.of("alike"):
         assert 5 <= len(card.names) <= 7  # the index may miss one
