@@ -153,7 +153,7 @@ def album(photos, tmp_path_factory):
         path = f"rocket.{kind}"
         files[path] = saved(rocket.resize((100 + number, 50)), kind)
         vectors[path] = near(vectors["rocket.jpg"], 0.9999)
-    files["chelsea-2.png"] = photos["cell.png"]
+    files["chelsea-2.png"] = photos["cell.png"][:9000]  # cut off since
     vectors["chelsea-2.png"] = near(vectors["chelsea.png"], 0.993)
     failures = {f"broken {n}.jpg": script.EMPTY for n in range(25)}
     failures |= {"a page.jpg": script.WEB_PAGE, "svg.jpg": script.SVG, "odd.jpg": "a riddle (42)"}
@@ -193,8 +193,9 @@ def test_groups_have_the_picture_to_keep_first(album):
     assert (second.pictures, second.boxes, second.marks) == (6, 0, ["largest"])
     assert second.text.count("similarity 0.999") == 6
     assert "640 x 427, 75 KB" in second.text
-    assert third.names == ["chelsea-2.png", "chelsea.png"]  # whose file has fewer pixels
+    assert third.names == ["chelsea-2.png", "chelsea.png"]  # which has fewer pixels, more bytes
     assert third.text.count("similarity 0.993") == 2
+    assert (third.pictures, third.boxes, "550 x 660, 9 KB" in third.text) == (1, 1, True)
     assert "a <b>/a:b #1 50%;=1+1.png" in first.text  # the id, to be copied
 
 
@@ -211,6 +212,8 @@ def test_samples_are_of_different_groups(album):
         assert (len(similarities), similarities) == (6, sorted(similarities, reverse=True))
     shown = {name for card in cards for name in card.names}
     assert all(group & shown for group in groups)
+    ends = ("a:b #1 50%;=1+1.png", "text.png")
+    assert (cards[0].title, cards[-1].title) == ends  # from the first id to the last
 
 
 def test_failures_are_told_once_with_what_to_do(album):
@@ -252,7 +255,7 @@ def test_a_page_may_be_of_a_subfolder_and_elsewhere(album, tmp_path):
     page, rows = page_of(store, tmp_path, **given)
     assert page.head.startswith("a <b> 2 of 2 pictures")
     assert "· Mugs & More" in page.head
-    assert len(rows) == 2
+    assert [row["copy"] for row in rows] == ["same file"] * 2
     links = [unquote(link) for card in page.of("same") for link in card.links]
     assert len(links) == 2
     assert all((tmp_path / link).is_file() for link in links)
@@ -346,17 +349,19 @@ def test_the_largest_of_a_group_is_kept_and_is_marked_if_all_are_known(tmp_path)
 def test_what_pairs_connect_is_a_group_with_its_copies_side_by_side(tmp_path):
     """Groups with copies come first, then those that are most alike. No address leads anywhere
     here, so sizes are not known."""
-    cosines = {"a b": 0.999, "c d": 0.998, "d b": 0.992, "d e": 0.991, "near nearer": 0.995}
-    cosines |= {"x yy": 0.992, "x copied": 0.992, "copied copy": 1.0}
+    cosines = {"a b": 0.999, "c d": 0.998, "d b": 0.992, "d e": 0.991, "near nearer": 0.997}
+    cosines |= {"x yy": 0.992, "x copied": 0.992, "copied copy": 1.0, "x longest": 1.0}
+    cosines |= {"s two": 0.995, "two three": 1.0}
     pairs = [
         script.Pair(*(script.Picture(name, name) for name in names.split()), cosine, cosine == 1)
         for names, cosine in cosines.items()
     ]
     page, rows = page_of(store_of(pairs), tmp_path)
-    groups = [["x", "copy", "copied", "yy"], ["near", "nearer"], [*"abcde"]]
-    assert [card.names for card in page.of("same")] == groups
-    assert [row["same_as"] for row in rows[:5]] == ["", "copy", "copy", "", ""]
-    assert [float(row["similarity"]) for row in rows[6:]] == [0.999, 0.999, 0.998, 0.998, 0.991]
+    groups = ["s two three", "x longest copy copied yy", "near nearer", "a b c d e"]
+    assert [" ".join(card.names) for card in page.of("same")] == groups
+    same_as = ["", "two", "two", "x", "x", "copy", "copy", *[""] * 8]
+    assert [row["same_as"] for row in rows] == same_as
+    assert [float(row["similarity"]) for row in rows[10:]] == [0.999, 0.999, 0.998, 0.998, 0.991]
 
 
 def test_a_folder_of_broken_files_has_a_page(monkeypatch, tmp_path):
