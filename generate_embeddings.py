@@ -4005,7 +4005,9 @@ class Gallery:
                 file.write(TABLE_HEAD)
                 csv.writer(file).writerows(self._rows())
         except OSError as error:
-            raise RunError(f"{error.filename} can't be written: {error.strerror}") from None
+            # A full disk names no file.
+            file = error.filename or self._path
+            raise RunError(f"{file} can't be written: {error.strerror}") from None
         log.info("for a spreadsheet: %s", self.table)
         log.info("look at %s", self._path.as_uri())
 

@@ -1,10 +1,8 @@
 """--gallery: a page that a shop's owner acts on, and its table.
 
-The page: what looks the same (the largest first, what is superfluous is counted), what can't be
-used (why, and what to do), what looks alike; each picture leads to its original, each name to the
-product, or there is the id. It loads and runs nothing, has at most 3 MB, and says what was cut, and
-where time was short. The table has all of it, in cells that no spreadsheet takes for formulas.
-Names, addresses and reasons are from outside, and break neither.
+Each picture leads to its original, each name to the product, or there is the id. The page loads and
+runs nothing, has at most 3 MB, and says what was cut, and where time was short. The table has all
+of it, in cells that no spreadsheet takes for formulas. What comes from outside breaks neither.
 """
 
 import argparse
@@ -13,9 +11,11 @@ import csv
 import io
 import os
 import re
+import struct
 from html import unescape
 from html.parser import HTMLParser
 from types import SimpleNamespace
+from unittest.mock import Mock
 from urllib.parse import unquote, urlsplit
 
 import answers
@@ -105,8 +105,9 @@ class Page(HTMLParser):
 
 def written(path):
     """The page at a path, and its table's rows."""
-    with path.with_suffix(".csv").open(encoding="utf-8-sig", newline="") as file:
-        rows = list(csv.DictReader(file))
+    table = path.with_suffix(".csv").read_bytes()
+    assert table.startswith(b"\xef\xbb\xbf")  # else Excel takes it for another encoding
+    rows = list(csv.DictReader(io.StringIO(table.decode("utf-8-sig"), newline="")))
     for row in rows:
         for text in row.values():
             assert not re.search(r"""(^|[;\t\r\n])[\s"]*[=+@-]""", text), text
@@ -139,23 +140,23 @@ def keep(store, vectors, failures):
 
 @pytest.fixture(scope="module")
 def album(photos, tmp_path_factory):
-    """A folder: 22 photographs, a file three times, one in three other formats, two that look
+    """A folder: 22 photographs, a file three times, one in six other formats, two that look
     alike, odd names, 29 files that are no images; with its page and its table."""
     folder = tmp_path_factory.mktemp("secret place") / "Mugs & More"
-    (folder / "new <b>").mkdir(parents=True)
+    (folder / "a <b>").mkdir(parents=True)
     files = dict(photos)
     vectors = dict(zip(files, vectors_for(len(files)), strict=True))
-    for copy in ("new <b>/=cmd|'copy'.png", "new <b>/a:b #1 50%;=1+1.png"):
+    for copy in ("a <b>/=cmd|'copy'.png", "a <b>/a:b #1 50%;=1+1.png"):
         files[copy], vectors[copy] = files["coffee.png"], vectors["coffee.png"]
     rocket = Image.open(io.BytesIO(photos["rocket.jpg"]))
-    for number, kind in enumerate(("png", "webp", "avif")):
+    for number, kind in enumerate(("png", "webp", "avif", "gif", "bmp", "tiff")):
         path = f"rocket.{kind}"
         files[path] = saved(rocket.resize((100 + number, 50)), kind)
         vectors[path] = near(vectors["rocket.jpg"], 0.9999)
-    files["chelsea-2.png"] = photos["cell.png"]
+    files["chelsea-2.png"] = photos["cell.png"][:9000]  # cut off since
     vectors["chelsea-2.png"] = near(vectors["chelsea.png"], 0.993)
     failures = {f"broken {n}.jpg": script.EMPTY for n in range(25)}
-    failures |= {"page.jpg": script.WEB_PAGE, "svg.jpg": script.SVG, "odd.jpg": "a riddle (42)"}
+    failures |= {"a page.jpg": script.WEB_PAGE, "svg.jpg": script.SVG, "odd.jpg": "a riddle (42)"}
     for path in failures:
         files[path] = b"" if "broken" in path else path.encode()
     for path, data in files.items():
@@ -168,14 +169,17 @@ def album(photos, tmp_path_factory):
 
 def test_the_head_says_what_is_superfluous(album):
     page = album.page
-    assert page.head.startswith("Mugs & More 28 of 57 pictures can be found by similar-product")
-    assert "3 groups of pictures that look the same" in page.head
-    assert "superfluous: 2 identical files in 1 group" in page.head
-    assert "29 pictures can't be used" in page.head
-    assert "16 samples of what looks alike" in page.head
+    head = re.sub(r"\d+ [A-Z][a-z]+ \d{4}, \d\d:\d\d", "today", page.head)
+    assert head == (
+        "Mugs & More 31 of 60 pictures can be found by similar-product search · today 3 groups of "
+        "pictures that look the same; superfluous: 2 identical files in 1 group 29 pictures can't "
+        "be used 16 samples of what looks alike Looks the same "
+    )
     assert "secret place" not in page.source
     assert "Time was short" not in page.text
     assert "1 file could not be read" in page.text
+    assert "look the same from a similarity of 0.99 on" in page.text
+    assert not re.search("placeholder|product's page", page.text)
 
 
 def test_groups_have_the_picture_to_keep_first(album):
@@ -183,14 +187,16 @@ def test_groups_have_the_picture_to_keep_first(album):
     assert first.title == "Group 1: 3 times the same file"
     assert first.names == ["coffee.png", "=cmd|'copy'.png", "a:b #1 50%;=1+1.png"]
     assert first.marks == ["keep", "same file", "same file"]
-    assert second.title == "Group 2: 4 look the same"
-    assert second.names == ["rocket.jpg", "rocket.avif", "rocket.webp", "rocket.png"]
-    assert second.marks == ["largest"]
-    assert second.text.count("similarity 0.999") == 4
+    assert second.title == "Group 2: 7 look the same"
+    shown = ("jpg", "tiff", "bmp", "gif", "avif", "webp")  # all but the smallest
+    assert second.names == [f"rocket.{kind}" for kind in shown]
+    assert (second.pictures, second.boxes, second.marks) == (6, 0, ["largest"])
+    assert second.text.count("similarity 0.999") == 6
     assert "640 x 427, 75 KB" in second.text
-    assert third.names == ["chelsea-2.png", "chelsea.png"]  # whose file has fewer pixels
+    assert third.names == ["chelsea-2.png", "chelsea.png"]  # which has fewer pixels, more bytes
     assert third.text.count("similarity 0.993") == 2
-    assert "new <b>/a:b #1 50%;=1+1.png" in first.text  # the id, to be copied
+    assert (third.pictures, third.boxes, "550 x 660, 9 KB" in third.text) == (1, 1, True)
+    assert "a <b>/a:b #1 50%;=1+1.png" in first.text  # the id, to be copied
 
 
 def test_samples_are_of_different_groups(album):
@@ -202,12 +208,18 @@ def test_samples_are_of_different_groups(album):
         assert card.title == card.names[0]
         assert len(set(card.names)) == 7
         assert all(len(group & set(card.names)) < 2 for group in groups)
-        assert card.text.count("similarity") == 6
+        similarities = re.findall(r"similarity (0\.\d{3})", card.text)
+        assert (len(similarities), similarities) == (6, sorted(similarities, reverse=True))
+    shown = {name for card in cards for name in card.names}
+    assert all(group & shown for group in groups)
+    ends = ("a:b #1 50%;=1+1.png", "text.png")
+    assert (cards[0].title, cards[-1].title) == ends  # from the first id to the last
 
 
 def test_failures_are_told_once_with_what_to_do(album):
     empty, *others = album.page.of("failed")
     assert album.page.text.count("search can't find these until they are fixed.") == 1
+    assert "Open it" in empty.text
     assert empty.text.startswith("An empty file 25 The file is damaged or was cut off")
     assert empty.names == [f"broken {n}.jpg" for n in (0, 1, 10, 11, 12, 13, 14, 15)]
     assert "And 17 more: see x.csv ." in empty.text
@@ -218,7 +230,8 @@ def test_failures_are_told_once_with_what_to_do(album):
 
 def test_each_row_of_a_folders_table_is_complete(album):
     rows = album.rows
-    assert [row["group"] for row in rows] == [*"111222233", *[""] * 29]
+    assert [row["group"] for row in rows] == [*"111222222233", *[""] * 29]
+    assert [row["what"] for row in rows] == ["looks the same"] * 12 + ["can't be used"] * 29
     for row in rows:
         path = row["id"].replace("'=", "=")
         if path == "pipe.jpg":  # which can't be looked at
@@ -232,16 +245,17 @@ def test_each_row_of_a_folders_table_is_complete(album):
                 assert (row["width"], row["height"]) == tuple(map(str, image.size))
         assert row["advice"] == script.advice_on(row["reason"])
     assert [row["same_as"] for row in rows[:4]] == ["coffee.png"] * 3 + [""]
-    assert {row["reason"] for row in rows[9:]} >= {"an empty file", "a riddle (42)"}
+    assert {row["same_as"] for row in rows if "broken" in row["id"]} == {"broken 0.jpg"}
+    assert {row["reason"] for row in rows[12:]} >= {"an empty file", "a riddle (42)"}
 
 
 def test_a_page_may_be_of_a_subfolder_and_elsewhere(album, tmp_path):
-    given = {"local": album.folder, "client": "new <b>"}
-    store = open_folder(album.folder, client="new <b>")
-    page, rows = page_of(store, tmp_path, status=store.status(), **given)
-    assert page.head.startswith("new <b> 2 of 2 pictures")
+    store = open_folder(album.folder, client="a <b>")
+    given = {"local": album.folder, "client": "a <b>", "status": store.status()}
+    page, rows = page_of(store, tmp_path, **given)
+    assert page.head.startswith("a <b> 2 of 2 pictures")
     assert "· Mugs & More" in page.head
-    assert len(rows) == 2
+    assert [row["copy"] for row in rows] == ["same file"] * 2
     links = [unquote(link) for card in page.of("same") for link in card.links]
     assert len(links) == 2
     assert all((tmp_path / link).is_file() for link in links)
@@ -252,14 +266,17 @@ def test_short_time_and_images_that_broke_since_are_said(monkeypatch, photos, tm
     monkeypatch.setattr(script, "BLOCK", 4)
     vectors = {f"{n}.jpg": vector for n, vector in enumerate(vectors_for(9))}
     vectors["8.jpg"] = vectors["0.jpg"]
-    for path in vectors:
+    for path in (*vectors, "old.jpg", "older.jpg"):
         (tmp_path / path).touch()
     (tmp_path / "8.jpg").write_bytes(photos["rocket.jpg"])
     for copy in ("9.jpg", "10.jpg"):
         os.mkfifo(tmp_path / copy)  # which can't be looked at
         vectors[copy] = vectors["1.jpg"]
     store = keep(open_folder(tmp_path), vectors, {})
+    old = open_folder(tmp_path, model_version="old")  # its rows are none of the page's
+    keep(old, {"old.jpg": vectors["0.jpg"]}, {"older.jpg": script.EMPTY})
     page, rows = page_of(store, tmp_path, local=tmp_path, status=store.status())
+    assert (len(rows), page.of("failed")) == (5, [])
     assert "of 11 pictures, 7 were compared with all others, and 11 were" in page.text
     assert "4 files could not be read, or not in time." in page.text
     assert {row["copy"] for row in rows if row["id"] in ("9.jpg", "10.jpg")} == {""}
@@ -268,6 +285,8 @@ def test_short_time_and_images_that_broke_since_are_said(monkeypatch, photos, tm
     assert (group.title, group.names) == ("Group 2: 2 look the same", ["8.jpg", "0.jpg"])
     assert (group.pictures, group.boxes, group.marks) == (1, 1, [])
     assert script.EMPTY in group.text
+    monkeypatch.setattr(script, "MOST_COMPARED", 10)
+    assert store.catalog(11).sought_among == 0  # of a block of 11
 
 
 def store_of(pairs=(), samples=(), failures=()):
@@ -290,11 +309,13 @@ def test_the_page_stays_below_3_mb_whatever_is_to_be_shown(tmp_path, monkeypatch
     matches = [script.Match(picture, 0.7) for picture in pictures[::10]]
     failures = [script.FailedPicture(one, f"{one.id % 40} {ODD}") for one in pictures * 5]
     store = store_of(pairs, [matches[:7]] * 16, failures)
-    page, rows = page_of(store, tmp_path, {f"{n} {ODD}": matches for n in range(4)})
+    asked = {f"{n} {ODD}": matches for n in range(4)}
+    page, rows = page_of(store, tmp_path, asked, status=(1200, 1000, 0))
+    assert "1,000 of 1,200 pictures can be found" in page.head
     assert len(page.source) > 1_500_000
     counts = {name: len(page.of(name)) for name in ("asked", "same", "failed", "alike")}
     assert counts == {"asked": 4, "same": 60, "failed": 15, "alike": 16}
-    assert [card.pictures for card in page.of("asked")] == [24] * 4
+    assert [card.text.count("similarity 0.700") for card in page.of("asked")] == [24] * 4
     assert [card.pictures for card in page.of("same")] == [6] * 60
     assert page.text.count("And 4 more: see x.csv") == 60
     assert "And 40 more: see x.csv" in page.text
@@ -304,10 +325,12 @@ def test_the_page_stays_below_3_mb_whatever_is_to_be_shown(tmp_path, monkeypatch
 
 
 def test_the_largest_of_a_group_is_kept_and_is_marked_if_all_are_known(tmp_path):
-    """The smallest here has the shortest name."""
+    """The smallest here has the shortest name, and is the widest. The fifth and the sixth differ
+    in bytes alone."""
+    sizes = [(700 - 50 * n, 20 * n) for n in (1, 2, 3, 4, 5, 5, 5)]
     images = {
-        f"/{'x' * n}.png": saved(Image.new("RGB", (90 + 10 * n, 100), "red"), "PNG")
-        for n in range(1, 8)
+        f"/{'x' * n}.png": saved(Image.new("RGB", size, "red"), "PNG", compress_level=9 * (n != 6))
+        for n, size in enumerate(sizes, 1)
     }
     with ImageHost(images) as host:
         pictures = [script.Picture(path, host.url_of(path)) for path in images]
@@ -323,24 +346,54 @@ def test_the_largest_of_a_group_is_kept_and_is_marked_if_all_are_known(tmp_path)
         assert "largest" not in card.marks
 
 
-def test_copies_stand_together_in_a_group_and_groups_with_copies_come_first(tmp_path):
-    """Sizes are not known here: no address leads anywhere."""
-    names = ["x", "yy", "copy", "copied", "near", "nearer"]
-    one, two, copy, copied, near, nearer = (script.Picture(name, name) for name in names)
-    pairs = [script.Pair(one, other, 0.992) for other in (two, copied)]
-    pairs += [script.Pair(near, nearer, 0.999), script.Pair(copied, copy, 1.0, True)]
+def test_what_pairs_connect_is_a_group_with_its_copies_side_by_side(tmp_path):
+    """Groups with copies come first, then those that are most alike. No address leads anywhere
+    here, so sizes are not known."""
+    cosines = {"a b": 0.999, "c d": 0.998, "d b": 0.992, "d e": 0.991, "near nearer": 0.997}
+    cosines |= {"x yy": 0.992, "x copied": 0.992, "copied copy": 1.0, "x longest": 1.0}
+    cosines |= {"s two": 0.995, "two three": 1.0}
+    pairs = [
+        script.Pair(*(script.Picture(name, name) for name in names.split()), cosine, cosine == 1)
+        for names, cosine in cosines.items()
+    ]
     page, rows = page_of(store_of(pairs), tmp_path)
-    assert [card.names for card in page.of("same")] == [["x", *names[2:4], "yy"], names[4:]]
-    assert [row["same_as"] for row in rows] == ["", "copy", "copy", "", "", ""]
+    groups = ["s two three", "x longest copy copied yy", "near nearer", "a b c d e"]
+    assert [" ".join(card.names) for card in page.of("same")] == groups
+    same_as = ["", "two", "two", "x", "x", "copy", "copy", *[""] * 8]
+    assert [row["same_as"] for row in rows] == same_as
+    assert [float(row["similarity"]) for row in rows[10:]] == [0.999, 0.999, 0.998, 0.998, 0.991]
+
+
+def test_a_folder_of_broken_files_has_a_page(monkeypatch, tmp_path):
+    monkeypatch.setattr(script, "LOOK_SECONDS", 600)  # however busy the machine is
+    reasons = {f"{n}.jpg": script.EMPTY for n in range(1001)}  # one more than are read at once
+    for path in reasons:
+        (tmp_path / path).touch()
+    store = keep(open_folder(tmp_path), {}, reasons)
+    page, rows = page_of(store, tmp_path, local=tmp_path)
+    assert (len(rows), page.of("alike")) == (1001, [])
+    assert "could not be read" not in page.text
+
+
+def test_a_search_whose_reader_left_makes_its_page(album, monkeypatch, tmp_path):
+    monkeypatch.setattr(script, "question_vectors", lambda _: {"red mug": np.eye(512)[0]})
+    monkeypatch.setattr(script, "print", Mock(side_effect=BrokenPipeError), raising=False)
+    settings = script.Settings(local=album.folder, search=("red mug",), gallery=tmp_path / "x.html")
+    store = open_folder(album.folder)
+    assert script.answer_questions(store, settings, store.status()) == 0
+    (card,) = written(settings.gallery)[0].of("asked")
+    assert (card.title, card.pictures) == ("red mug", 12)
 
 
 def test_a_picture_leads_to_its_original(tmp_path):
     leads_to = {
         "//x/a.jpg": "https://x/a.jpg",
+        "HTTPS://x/b.jpg": "HTTPS://x/b.jpg",
         "/storage/v1/object/public/a.jpg": "https://abc/storage/v1/object/public/a.jpg",
         "/images/a.jpg": None,
         "javascript:alert('http://x')": None,
         "//" + "x" * 900: None,
+        "//" + "é" * 450: None,  # as many bytes
         "/storage/v1/object/" + "&" * 200: None,  # &amp;
     }
     failures = [script.FailedPicture(script.Picture(1, image), "HTTP 404") for image in leads_to]
@@ -361,18 +414,28 @@ def test_no_host_keeps_the_page_waiting(tmp_path):
 def test_a_cell_that_begins_like_a_formula_is_quoted():
     cells = {f"{sign}1": f"'{sign}1" for sign in "=+-@\uff1d"}
     cells |= {"\t=1": "\t'=1", "a;=1": "a;'=1", 'a;"=1': "a;\"'=1", "a\n+1": "a\n'+1"}
-    cells |= {"mug - blue, -1": "mug - blue, -1"}
+    cells |= {text: text for text in ("mug - blue, -1", "x" * 2000, -1)}
     assert {text: script.cell(text) for text in cells} == cells
     assert script.cell("=" + "x" * 9999).startswith("'=x")
 
 
 def test_width_and_height_are_read_without_codecs():
     made = [(kind, {}) for kind in ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "AVIF")]
-    for kind, options in [*made, ("WEBP", {"lossless": True}), ("WEBP", {"exif": exif(6)})]:
+    made += [("WEBP", {"lossless": True}), ("WEBP", {"exif": exif(6)})]
+    made += [("JPEG", {"icc_profile": bytes(10**6)})]  # which comes first
+    for kind, options in made:
         data = saved(Image.new("RGB", (301, 202), "red"), kind, **options)
         assert script.measures_of(data) == (301, 202), (kind, options)
         for end in (0, 9, 16, 25, 30):
             script.measures_of(data[:end])  # raises nothing
+    tiled = ((512, 512), (1001, 700), (512, 188))
+    boxes = (b"ispe" + struct.pack(">3I", 0, *size) for size in tiled)
+    assert script.measures_of(b"ftypheic" + b"".join(boxes)) == (1001, 700)
+
+
+def test_a_thumbnail_is_as_good_as_its_bytes_allow(photos):
+    levels = np.asarray(Image.open(io.BytesIO(photos["rocket.jpg"])))
+    assert 1600 < len(script.thumbnail_of(levels)) < 3700
 
 
 def test_all_pairs_above_the_line_are_found_and_no_other(monkeypatch):
@@ -439,6 +502,13 @@ def test_a_page_that_can_not_be_written_is_refused_at_once(album, tmp_path):
     assert script.to_gallery(str(earlier)) == earlier
 
 
+def test_a_page_that_becomes_impossible_to_write_is_said(monkeypatch, tmp_path):
+    for gone in (OSError(28, "No space left"), OSError(28, "No space left", str(tmp_path))):
+        monkeypatch.setattr(script.Path, "write_text", Mock(side_effect=gone))
+        with pytest.raises(script.RunError, match=f"^{tmp_path}.* can't be written: No space left"):
+            page_of(store_of(), tmp_path)
+
+
 @pytest.fixture(scope="module")
 def shop(_stack, photos, tiny, tmp_path_factory):
     """A catalog with ids of text, odd names, titles and links, and more dead links than an answer
@@ -464,6 +534,8 @@ def shop(_stack, photos, tiny, tmp_path_factory):
         dead |= {"gone": host.url_of("/gone%20now.jpg"), "bad": "javascript:alert(1)", "none": None}
         reasons = {"bad": script.OTHER_SCHEME, "none": script.NO_IMAGE}
         _stack.add_assets((id_, url, ODD) for id_, url in (urls | dead).items())
+        few = "split_part(id, ' ', 1) in ('small', 'coins.png', 'cell.png', '0', '1')"
+        _stack.sql(f"update assets set client_name = 'few' where {few}")
         keep(store, vectors, dict.fromkeys(dead, "HTTP 404") | reasons)
         _stack.sql("update assets set name = %s where id ^@ 'rocket'", (f"Rocket {ODD}",))
         link = f"https://shop.example/{ODD}"
@@ -471,13 +543,18 @@ def shop(_stack, photos, tiny, tmp_path_factory):
         cli = stack_cli(_stack, tiny, tmp_path_factory.mktemp("cwd"))
         run = cli("--gallery", "gallery.html")
         path = cli.folder / "gallery.html"
-        assert run.err.splitlines()[-1].endswith(f"look at {path.as_uri()}"), run.err
+        table, page = run.err.splitlines()[-2:]
+        assert table.endswith(f"for a spreadsheet: {path.with_suffix('.csv')}")
+        assert page.endswith(f"look at {path.as_uri()}")
         page, rows = written(path)
-        yield SimpleNamespace(page=page, rows=rows, link=link, url=host.url)
+        yield SimpleNamespace(page=page, rows=rows, link=link, url=host.url, stack=_stack)
 
 
-def test_a_databases_page_leads_to_products(shop):
+def test_a_databases_page_leads_to_products(shop, photos):
     assert shop.page.head.startswith("Products 24 of 277 pictures can be found")
+    assert f"· {urlsplit(shop.stack.url).netloc}" in shop.page.head
+    assert "could not be read, or not in time" not in shop.page.text  # which only files are
+    assert re.search("may be a placeholder.*open the product's page", shop.page.text)
     assert "look the same; 1 repeated picture in 1 group" in shop.page.head
     same, near = shop.page.of("same")
     assert same.title == "Group 1: 2 times the same picture"
@@ -488,10 +565,13 @@ def test_a_databases_page_leads_to_products(shop):
     assert sorted(same.links) == [f"{shop.url}/rocket.jpg", shop.link]
     assert near.names == ["coffee.png", "coins.png"]
     assert near.marks == ["largest"]
-    assert " small " in f"{near.text} "  # its id, to be copied
+    assert " small few " in near.text  # its id, to be copied, and its client
     table = {row["id"]: row for row in shop.rows}
-    assert (table["inline"]["copy"], table["small"]["copy"]) == ("same picture", "")
-    assert (table["small"]["width"], table["gone"]["link"]) == ("384", shop.link)
+    assert table["inline"]["copy"] == "same picture"
+    small = ["looks the same", "2", "coins.png", "few", "0.995", "", "", "384", "303"]
+    small += [str(len(photos["coins.png"])), "small", f"{shop.url}/coins.png", "", "", ""]
+    assert [*table["small"].values()] == small
+    assert table["gone"]["link"] == shop.link
     assert len(shop.page.of("alike")) == 16
     for card in shop.page.of("alike"):
         assert 5 <= len(card.names) <= 7  # the index may miss one
@@ -505,3 +585,12 @@ def test_a_databases_failures_are_all_in_the_table(shop):
     assert "Nothing is at this address" in failed["HTTP 404"].text
     assert failed["No image URL"].links == []
     assert "javascript:alert(1)" in failed["Only http, https and data URLs are fetched"].text
+
+
+def test_a_client_has_a_page_of_its_own_pictures(shop):
+    catalog = open_store(shop.stack, client="few").catalog(3)
+    assert [failure.picture.id for failure in catalog.failures] == ["0", "1"]
+    counts = (catalog.sought_among, catalog.compared, len(catalog.samples))
+    assert (counts, catalog.pairs) == ((3, 3, 3), [])
+    found = {match.picture.client for sample in catalog.samples for match in sample}
+    assert found == {"few"}
