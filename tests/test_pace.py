@@ -185,12 +185,17 @@ def test_the_window_grows_by_one_an_image_and_above_the_threshold_by_one_a_round
 
 
 @pytest.mark.parametrize(
-    ("fastest", "seconds", "window"), [(0.5, 1.9, 6), (0.5, 5.0, 5), (0.5, 9.0, 2.5), (5.0, 5.0, 6)]
+    ("seconds", "window"),
+    [
+        *(([0.5, 1.9], 6), ([0.5, 2.1], 5), ([0.5, 7.9], 5), ([0.5, 8.1], 2.5)),
+        *(([5.0, 7.4], 6), ([5.0, 7.6], 5), ([9.0, 9.0], 6)),
+        *(([0.5, 5.0, 5.0], 5), ([0.5, 9.0, 9.0], 2.5)),
+    ],
 )
-def test_only_an_image_that_is_quick_for_its_host_widens_the_window(fastest, seconds, window):
+def test_only_an_image_that_is_quick_for_its_host_widens_the_window(seconds, window):
     pace = script.Pace(4, 16)
-    pace.arrived(1.0, fastest)
-    pace.arrived(20.0, seconds)
+    for number, one in enumerate(seconds):
+        pace.arrived(20.0 + number, one)
     assert pace.window == window
 
 
@@ -206,6 +211,8 @@ def test_rests_double_up_to_16_seconds_and_begin_with_the_third_strain():
     crowd.arrived(now, 0.1)
     strained(crowd, now)
     assert crowd.rest_until == now + 1  # in a window below three each strain rests
+    for window, rest_until in ((2, 101), (3, 0)):
+        assert strained(script.Pace(window, 16), 100.0).rest_until == rest_until
 
 
 @pytest.mark.parametrize(("rest", "given_up"), [(37, False), (890, False), (901, True)])
@@ -238,10 +245,10 @@ def test_a_host_is_given_up_after_three_rounds_and_a_minute_without_an_image(nam
     for before in ([], [0, 0, 0, 1, 2, 3, 4]):  # it recovered from these
         pace = script.Pace(4, 16)
         for moment in before:
-            strained(pace, moment)
-        pace.arrived(5.0, 0.1)
+            strained(pace, moment, rest=200)
+        pace.arrived(505.0, 0.1)
         given_up = []
         for moment in moments:
-            strained(pace, 5.0 + moment, rest=rest, since=4.9 + moment)
+            strained(pace, 505.0 + moment, rest=rest, since=504.9 + moment)
             given_up += [moment] if pace.given_up else []
         assert given_up[:1] == ([end] if end else [])

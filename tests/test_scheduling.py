@@ -7,6 +7,8 @@ what ends a run, and with which exit code.
 """
 
 import contextlib
+import itertools
+import math
 import re
 import threading
 import time
@@ -108,6 +110,20 @@ def ride(monkeypatch):
     return ride
 
 
+def idle(**settings):
+    """A run over 12 assets that has not begun; in the place of its tasks are notes of them."""
+    store, made = MemoryStore([""] * 12), script.Settings(**settings)
+    run = script.Run(store, made, script.Report(store.status(), made), script.Stop())
+    run.started = []
+
+    def start(task, *work):
+        run.tasks[len(run.tasks)] = task
+        run.started.append(work)
+
+    run.start = start
+    return run
+
+
 def counts(report):
     return report.embedded, report.failed, report.left
 
@@ -193,18 +209,45 @@ def test_hosts_take_turns(ride, good, answering, monkeypatch):
     assert len(set(asked[:2])) == len(set(asked[2:4])) == 2
 
 
-def test_when_what_waits_is_tried_again_is_said():
-    for hours, shown in ((0.1, "%H:%M:%S"), (73, "%-d %B")):
-        due = datetime.now().astimezone() + timedelta(hours=hours)
-        report = script.Report(Status(1, 0, 1, 1, due), script.Settings())
-        assert f"1 failed before, tried again from {due:{shown}} on, 0 to do" in report.beginning()
-
-
-def test_a_report_keeps_no_data_urls():
-    report = script.Report(Status(1, 0, 0), script.Settings())
-    failed = Failed(Asset(1, "data:" + "x" * 10**6), "decode", "too few pixels (1 x 1)")
-    report.count(failed, taken=True)
-    assert len(str(report.examples)) < 1000
+@pytest.mark.parametrize(("hours", "shown"), [(0.1, "%H:%M:%S"), (73, "%-d %B")])
+def test_a_report_says_what_became_of_each_asset(hours, shown):
+    due = datetime.now().astimezone() + timedelta(hours=hours)
+    report = script.Report(Status(3000, 900, 150, 50, due), script.Settings())
+    again = f"50 failed before, tried again from {due:{shown}} on"
+    to_do = "2,050 to do, of which 100 failed before"
+    assert report.beginning() == f"3,000 assets: 900 done, {again}, {to_do}"
+    asset = Asset(1, "data:" + "x" * 10**6, title="Mug")  # no report keeps it
+    report.count(Embedded(asset, vector(1)), taken=False)
+    assert (*counts(report), report.exit_code) == (0, 0, 2050, 0)
+    report.left_of["a host: HTTP 503"] += 7
+    assert report.exit_code == 1
+    for number in range(1100):
+        report.count(Embedded(asset, vector(1)), taken=True)
+        if number < 9:
+            reason = "HTTP 404" if number else "too few pixels (1 x 1)"
+            report.count(Failed(asset._replace(id=number), "fetch", reason), taken=True)
+    report.left_of.clear()
+    assert (*counts(report), report.exit_code) == (1100, 9, 941, 1)
+    report.found = 2100  # more than there were at the beginning
+    *lines, _, last = report.lines()
+    assert lines[:3] == ["Embedded     1,100", "Failed           9", "       8  fetch: HTTP 404"]
+    assert lines[3].strip() == script.ADVICE["HTTP 404"]
+    assert [line[:18] for line in lines[4:7]] == [f"          {n}  Mug  " for n in (1, 2, 3)]
+    assert lines[7:9] == [
+        "       1  fetch: too few pixels (1 x 1)",
+        f"          {script.ADVICE[script.TOO_SMALL]}",
+    ]
+    assert len(lines[9]) < 100
+    assert lines[10:] == [
+        f"Waiting         50  {again.removeprefix('50 ')}; --retry-failed: now",
+        "Left           991",
+        "       1  changed or gone meanwhile",
+    ]
+    assert last.startswith("embedded=1100 failed=9 left=991 attempted=1109 waiting=50 seconds=0.")
+    report.found_all = True
+    assert report.left == 991
+    now = script.Report(report.status, script.Settings(retry_failed=True, local=script.HERE))
+    assert now.beginning() == "3,000 images: 900 done, 2,100 to do, of which 150 failed before"
 
 
 @pytest.mark.parametrize(
@@ -360,6 +403,86 @@ def test_a_host_that_once_did_its_work_shows_that_the_network_is_there(ride, ans
 # Room
 
 
+def images_of(name, count):
+    return [script.Job(Source(f"http://{name}/{n}", {}), [Asset(n, "")]) for n in range(count)]
+
+
+def test_hosts_that_may_start_no_more_let_the_others_start(monkeypatch):
+    monkeypatch.setattr(script, "cores", lambda: 2)
+    run = idle(workers=8, batch_size=3)
+    for job in itertools.chain(*(images_of(name, 9) for name in ("rests", "busy", "a", "b"))):
+        run.put_into_queue(job)
+    run.hosts["rests"].pace.rest_until = math.inf
+    run.hosts["busy"].loads = 2
+    for most, started in ((3, ["busy", "a", "b"]), (16, ["busy", *"ababab"])):
+        run.line.window = most + 0.9
+        run.started.clear()
+        run.start_fetches()
+        assert [source.host for _, source, _ in run.started] == started
+    run.tasks.clear()
+    assert run.room_for_fetches() == 16
+    run.ready = [None] * (8 + 2 * 2 * 3 - 1)  # for the model, which takes two batches a core
+    assert run.room_for_fetches() == 16
+    run.ready.append(None)
+    assert run.room_for_fetches() == 0
+
+
+def test_more_is_found_while_few_are_in_work_and_while_hosts_keep_theirs_waiting():
+    def finds(in_work, found=0, found_all=False, window=16, under_way=()):
+        run = idle(limit=10)
+        run.in_work, run.report.found, run.report.found_all = in_work, found, found_all
+        run.line.window = window
+        run.tasks = dict(enumerate(under_way))
+        run.start_find()
+        return len(run.started) == 1
+
+    assert finds(19_999)
+    assert not finds(20_000)
+    assert finds(249, window=0)
+    assert not finds(250, window=0)
+    assert finds(0, found=9)
+    assert not finds(0, found=10)
+    assert not finds(0, found_all=True)
+    assert not finds(0, under_way=[script.Task("find", print, print)])
+
+
+def test_a_core_gets_two_batches_and_a_gpu_as_well(monkeypatch):
+    monkeypatch.setattr(script, "cores", lambda: 2)
+    for device, batches in (("cpu", [3, 3, 3, 3]), ("cuda", [3, 3])):
+        run = idle(batch_size=3, device=device)
+        run.encoder = Encoder(None)
+        run.put_into_queue(*images_of("a", 1))  # more will come
+        run.ready = images_of("a", 20)
+        run.start_embeds()
+        assert [len(pixels) for _, pixels in run.started] == batches
+        run.ready = run.ready[:2]
+        del run.tasks[0]
+        run.start_embeds()
+        assert len(run.started) == len(batches)
+        run.tasks.clear()
+        run.start_embeds()  # rather two than none
+        assert len(run.started[-1][1]) == 2
+
+
+def test_a_batch_is_stored_when_it_is_full_or_has_waited_or_is_the_last():
+    def stored(count, waits=math.inf, under_way="fetch"):
+        run = idle()
+        run.tasks = {-1: script.Task(under_way, print, print)}
+        run.results = [Failed(Asset(n, ""), "fetch", "HTTP 404") for n in range(count)]
+        run.store_by = time.monotonic() + waits
+        run.start_store()
+        run.start_store()  # one at a time
+        if run.started:
+            assert 0 < run.store_by - time.monotonic() <= 2
+        return [len(batch) for *_, batch in run.started]
+
+    assert stored(49) == []
+    assert stored(50) == stored(120) == [50]
+    assert stored(1, waits=-1) == [1]
+    assert stored(3, under_way="store") == []
+    assert stored(3, under_way="none") == [3]
+
+
 def silent_until(opened, answer):
     return lambda handler: (opened.wait(PERSON), answer(handler))
 
@@ -401,17 +524,22 @@ def test_what_waits_for_silent_hosts_or_decoders_is_bounded(
 
 @pytest.mark.parametrize("what", ["host", "body"])
 def test_a_line_is_judged_by_bodies_alone(ride, answering, good, monkeypatch, what):
+    def slow(handler):
+        time.sleep(2)
+        answering.ok(handler)
+
     runs = []
     changed(monkeypatch, script.Run, "start_find", runs.append)
-    monkeypatch.setattr(script, "SLOW_SECONDS", 1.0)
-    monkeypatch.setattr(script, "TRIES", 1)
+    for name in ("QUICK_SECONDS", "SLOW_SECONDS", "TRIES"):
+        monkeypatch.setattr(script, name, 1)
     if what == "host":
-        host = answering(answering.ok, latency=1.5)
+        host = answering(in_turn(answering.ok, slow))
     else:
         host = answering(raw(length(9999), b"x", pause=0.2))
     urls = [*good.urls(1), *host.urls(4)]
     ride(MemoryStore(urls), fetch_seconds=9.0 if what == "host" else 1.0)
     assert (runs[0].line.window >= 16) == (what == "host")
+    assert runs[0].hosts[Source(host.url, {}).host].pace.window < 4
 
 
 @pytest.mark.parametrize("what", ["the host rests", "the store is slow", "the URLs are long"])
@@ -537,9 +665,12 @@ def test_an_odd_image_costs_itself_alone(ride, good, monkeypatch, opened):
         if source.where.endswith("/3"):
             raise ImageError("a\0b")
         if source.where.endswith("/2"):
-            opened.wait(PERSON)
-            raise EOFError("after the loop has given it up")
+            before = len(strains)
+            wait_until(lambda: len(strains) > before)
+            raise EOFError("after the loop has given it up, and while it goes on")
 
+    strains = []
+    changed(monkeypatch, script.Run, "take_strain", lambda *_: strains.append(1))
     monkeypatch.setattr(script, "ClipEncoder", NotFinite)
     monkeypatch.setattr(script.Loader, "load", load)
     changed(monkeypatch, script.Loader, "fetch", fetch)
@@ -568,9 +699,8 @@ def test_a_stop_is_heard_where_it_ended_the_reader_of_stderr_too(monkeypatch):
 
 
 def test_a_run_ends_with_its_first_error_and_its_progress_with_the_limit():
-    store, settings = MemoryStore([""] * 12), script.Settings(limit=10)
-    run = script.Run(store, settings, script.Report(store.status(), settings), script.Stop())
-    assert run.progress.bar.total == 10
+    run = idle(limit=10)
+    assert (run.progress.bar.total, idle().progress.bar.total) == (10, 12)
     for words in ("first", "second"):
         run.end(RunError(words))
     assert str(run.trouble) == "first"
