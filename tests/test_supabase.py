@@ -13,6 +13,7 @@ import re
 import uuid
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -105,6 +106,14 @@ def test_ids_and_clients_may_hold_anything(stack, monkeypatch, kind, ids):
             assert [f.picture.id for f in of_client.catalog().failures] == [asset.id]
 
 
+@pytest.mark.parametrize(("limit", "wanted"), [(None, 250), (7, 7), (1000, 250)])
+def test_a_page_has_250_assets_or_the_limit(stack, limit, wanted):
+    asked = []
+    stack.gateway.fault = lambda request: asked.append(json.loads(request.body)["wanted"])
+    assert next(open_store(stack, limit=limit).pages()) == []
+    assert asked == [wanted]
+
+
 def test_known_failures_keep_no_others_waiting(stack):
     ids = [str(i) for i in stack.add_images(f"https://images.invalid/{n}" for n in range(5))]
     store = open_store(stack)
@@ -126,6 +135,8 @@ def test_300_assets_are_embedded_once_each_in_few_requests_whatever_the_cap(cli,
         shares = [run.counts["embedded"] for run in runs]
         assert [(run.code, run.counts["left"]) for run in runs] == [(0, 0)] * 2
         assert (sum(shares), min(shares) > 90) == (290, True)
+        known = [re.search(r"(\d+) assets: ", run.err)[1] for run in runs]
+        assert sum(map(int, known)) == 300
         assert stack.embedded() == ids.keys()
         assert host.asked() == Counter(ids.values())
 
@@ -180,7 +191,7 @@ def test_bad_images_are_named_tried_again_and_then_wait(cli, stack, photos):
         assert re.search(said, third.err)
 
         host.files["/cut.jpg"] = good
-        _, asked = run("--retry-failed", code=1, embedded=1, failed=len(BAD) - 1)
+        _, asked = run("--retry-failed", code=1, embedded=1, failed=len(BAD) - 1, waiting=0, left=0)
         assert asked == on_host
         assert len(stack.failures()) == len(BAD) - 1
 
@@ -215,6 +226,8 @@ def test_a_code_of_the_database_is_taken_for_what_it_is(stack, monkeypatch):
         asked[code] += 1
         if asked[code] > 1:
             return None
+        if code == "503":  # as while Supabase restarts
+            return 503, JSON, b'{"message": "name resolution failed"}'
         if len(code) == 3:
             return int(code), HTML, b"<html><body>it is paused</body></html>"
         error = {"code": code, "message": f"no, {stack.service_key}"}
@@ -232,6 +245,36 @@ def test_a_code_of_the_database_is_taken_for_what_it_is(stack, monkeypatch):
         for (code, means), meant in zip(CODES.items(), pool.map(meaning, CODES), strict=True):
             assert means in meant, code
             assert "eyJ" not in meant  # as every legacy key begins
+
+
+PATIENCE = {
+    # whether the database has answered, whether Ctrl-C was pressed, DB_RETRY_SECONDS: how long it
+    # is asked again, in which pauses; patience with one call, in all
+    (False, False, 180.0): (7, [1, 2, 4], 248),
+    (True, False, 180.0): (183, [1, 2, 4, *[8] * 22], 248),
+    (True, True, 180.0): (7, [1, 2, 4], 248),
+    (True, False, 30.0): (31, [1, 2, 4, 8, 8, 8], 70),
+    (True, False, 3.0): (3, [1, 2], 18),
+    (False, False, 0.0): (0, [], 15),
+}
+
+
+@pytest.mark.parametrize("known", PATIENCE)
+def test_a_database_is_waited_for_as_long_as_is_said(monkeypatch, known):
+    answered, stopped, patience = known
+    seconds, pauses, in_all = PATIENCE[known]
+    slept = []
+    clock = SimpleNamespace(monotonic=lambda: 100.0 + sum(slept), sleep=slept.append)
+    monkeypatch.setattr(script, "time", clock)
+    monkeypatch.setattr(script.random, "uniform", lambda least, most: 2 * most)
+    settings = script.Settings(url=PROJECT, key=KEY, db_retry_seconds=patience)
+    stop = script.Stop()
+    store = script.SupabaseStore(settings, stop)
+    store._run_began, stop.code = "now" if answered else "", 130 if stopped else 0
+    query = SimpleNamespace(execute=lambda: SimpleNamespace(data={}))
+    with pytest.raises(script.RunError, match=f"no answer from the database for {seconds} s"):
+        store._ask("a", query, lambda data: data["taken"])
+    assert (slept, store.patience) == (pauses, in_all)
 
 
 def refusing(code, times):
@@ -309,7 +352,7 @@ KEY = "sb_secret_x"
 
 
 def place_of(image, size):
-    buckets = "shop, my pictures"
+    buckets = "shop, my pictures,"
     settings = script.Settings(url=PROJECT, key=KEY, storage_buckets=buckets)
     return script.SupabaseStore(settings, script.Stop()).locate(Asset(1, image, size=size))
 
@@ -327,7 +370,7 @@ def place_of(image, size):
             for way in ("public", "authenticated")
         ),
         ("/storage/v1/object/public/other/a.jpg", f"{OBJECTS}/public/other/a.jpg", False),
-        (f"{OBJECTS}/public/shop-2/a.jpg", f"{OBJECTS}/public/shop-2/a.jpg", False),
+        *((f"{OBJECTS}/public/{b}/a.jpg", None, False) for b in ("shop-2", "", "SHOP")),
         ("/storage/v1/object/sign/shop/a.jpg?token=t", f"{OBJECTS}/sign/shop/a.jpg?token=t", False),
         (f"{RENDERED}/public/{MUG}?width=9", f"{RENDERED}/authenticated/{MUG}?width=9", True),
         (f"{PROJECT}.evil.example/storage/v1/object/{MUG}", None, False),
@@ -370,7 +413,7 @@ def test_an_image_that_is_not_to_be_had_is_said_to_be(image, reason):
 
 def test_the_catalog_has_what_the_page_shows(stack, monkeypatch):
     """Copies, near pairs, and samples of each client. test_gallery.py has failures."""
-    monkeypatch.setattr(script, "COMPARED_AT_ONCE", 10)
+    monkeypatch.setattr(script, "COMPARED_AT_ONCE", 15)
     stack.add_images([f"https://images.invalid/{n}.jpg" for n in range(40)], "large")
     stack.sql("update assets set client_name = 'small' where id::text like '%10'")
     store = open_store(stack)
@@ -380,6 +423,8 @@ def test_the_catalog_has_what_the_page_shows(stack, monkeypatch):
     made[5] = made[4] + 0.05 * made[6]  # a near pair
     vectors = (made / np.linalg.norm(made, axis=1, keepdims=True)).astype(np.float32)
     store.save([Embedded(a, v) for a, v in zip(assets, vectors, strict=True)])
+    asked = []
+    stack.gateway.fault = lambda request: asked.append((request.function, request.body))
     catalog = store.catalog()
     counts = (catalog.embedded, catalog.sought_among, catalog.compared)
     assert counts == (40, 40, 40)
@@ -394,8 +439,17 @@ def test_the_catalog_has_what_the_page_shows(stack, monkeypatch):
     for one, *nearest in catalog.samples:
         assert one.picture.id not in {match.picture.id for match in nearest}
         assert all(match.similarity < script.SAME for match in nearest)
+    parts = [json.loads(body) for function, body in asked if function == "duplicate_products"]
+    assert [(part["shard"], part["shards"]) for part in parts] == [(1, 3), (2, 3), (3, 3)]
+    stack.gateway.fault = None
     client = open_store(stack, client="small").catalog()
     assert (client.embedded, len(client.samples)) == (1, 1)
+    monkeypatch.setattr(script, "LOOK_SECONDS", -1)
+    another = open_store(stack, model_version="another")
+    another.save([Failed(assets[0], "fetch", "HTTP 404")])
+    short = store.catalog()
+    assert (short.compared, short.failures) == (13, [])  # the first part
+    assert len(another.catalog().failures) == 1
 
 
 def test_an_empty_catalog_has_a_page_too(stack):
