@@ -2,7 +2,7 @@
 
 Promises: what a host can give comes, in at most so many times the best possible time; what it
 can't give costs a bounded number of requests; a host that recovers is used again; a slow line is no
-fault. tests/hosts.py has real hosts with the same habits. Nothing here looks at a clock.
+fault. test_hosts.py has real hosts with the same habits. Nothing here looks at a clock.
 """
 
 import math

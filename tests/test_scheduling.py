@@ -200,15 +200,6 @@ def test_a_download_is_silent_from_its_own_start_on():
     assert script.Task("fetch", print, print).since >= before
 
 
-def test_hosts_take_turns(ride, good, answering, monkeypatch):
-    for name in ("FIRST_WINDOW_OF_LINE", "MOST_LOADS"):
-        monkeypatch.setattr(script, name, 1)  # one download at a time
-    asked = []
-    changed(monkeypatch, script.Loader, "fetch", lambda _, source, __: asked.append(source.host))
-    ride(MemoryStore([*good.urls(20), *answering(answering.ok).urls(20)]))
-    assert len(set(asked[:2])) == len(set(asked[2:4])) == 2
-
-
 @pytest.mark.parametrize(("hours", "shown"), [(0.1, "%H:%M:%S"), (73, "%-d %B")])
 def test_a_report_says_what_became_of_each_asset(hours, shown):
     due = datetime.now().astimezone().replace(microsecond=500_000) + timedelta(hours=hours)
@@ -419,12 +410,11 @@ def test_hosts_that_may_start_no_more_let_the_others_start(monkeypatch):
         run.started.clear()
         run.start_fetches()
         assert [source.host for _, source, _ in run.started] == started
-    run.tasks.clear()
-    assert run.room_for_fetches() == 16
-    run.ready = [None] * (8 + 2 * 2 * 3 - 1)  # for the model, which takes two batches a core
+    run.tasks = {-1: script.Task("embed", print, print)}
+    run.ready = [None] * 16  # and three are being embedded
     assert run.room_for_fetches() == 16
     run.ready.append(None)
-    assert run.room_for_fetches() == 0
+    assert run.room_for_fetches() == 0  # 8 workers, and two batches of three for each of two cores
 
 
 def test_more_is_found_while_few_are_in_work_and_while_hosts_keep_theirs_waiting():
@@ -560,55 +550,9 @@ def test_what_is_in_work_is_bounded(ride, answering, monkeypatch, what):
     assert store.most_in_work <= most
 
 
-@pytest.mark.parametrize("busy", ["loading", "embedding", "decoding"])
-def test_what_waits_for_the_model_or_a_decoder_is_bounded(ride, good, monkeypatch, busy, opened):
-    work = {
-        "loading": (Encoder, "__init__"),
-        "embedding": (Encoder, "embed"),
-        "decoding": (script.Loader, "load"),
-    }
-    changed(monkeypatch, *work[busy], lambda *_: opened.wait(PERSON))
-    counted = []
-
-    def count():
-        counted.append(len(good.requests))
-
-    # a while for more than there should be
-    meanwhile(lambda: len(good.requests) >= 3, 0.5, count, opened.set)
-    size = 8 if busy == "decoding" else 1  # of which more would fit
-    report = ride(MemoryStore(good.urls(60)), workers=3, batch_size=size, fetch_seconds=60.0)
-    assert report.embedded == 60
-    assert 3 <= counted[0] <= 3 + 2 * 2 + 2  # 3 workers, twice 2 cores, and 2 under way
-
-
-@pytest.fixture
-def loaded(monkeypatch):
-    """The images that the loop has taken from a decoder so far."""
-    images = []
-    changed(monkeypatch, script.Run, "take_pixels", lambda _, job, *__: images.append(job))
-    return images
-
-
-def test_batches_are_full_where_there_is_enough_and_bounded(ride, good, monkeypatch, loaded):
-    sizes = []
-
-    def slow(_, batch):
-        sizes.append(len(batch))
-        wait_until(lambda: len(loaded) >= 20)
-
-    changed(monkeypatch, Encoder, "embed", slow)
-    changed(monkeypatch, MemoryStore, "save", lambda *_: time.sleep(0.1))
-    monkeypatch.setattr(script, "WRITE_ROWS", 7)
-    store = MemoryStore(good.urls(60))
-    report = ride(store, batch_size=4)
-    assert report.embedded == 60
-    assert max(sizes) == 4
-    assert sizes.count(4) >= 2
-    assert max(map(len, store.batches)) == 7
-
-
-def test_the_last_images_are_shared_among_the_cores(ride, good, monkeypatch, loaded):
-    sizes = []
+def test_the_last_images_are_shared_among_the_cores(ride, good, monkeypatch):
+    sizes, loaded = [], []
+    changed(monkeypatch, script.Run, "take_pixels", lambda *_: loaded.append(1))
     changed(monkeypatch, Encoder, "__init__", lambda *_: wait_until(lambda: len(loaded) == 10))
     changed(monkeypatch, Encoder, "embed", lambda _, batch: sizes.append(len(batch)))
     report = ride(MemoryStore(good.urls(10)), batch_size=8)
