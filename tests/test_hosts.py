@@ -44,8 +44,6 @@ class Habit:
     rate: tuple[float, float] | None = None  # images a second, and how many at once, then 503
     connections: int = 10**9  # at once, then a reset
     latency: float = 0.02  # seconds
-    service: float = 0.0  # seconds of work,
-    workers: int = 10**9  # which so many do; who asks waits for one
     away: tuple[float, float] = (0.0, 0.0)  # seconds after the first question, with resets
     silent: bool = False  # it never answers
     size: int = 0  # bytes that an image is filled up to
@@ -55,10 +53,6 @@ class Habit:
     tokens: float = 0.0
     filled: float = 0.0
     lock: threading.Lock = field(default_factory=threading.Lock)
-    hands: threading.Semaphore | None = None
-
-    def __post_init__(self):
-        self.hands = threading.Semaphore(min(self.workers, 10**6))
 
     def answer(self, photo, handler):
         with self.lock:
@@ -75,8 +69,6 @@ class Habit:
                 handler.connection.recv(1)
                 handler.close_connection = True
                 return
-            with self.hands:
-                time.sleep(self.service)
             self._send(handler, photo)
         finally:
             with self.lock:
@@ -129,13 +121,9 @@ CASES = {
     "large originals on a slow line": ([Habit(line=SLOW, size=1_000_000)], 6, 6, QUICK),
     # img2dataset#62, gallery-dl#5160, wiki2book#89
     "images in a window, then 429 with Retry-After": ([Habit(window=(12, 2))], 30, 30, {}),
-    # PrestaShop#18599, Maho#587
-    "two PHP workers make thumbnails": ([Habit(workers=2, service=0.3)], 16, 16, {}),
     "a router restarts": ([Habit(away=(0.3, 3))], 60, 60, {}),
     # ripme#584
-    "4 connections at once, else a reset": ([Habit(connections=4, service=0.15)], 30, 30, {}),
-    # gallery-dl#5160
-    "2 images a second, else 503": ([Habit(rate=(2, 20))], 26, 25, {}),
+    "4 connections at once, else a reset": ([Habit(connections=4, latency=0.15)], 30, 30, {}),
     # img2dataset#261
     "20 hosts on a slow line": ([Habit(line=SLOW, size=200_000) for _ in range(20)], 1, 20, QUICK),
     # storage#469

@@ -182,6 +182,7 @@ def test_the_window_grows_by_one_an_image_and_above_the_threshold_by_one_a_round
     for _ in range(99):
         fresh.arrived(2.0, 0.1)
     assert fresh.window == 16
+    assert [script.Pace(4, most).window for most in (1, 3, 8)] == [1, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -221,10 +222,6 @@ def test_a_host_rests_as_long_as_it_asks_for_up_to_15_minutes(rest, given_up):
     pace = strained(script.Pace(4, 16), 10.0, times=4, rest=rest)
     strained(pace, 10.0, times=4)  # from downloads that it told nothing
     assert (pace.rest_until, pace.given_up) == (10 + rest, given_up)
-
-
-def test_a_host_gets_no_more_downloads_than_the_workers():
-    assert [script.Pace(4, most).window for most in (1, 3, 8)] == [1, 3, 4]
 
 
 GIVEN_UP = {

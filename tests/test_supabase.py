@@ -106,14 +106,6 @@ def test_ids_and_clients_may_hold_anything(stack, monkeypatch, kind, ids):
             assert [f.picture.id for f in of_client.catalog().failures] == [asset.id]
 
 
-@pytest.mark.parametrize(("limit", "wanted"), [(None, 250), (7, 7), (1000, 250)])
-def test_a_page_has_250_assets_or_the_limit(stack, limit, wanted):
-    asked = []
-    stack.gateway.fault = lambda request: asked.append(json.loads(request.body)["wanted"])
-    assert next(open_store(stack, limit=limit).pages()) == []
-    assert asked == [wanted]
-
-
 def test_known_failures_keep_no_others_waiting(stack):
     ids = [str(i) for i in stack.add_images(f"https://images.invalid/{n}" for n in range(5))]
     store = open_store(stack)
@@ -442,6 +434,10 @@ def test_the_catalog_has_what_the_page_shows(stack, monkeypatch):
         assert all(match.similarity < script.SAME for match in nearest)
     parts = [json.loads(body) for function, body in asked if function == "duplicate_products"]
     assert [(part["shard"], part["shards"]) for part in parts] == [(1, 3), (2, 3), (3, 3)]
+    for limit in (None, 7, 1000):
+        next(open_store(stack, limit=limit).pages())
+    pages = [json.loads(body) for function, body in asked if function == "pending_assets"]
+    assert [page["wanted"] for page in pages] == [250, 7, 250]
     stack.gateway.fault = None
     client = open_store(stack, client="small").catalog()
     assert (client.embedded, len(client.samples)) == (1, 1)
