@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import pytest
-from answers import cut, raw, status
+from answers import cut, hang, raw, status
 from stack import ImageHost
 
 PIECE = 2**14  # bytes that a line carries at a time
@@ -66,7 +66,7 @@ class Habit:
         try:
             time.sleep(self.latency)
             if self.silent:
-                handler.connection.recv(1)
+                hang(handler)
                 handler.close_connection = True
                 return
             self._send(handler, photo)
@@ -113,20 +113,16 @@ class Habit:
 
 SLOW = Line(2e6)  # 16 Mbit/s
 QUICK = {"FETCH_SECONDS": 2}
+# As in S3Decorators#2, glowfic#893, openverse-api#847, img2dataset#62 and #261, ripme#584,
+# gallery-dl#5160, wiki2book#89, storage#469
 CASES = {
-    # the hosts, how many images each has, how many come at least, settings; who reports it
-    # S3Decorators#2, glowfic#893, openverse-api#847
+    # the hosts, how many images each has, how many of them all come at least, settings
     "S3 says 403 for the first 40 % of its images": ([Habit(missing=(403, 24))], 60, 36, {}),
-    # img2dataset#261, ripme#584
     "large originals on a slow line": ([Habit(line=SLOW, size=1_000_000)], 6, 6, QUICK),
-    # img2dataset#62, gallery-dl#5160, wiki2book#89
     "images in a window, then 429 with Retry-After": ([Habit(window=(12, 2))], 30, 30, {}),
     "a router restarts": ([Habit(away=(0.3, 3))], 60, 60, {}),
-    # ripme#584
     "4 connections at once, else a reset": ([Habit(connections=4, latency=0.15)], 30, 30, {}),
-    # img2dataset#261
     "20 hosts on a slow line": ([Habit(line=SLOW, size=200_000) for _ in range(20)], 1, 20, QUICK),
-    # storage#469
     "a good host beside a silent one and one that limits": (
         [Habit(latency=0.1), Habit(silent=True), Habit(rate=(10, 20))],
         *(12, 24, QUICK),

@@ -214,6 +214,7 @@ def test_rests_double_up_to_16_seconds_and_begin_with_the_third_strain():
     assert crowd.rest_until == now + 1  # in a window below three each strain rests
     for window, rest_until in ((2, 101), (3, 0)):
         assert strained(script.Pace(window, 16), 100.0).rest_until == rest_until
+    assert strained(crowd, now, rest=5).window == 1
 
 
 @pytest.mark.parametrize(("rest", "given_up"), [(37, False), (890, False), (901, True)])
