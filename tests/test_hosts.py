@@ -118,7 +118,6 @@ QUICK = {"FETCH_SECONDS": 2}
 CASES = {
     # the hosts, how many images each has, how many of them all come at least, settings
     "S3 says 403 for the first 40 % of its images": ([Habit(missing=(403, 24))], 60, 36, {}),
-    "large originals on a slow line": ([Habit(line=SLOW, size=1_000_000)], 6, 6, QUICK),
     "images in a window, then 429 with Retry-After": ([Habit(window=(12, 2))], 30, 30, {}),
     "a router restarts": ([Habit(away=(0.3, 3))], 60, 60, {}),
     "4 connections at once, else a reset": ([Habit(connections=4, latency=0.15)], 30, 30, {}),

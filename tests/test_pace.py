@@ -212,8 +212,7 @@ def test_rests_double_up_to_16_seconds_and_begin_with_the_third_strain():
     crowd.arrived(now, 0.1)
     strained(crowd, now)
     assert crowd.rest_until == now + 1  # in a window below three each strain rests
-    for window, rest_until in ((2, 101), (3, 0)):
-        assert strained(script.Pace(window, 16), 100.0).rest_until == rest_until
+    assert [strained(script.Pace(most, 16), 100.0).rest_until for most in (2, 3)] == [101, 0]
     assert strained(crowd, now, rest=5).window == 1
 
 
