@@ -113,8 +113,7 @@ class Habit:
 
 SLOW = Line(2e6)  # 16 Mbit/s
 QUICK = {"FETCH_SECONDS": 2}
-# As in S3Decorators#2, glowfic#893, openverse-api#847, img2dataset#62 and #261, ripme#584,
-# gallery-dl#5160, wiki2book#89, storage#469
+# As in S3Decorators#2, glowfic#893, img2dataset#62, ripme#584, wiki2book#89, storage#469
 CASES = {
     # the hosts, how many images each has, how many of them all come at least, settings
     "S3 says 403 for the first 40 % of its images": ([Habit(missing=(403, 24))], 60, 36, {}),

@@ -262,7 +262,8 @@ def test_the_host_of_an_image_is_whom_its_url_leads_to(image, host):
 
 
 def test_assets_that_share_a_url_are_loaded_once_and_each_counts(ride, good, monkeypatch):
-    monkeypatch.setattr(script, "PAGE_ROWS", 20)  # they come on several pages
+    for name in ("PAGE_ROWS", "MOST_IN_WORK"):  # most come when there is a result
+        monkeypatch.setattr(script, name, 20)
     loaded = []
     changed(monkeypatch, script.Loader, "load", lambda _, data: loaded.append(data))
     good.files["/gone"] = status(404)
@@ -357,10 +358,10 @@ def test_a_host_that_asks_for_too_long_a_rest_is_left(ride, answering, good, cap
 def test_what_was_tried_of_a_host_that_is_given_up_has_failed_the_rest_is_left(
     ride, answering, good, monkeypatch
 ):
-    for name in ("PAGE_ROWS", "MOST_IN_WORK"):  # most are found later
-        monkeypatch.setattr(script, name, 10)
+    for name, most in (("PAGE_ROWS", 10), ("MOST_IN_WORK", 30)):  # most are found later
+        monkeypatch.setattr(script, name, most)
     host = answering(status(503))
-    urls = host.urls(50) * 2
+    urls = [url for url in host.urls(50) for _ in range(2)]
     store = MemoryStore([good.url_of("/first"), *urls, *good.urls(20)])
     report = ride(store)
     tried = {1 + n for n, url in enumerate(urls) if url.removeprefix(host.url) in host.asked()}
