@@ -43,6 +43,8 @@ IMAGES = {  # path in the folder -> photograph
     "Ünïcødé 日本/new\nline.png": "brick.png",
 }
 LEFT_OUT = [".not/hidden.png", ".hidden.jpg", "notes.txt", "b.TXT", "jpg", "@eaDir/copy.jpg"]
+LEFT_OUT += ["#recycle/a.jpg", "$RECYCLE.BIN/a.jpg", "acme/lost+found/a.jpg", "@tmp/a.jpg"]
+KINDS = "avif bmp gif heic heif jfif jpe jpeg jpg png tif tiff webp"
 BROKEN = {"acme/broken.jpg": b"\xff\xd8\xff\xe0 no more", "empty.png": b""}
 UNREADABLE = "x" * 300  # a link that leads there is what even root can't look behind
 ENDLESS = ("pipe.jpg", "zero.jpg", "away.jpg")
@@ -110,6 +112,7 @@ def test_every_image_file_below_the_folder_is_an_asset_and_nothing_else(cli, pho
     again = cli("--local", tmp_path)
     assert (again.code, again.counts["embedded"], again.counts["failed"]) == (1, 0, 5)
     assert "10 images: 5 done, 5 to do, of which 5 failed before" in again.err
+    assert re.search(r"left out: (.*)", again.err)[1].split(", ") == said  # not our own file
     assert str(folder_vectors(tmp_path)) == str(made)
 
 
@@ -121,7 +124,8 @@ def test_changed_new_moved_and_deleted_files(small):
         write(small / name)
     assert settle(small) == ["china.jpg", "flower.jpg", "moved.jpg", "other.jpg", "rocket.jpg"]
     before = folder_rows(small)
-    os.utime(small / "china.jpg", (1, 1))  # an older copy is a change as well
+    older = (small / "china.jpg").stat().st_mtime_ns - 10**6
+    os.utime(small / "china.jpg", ns=(older, older))  # an older copy is a change as well
     (small / "rocket.jpg").unlink()
     (small / "to").mkdir()
     (small / "moved.jpg").rename(small / "to" / "moved.jpg")
@@ -148,6 +152,7 @@ def test_a_dry_run_writes_nothing_and_needs_no_right_to(small):
     with contextlib.closing(sqlite3.connect(small / FOLDER_FILE, isolation_level=None)) as db:
         db.execute("begin immediate")  # now nobody else can write
         assert paths(pending(open_folder(small, dry_run=True))) == ["new.jpg"]
+    open_folder(small, search=("red mug",)).status()
     assert folder_rows(small).keys() == set(SMALL)
 
 
@@ -156,7 +161,12 @@ def test_failures_are_tried_again_in_each_run_after_what_is_new(small):
     status, found = survey(open_folder(small))
     assert (status.assets, status.done, status.failed, status.waiting) == (3, 0, 1, 0)
     assert paths(found) == ["flower.jpg", "rocket.jpg", "china.jpg"]
+    for version, reasons in ((TINY_VERSION, ["broken"]), ("another", [])):
+        store = open_folder(small, model_version=version)
+        store.status()
+        assert [failed.reason for failed in store.catalog(0).failures] == reasons
     settle(small)
+    assert store.search(vector(1), 9) == []  # it is of the other version
     row = folder_rows(small)["china.jpg"]
     assert (row.stage, row.reason) == (None, None)
 
@@ -210,12 +220,16 @@ def test_a_subfolder_that_can_not_be_read_ends_the_run_before_anything_changes(s
 
 def test_a_client_is_a_subfolder_at_any_depth(tmp_path):
     apart = unicodedata.normalize("NFD", "Café")
+    kinds = [f"kinds/a.{kind}" for kind in KINDS.split()]
+    for path in kinds:
+        write(tmp_path / path)
     for client in ("globex/summer sale", "globex/summer", "acme", "other/globex", apart):
         write(tmp_path / client / "a.png")
     wanted = {
         "globex/summer": ["globex/summer/a.png"],
         "globex/": ["globex/summer sale/a.png", "globex/summer/a.png"],
         unicodedata.normalize("NFC", apart): [f"{apart}/a.png"],
+        "kinds": kinds,
     }
     for client, below in wanted.items():
         status, found = survey(open_folder(tmp_path, client=client))
@@ -223,6 +237,9 @@ def test_a_client_is_a_subfolder_at_any_depth(tmp_path):
     for client in ("three", "acme/a.png", "acm", ""):
         with pytest.raises(RunError, match="check its name, and the endings of"):
             open_folder(tmp_path, client=client).status()
+    settled = settle(tmp_path, client="acme") + settle(tmp_path, client="globex")
+    assert folder_rows(tmp_path).keys() == set(settled)
+    assert open_folder(tmp_path, client="globex/summer").status()[:3] == (1, 1, 0)
 
 
 def test_a_folder_without_images_is_an_error_that_changes_nothing(small):
@@ -254,6 +271,7 @@ def test_two_runs_on_one_folder_wait_for_each_other(tmp_path):
     with ThreadPoolExecutor() as pool:
         list(pool.map(work, stores, found))
     assert len(folder_vectors(tmp_path)) == 50
+    assert stores[0].patience > 10**6  # a disk has no deadline
     assert folder_query(tmp_path, "pragma integrity_check") == [("ok",)]
     with stores[0]._database() as database:  # Python's own patience is 5 s
         assert database.execute("pragma busy_timeout").fetchall() == [(60_000,)]
@@ -301,6 +319,7 @@ TRAPS = {
     "a table of others": (("drop table images", "create table images (x)"), OTHER),
     "a journal that names another file": (journal, "of several databases"),
     "a link": (partial(link, ending=""), NO_FILE),
+    "a journal's link to nothing yet": (lambda folder, _: link(folder, "x", "-journal"), NO_FILE),
     "a linked journal": (partial(link, ending="-journal"), NO_FILE),
     "a linked WAL": (partial(link, ending="-wal"), NO_FILE),
     "a linked SHM": (partial(link, ending="-shm"), NO_FILE),

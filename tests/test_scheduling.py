@@ -7,6 +7,8 @@ what ends a run, and with which exit code.
 """
 
 import contextlib
+import itertools
+import math
 import re
 import threading
 import time
@@ -79,6 +81,7 @@ class Encoder:
 def ride(monkeypatch):
     """Makes a run over a store and returns its report; ride.fails() also the error that ends it."""
     monkeypatch.setattr(script, "cores", lambda: 2)
+    monkeypatch.setattr(script, "clock", lambda seconds: f"in {seconds:.0f} s")
     monkeypatch.setattr(script, "ClipEncoder", Encoder)
     monkeypatch.setattr(script.Loader, "load", lambda *_: np.zeros((3, 224, 224), np.float32))
     monkeypatch.setattr(script, "PATIENT_ROUNDS", 2)
@@ -106,6 +109,20 @@ def ride(monkeypatch):
 
     ride.fails = fails
     return ride
+
+
+def idle(**settings):
+    """A run over 12 assets that has not begun; in the place of its tasks are notes of them."""
+    store, made = MemoryStore([""] * 12), script.Settings(**settings)
+    run = script.Run(store, made, script.Report(store.status(), made), script.Stop())
+    run.started = []
+
+    def start(task, *work):
+        run.tasks[len(run.tasks)] = task
+        run.started.append(work)
+
+    run.start = start
+    return run
 
 
 def counts(report):
@@ -184,27 +201,44 @@ def test_a_download_is_silent_from_its_own_start_on():
     assert script.Task("fetch", print, print).since >= before
 
 
-def test_hosts_take_turns(ride, good, answering, monkeypatch):
-    for name in ("FIRST_WINDOW_OF_LINE", "MOST_LOADS"):
-        monkeypatch.setattr(script, name, 1)  # one download at a time
-    asked = []
-    changed(monkeypatch, script.Loader, "fetch", lambda _, source, __: asked.append(source.host))
-    ride(MemoryStore([*good.urls(20), *answering(answering.ok).urls(20)]))
-    assert len(set(asked[:2])) == len(set(asked[2:4])) == 2
-
-
-def test_when_what_waits_is_tried_again_is_said():
-    for hours, shown in ((0.1, "%H:%M:%S"), (73, "%-d %B")):
-        due = datetime.now().astimezone() + timedelta(hours=hours)
-        report = script.Report(Status(1, 0, 1, 1, due), script.Settings())
-        assert f"1 failed before, tried again from {due:{shown}} on, 0 to do" in report.beginning()
-
-
-def test_a_report_keeps_no_data_urls():
-    report = script.Report(Status(1, 0, 0), script.Settings())
-    failed = Failed(Asset(1, "data:" + "x" * 10**6), "decode", "too few pixels (1 x 1)")
-    report.count(failed, taken=True)
-    assert len(str(report.examples)) < 1000
+@pytest.mark.parametrize(("hours", "shown"), [(0.1, "%H:%M:%S"), (73, "%-d %B")])
+def test_a_report_says_what_became_of_each_asset(hours, shown):
+    due = datetime.now().astimezone().replace(microsecond=500_000) + timedelta(hours=hours)
+    report = script.Report(Status(3000, 900, 150, 50, due), script.Settings())
+    again = f"50 failed before, tried again from {due:{shown}} on"
+    to_do = "2,050 to do, of which 100 failed before"
+    assert report.beginning() == f"3,000 assets: 900 done, {again}, {to_do}"
+    asset = Asset(1, "data:" + "x" * 10**6, title="Mug")
+    report.count(Embedded(asset, vector(1)), taken=False)
+    assert (*counts(report), report.exit_code) == (0, 0, 2050, 0)
+    report.left_of["a host: HTTP 503"] += 7
+    assert report.exit_code == 1
+    for number in range(1100):
+        report.count(Embedded(asset, vector(1)), taken=True)
+        if number < 9:
+            reason = "HTTP 404" if number else "too few pixels (1 x 1)"
+            report.count(Failed(asset._replace(id=number), "fetch", reason), taken=True)
+    assert (*counts(report), report.exit_code) == (1100, 9, 941, 1)
+    report.found = 2100  # more than there were at the beginning
+    *lines, _, last = report.lines()
+    assert [line.partition("data:")[0].rstrip() for line in lines] == [
+        "Embedded     1,100",
+        "Failed           9",
+        "       8  fetch: HTTP 404",
+        f"          {script.ADVICE['HTTP 404']}",
+        *(f"          {number}  Mug" for number in (1, 2, 3)),
+        "       1  fetch: too few pixels (1 x 1)",
+        f"          {script.ADVICE[script.TOO_SMALL]}",
+        "          0  Mug",
+        f"Waiting         50  {again.removeprefix('50 ')}; --retry-failed: now",
+        "Left           991",
+        "       7  of a host: HTTP 503",
+        "       1  changed or gone meanwhile",
+    ]
+    assert last.startswith("embedded=1100 failed=9 left=991 attempted=1109 waiting=50 seconds=")
+    assert max(map(len, lines)) < 100
+    now = script.Report(report.status, script.Settings(retry_failed=True, local=script.HERE))
+    assert now.beginning() == "3,000 images: 900 done, 2,100 to do, of which 150 failed before"
 
 
 @pytest.mark.parametrize(
@@ -228,7 +262,8 @@ def test_the_host_of_an_image_is_whom_its_url_leads_to(image, host):
 
 
 def test_assets_that_share_a_url_are_loaded_once_and_each_counts(ride, good, monkeypatch):
-    monkeypatch.setattr(script, "PAGE_ROWS", 20)  # they come on several pages
+    for name in ("PAGE_ROWS", "MOST_IN_WORK"):  # most come when there is a result
+        monkeypatch.setattr(script, name, 20)
     loaded = []
     changed(monkeypatch, script.Loader, "load", lambda _, data: loaded.append(data))
     good.files["/gone"] = status(404)
@@ -274,9 +309,7 @@ def test_an_answer_that_is_no_image_says_nothing_of_its_host(ride, answering):
     assert max(host.asked().values()) == 1
 
 
-def test_a_host_that_rests_lets_the_images_behind_its_own_pass(
-    ride, answering, good, caplog, monkeypatch
-):
+def test_a_host_that_rests_lets_others_pass(ride, answering, good, caplog, monkeypatch):
     monkeypatch.setattr(script, "PAGE_ROWS", 10)
     monkeypatch.setattr(script, "PATIENT_SECONDS", 60.0)
     times = []
@@ -293,8 +326,7 @@ def test_a_host_that_rests_lets_the_images_behind_its_own_pass(
         report = ride(MemoryStore([*host.urls(60), *good.urls(20)]))
     assert counts(report) == (80, 0, 0)
     assert times[script.FIRST_WINDOW] >= times[0] + 1
-    line = next(line for line in caplog.messages if "rests" in line)
-    assert re.fullmatch(rf"127.0.0.1:{host.port} rests until \d\d:\d\d:\d\d: HTTP 429", line)
+    assert f"127.0.0.1:{host.port} rests until in 1 s: HTTP 429" in caplog.messages
 
 
 def test_a_try_that_ended_in_a_retry_after_does_not_count(ride, answering, monkeypatch):
@@ -312,22 +344,24 @@ def test_an_image_that_is_told_to_wait_while_others_come_has_failed_in_the_end(r
     assert counts(report) == (39, 1, 0)
 
 
-def test_a_host_that_asks_for_too_long_a_rest_is_left_and_nothing_is_noted(ride, answering, good):
+def test_a_host_that_asks_for_too_long_a_rest_is_left(ride, answering, good, caplog):
     host = answering(status(429, ("Retry-After", "3600")))
     store = MemoryStore([*host.urls(50), *good.urls(3)])
     report = ride(store)
     assert (*counts(report), report.exit_code) == (3, 0, 50, 1)
     assert len(host.requests) <= 4
-    assert re.search(r"50  of .*: HTTP 429, asked to wait until \S", "\n".join(report.lines()))
+    name, reason = host.url.removeprefix("http://"), "HTTP 429, asked to wait until in 3600 s"
+    assert report.left_of == {f"{name}: {reason}": 50}
+    assert caplog.messages == [f"{name} is given up for this run: {reason}"]
 
 
 def test_what_was_tried_of_a_host_that_is_given_up_has_failed_the_rest_is_left(
     ride, answering, good, monkeypatch
 ):
-    for name in ("PAGE_ROWS", "MOST_IN_WORK"):  # most are found later
-        monkeypatch.setattr(script, name, 10)
+    for name, most in (("PAGE_ROWS", 10), ("MOST_IN_WORK", 30)):  # most are found later
+        monkeypatch.setattr(script, name, most)
     host = answering(status(503))
-    urls = host.urls(50) * 2
+    urls = [url for url in host.urls(50) for _ in range(2)]
     store = MemoryStore([good.url_of("/first"), *urls, *good.urls(20)])
     report = ride(store)
     tried = {1 + n for n, url in enumerate(urls) if url.removeprefix(host.url) in host.asked()}
@@ -345,8 +379,8 @@ def test_a_run_to_which_no_host_sent_an_image_ends_with_the_network_as_its_reaso
     images = never_asked + [url for host in hosts for url in host.urls(30)] + never_asked
     report, error = ride.fails(MemoryStore(images), limit=50)
     assert isinstance(error, RunError)
-    assert "no image came from any host" in str(error)
-    assert "check this machine's network" in str(error)
+    last = rf"no image came from any host \(the last was {hosts[1].url[7:]}: connection lost\): "
+    assert re.match(f"{last}check this machine's network", str(error))
     assert len(never_asked) < report.failed < 50
 
 
@@ -358,6 +392,67 @@ def test_a_host_that_once_did_its_work_shows_that_the_network_is_there(ride, ans
 
 
 # Room
+
+
+def images_of(name, count):
+    return [script.Job(Source(f"http://{name}/{n}", {}), [Asset(n, "")]) for n in range(count)]
+
+
+def test_hosts_that_may_start_no_more_let_the_others_start(monkeypatch):
+    monkeypatch.setattr(script, "cores", lambda: 2)
+    run = idle(workers=8, batch_size=3)
+    for job in itertools.chain(*(images_of(name, 9) for name in ("rests", "busy", "a", "b"))):
+        run.put_into_queue(job)
+    run.hosts["rests"].pace.rest_until = math.inf
+    run.hosts["busy"].loads = 2
+    for most, started in ((3, ["busy", "a", "b"]), (16, ["busy", *"ababab"])):
+        run.line.window = most + 0.9
+        run.started.clear()
+        run.start_fetches()
+        assert [source.host for _, source, _ in run.started] == started
+    run.tasks = {-1: script.Task("embed", print, print)}
+    run.ready = [None] * 16  # and three are being embedded
+    assert run.room_for_fetches() == 16
+    run.line.window = 99
+    assert run.room_for_fetches() == 64
+    run.ready.append(None)
+    assert run.room_for_fetches() == 0  # 8 workers, and two batches of three for each of two cores
+
+
+def test_a_core_gets_two_batches_and_a_gpu_as_well(monkeypatch):
+    monkeypatch.setattr(script, "cores", lambda: 2)
+    for device, batches in (("cpu", [3, 3, 3, 3]), ("cuda", [3, 3])):
+        run = idle(batch_size=3, device=device)
+        run.put_into_queue(*images_of("a", 1))  # more will come
+        run.encoder, run.ready = Encoder(None), images_of("a", 20)
+        run.start_embeds()
+        assert [len(pixels) for _, pixels in run.started] == batches
+        run.ready = run.ready[:2]
+        del run.tasks[0]
+        run.start_embeds()
+        assert len(run.started) == len(batches)
+        run.tasks.clear()
+        run.start_embeds()  # rather two than none
+        assert len(run.started[-1][1]) == 2
+
+
+def test_a_batch_is_stored_when_it_is_full_or_has_waited_or_is_the_last():
+    def stored(count, waits=math.inf, under_way="fetch"):
+        run = idle()
+        run.tasks = {-1: script.Task(under_way, print, print)}
+        run.results = [Failed(Asset(n, ""), "fetch", "HTTP 404") for n in range(count)]
+        now = time.monotonic()
+        run.store_by = now + waits
+        run.start_store()
+        run.start_store()  # one at a time
+        assert not run.started or now <= run.store_by - 2 <= time.monotonic()
+        return [len(batch) for *_, batch in run.started]
+
+    assert stored(49) == []
+    assert stored(50) == stored(120) == [50]
+    assert stored(1, waits=-1) == [1]
+    assert stored(3, under_way="store") == []
+    assert stored(3, under_way="none") == [3]
 
 
 def silent_until(opened, answer):
@@ -376,9 +471,7 @@ def test_silent_hosts_keep_no_other_host_waiting(ride, answering, good, monkeypa
 
 
 @pytest.mark.parametrize("slow", ["host", "decoder"])
-def test_what_waits_for_silent_hosts_or_decoders_is_bounded(
-    ride, answering, monkeypatch, opened, slow
-):
+def test_what_waits_for_hosts_or_decoders_is_bounded(ride, answering, monkeypatch, opened, slow):
     monkeypatch.setattr(script, "SILENT_SECONDS", 0.1)
     monkeypatch.setattr(script, "MOST_LOADS", 6)
     answer = answering.ok
@@ -401,17 +494,22 @@ def test_what_waits_for_silent_hosts_or_decoders_is_bounded(
 
 @pytest.mark.parametrize("what", ["host", "body"])
 def test_a_line_is_judged_by_bodies_alone(ride, answering, good, monkeypatch, what):
+    def slow(handler):
+        time.sleep(2)
+        answering.ok(handler)
+
     runs = []
     changed(monkeypatch, script.Run, "start_find", runs.append)
-    monkeypatch.setattr(script, "SLOW_SECONDS", 1.0)
-    monkeypatch.setattr(script, "TRIES", 1)
+    for name in ("QUICK_SECONDS", "SLOW_SECONDS", "TRIES"):
+        monkeypatch.setattr(script, name, 1)
     if what == "host":
-        host = answering(answering.ok, latency=1.5)
+        host = answering(in_turn(answering.ok, slow))
     else:
         host = answering(raw(length(9999), b"x", pause=0.2))
     urls = [*good.urls(1), *host.urls(4)]
     ride(MemoryStore(urls), fetch_seconds=9.0 if what == "host" else 1.0)
     assert (runs[0].line.window >= 16) == (what == "host")
+    assert runs[0].hosts[Source(host.url, {}).host].pace.window < 4
 
 
 @pytest.mark.parametrize("what", ["the host rests", "the store is slow", "the URLs are long"])
@@ -432,55 +530,9 @@ def test_what_is_in_work_is_bounded(ride, answering, monkeypatch, what):
     assert store.most_in_work <= most
 
 
-@pytest.mark.parametrize("busy", ["loading", "embedding", "decoding"])
-def test_what_waits_for_the_model_or_a_decoder_is_bounded(ride, good, monkeypatch, busy, opened):
-    work = {
-        "loading": (Encoder, "__init__"),
-        "embedding": (Encoder, "embed"),
-        "decoding": (script.Loader, "load"),
-    }
-    changed(monkeypatch, *work[busy], lambda *_: opened.wait(PERSON))
-    counted = []
-
-    def count():
-        counted.append(len(good.requests))
-
-    # a while for more than there should be
-    meanwhile(lambda: len(good.requests) >= 3, 0.5, count, opened.set)
-    size = 8 if busy == "decoding" else 1  # of which more would fit
-    report = ride(MemoryStore(good.urls(60)), workers=3, batch_size=size, fetch_seconds=60.0)
-    assert report.embedded == 60
-    assert 3 <= counted[0] <= 3 + 2 * 2 + 2  # 3 workers, twice 2 cores, and 2 under way
-
-
-@pytest.fixture
-def loaded(monkeypatch):
-    """The images that the loop has taken from a decoder so far."""
-    images = []
-    changed(monkeypatch, script.Run, "take_pixels", lambda _, job, *__: images.append(job))
-    return images
-
-
-def test_batches_are_full_where_there_is_enough_and_bounded(ride, good, monkeypatch, loaded):
-    sizes = []
-
-    def slow(_, batch):
-        sizes.append(len(batch))
-        wait_until(lambda: len(loaded) >= 20)
-
-    changed(monkeypatch, Encoder, "embed", slow)
-    changed(monkeypatch, MemoryStore, "save", lambda *_: time.sleep(0.1))
-    monkeypatch.setattr(script, "WRITE_ROWS", 7)
-    store = MemoryStore(good.urls(60))
-    report = ride(store, batch_size=4)
-    assert report.embedded == 60
-    assert max(sizes) == 4
-    assert sizes.count(4) >= 2
-    assert max(map(len, store.batches)) == 7
-
-
-def test_the_last_images_are_shared_among_the_cores(ride, good, monkeypatch, loaded):
-    sizes = []
+def test_the_last_images_are_shared_among_the_cores(ride, good, monkeypatch):
+    sizes, loaded = [], []
+    changed(monkeypatch, script.Run, "take_pixels", lambda *_: loaded.append(1))
     changed(monkeypatch, Encoder, "__init__", lambda *_: wait_until(lambda: len(loaded) == 10))
     changed(monkeypatch, Encoder, "embed", lambda _, batch: sizes.append(len(batch)))
     report = ride(MemoryStore(good.urls(10)), batch_size=8)
@@ -516,7 +568,7 @@ def test_files_on_a_disk_that_hangs_are_left_and_no_network_is_blamed(
     assert "of this machine: not complete in time" in "\n".join(report.lines())
 
 
-def test_an_odd_image_costs_itself_alone(ride, good, monkeypatch, opened):
+def test_an_odd_image_costs_itself_alone(ride, good, monkeypatch, opened, caplog):
     """One whose vector is not finite, one that nobody foresaw, two that hang, and one with a NUL
     in its reason, which no database takes."""
 
@@ -537,16 +589,21 @@ def test_an_odd_image_costs_itself_alone(ride, good, monkeypatch, opened):
         if source.where.endswith("/3"):
             raise ImageError("a\0b")
         if source.where.endswith("/2"):
-            opened.wait(PERSON)
-            raise EOFError("after the loop has given it up")
+            before = len(strains)
+            wait_until(lambda: len(strains) > before)
+            raise EOFError("after the loop has given it up, and while it goes on")
 
+    strains = []
+    changed(monkeypatch, script.Run, "take_strain", lambda *_: strains.append(1))
     monkeypatch.setattr(script, "ClipEncoder", NotFinite)
     monkeypatch.setattr(script.Loader, "load", load)
     changed(monkeypatch, script.Loader, "fetch", fetch)
     monkeypatch.setattr(script, "LONGEST_DECODE", 2.0)
     good.files |= {"/0": b"not finite", "/1": b"odd", "/4": b"hangs"}
     store = MemoryStore(good.urls(6))
-    report = ride(store, fetch_seconds=0.5)
+    with caplog.at_level("DEBUG"):
+        report = ride(store, fetch_seconds=0.5)
+    assert "ZeroDivisionError: division by zero" in caplog.text  # for -v
     assert {i: store.saved[i][1:] for i in store.failed()} == {
         0: ("embed", script.NOT_FINITE),
         1: ("decode", f"{script.DEFECT} (ZeroDivisionError)"),
@@ -568,9 +625,13 @@ def test_a_stop_is_heard_where_it_ended_the_reader_of_stderr_too(monkeypatch):
 
 
 def test_a_run_ends_with_its_first_error_and_its_progress_with_the_limit():
-    store, settings = MemoryStore([""] * 12), script.Settings(limit=10)
-    run = script.Run(store, settings, script.Report(store.status(), settings), script.Stop())
-    assert run.progress.bar.total == 10
+    run = idle(limit=10)
+    assert (run.progress.bar.total, idle().progress.bar.total) == (10, 12)
+    began = run.progress.bar.start_t
+    run.take_model(Encoder(None))
+    assert run.progress.bar.start_t > began  # its rate is that of embedding
+    run.take_result(Failed(Asset(1, ""), "fetch", "HTTP 404"))
+    assert run.progress.bar.postfix == "failed=1"
     for words in ("first", "second"):
         run.end(RunError(words))
     assert str(run.trouble) == "first"

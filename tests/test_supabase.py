@@ -13,6 +13,7 @@ import re
 import uuid
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -109,8 +110,12 @@ def test_known_failures_keep_no_others_waiting(stack):
     ids = [str(i) for i in stack.add_images(f"https://images.invalid/{n}" for n in range(5))]
     store = open_store(stack)
     store.save([Failed(asset, "fetch", "HTTP 404") for asset in pending(store)[:2]])
-    status, found = survey(open_store(stack))
-    assert (status.failed, [asset.id for asset in found]) == (2, [*ids[2:], *ids[:2]])
+    later = "update product_embedding_failures set next_attempt = now() + interval '1 day' "
+    stack.sql(f"{later} where asset_id = %s", [ids[0]])
+    for retry_failed, again in ((False, ids[1:2]), (True, ids[:2])):
+        status, found = survey(open_store(stack, retry_failed=retry_failed))
+        assert (status.failed, status.waiting) == (2, 1)
+        assert [asset.id for asset in found] == [*ids[2:], *again]
 
 
 def test_300_assets_are_embedded_once_each_in_few_requests_whatever_the_cap(cli, stack):
@@ -126,6 +131,7 @@ def test_300_assets_are_embedded_once_each_in_few_requests_whatever_the_cap(cli,
         shares = [run.counts["embedded"] for run in runs]
         assert [(run.code, run.counts["left"]) for run in runs] == [(0, 0)] * 2
         assert (sum(shares), min(shares) > 90) == (290, True)
+        assert sum(int(re.search(r"(\d+) assets: ", run.err)[1]) for run in runs) == 300
         assert stack.embedded() == ids.keys()
         assert host.asked() == Counter(ids.values())
 
@@ -180,7 +186,7 @@ def test_bad_images_are_named_tried_again_and_then_wait(cli, stack, photos):
         assert re.search(said, third.err)
 
         host.files["/cut.jpg"] = good
-        _, asked = run("--retry-failed", code=1, embedded=1, failed=len(BAD) - 1)
+        _, asked = run("--retry-failed", code=1, embedded=1, failed=len(BAD) - 1, waiting=0, left=0)
         assert asked == on_host
         assert len(stack.failures()) == len(BAD) - 1
 
@@ -199,7 +205,7 @@ CODES = {
     **dict.fromkeys(["401", "403", "PGRST301", "PGRST302", "PGRST303"], "was refused"),
     "42501": "grant select on that table",
     "PGRST106": "the schema public is not exposed",
-    **{code: f"answers with HTTP {code}" for code in ("301", "402", "404", "410")},
+    **{code: f"{{url}} answers with HTTP {code}" for code in ("301", "402", "404", "410")},
     "402": "answers with HTTP 402, Payment Required: check SUPABASE_URL",
     **dict.fromkeys(["22P02", "42601", "P0001"], "the database says 'no, (the key)'"),
 }
@@ -215,6 +221,8 @@ def test_a_code_of_the_database_is_taken_for_what_it_is(stack, monkeypatch):
         asked[code] += 1
         if asked[code] > 1:
             return None
+        if code == "503":  # as while Supabase restarts
+            return 503, JSON, b'{"message": "name resolution failed"}'
         if len(code) == 3:
             return int(code), HTML, b"<html><body>it is paused</body></html>"
         error = {"code": code, "message": f"no, {stack.service_key}"}
@@ -230,8 +238,35 @@ def test_a_code_of_the_database_is_taken_for_what_it_is(stack, monkeypatch):
     stack.gateway.fault = once
     with ThreadPoolExecutor(8) as pool:
         for (code, means), meant in zip(CODES.items(), pool.map(meaning, CODES), strict=True):
-            assert means in meant, code
+            assert means.format(url=stack.url) in meant, code
             assert "eyJ" not in meant  # as every legacy key begins
+
+
+PATIENCE = {
+    # whether the database has answered, whether Ctrl-C was pressed, DB_RETRY_SECONDS: how long it
+    # is asked again, in which pauses; patience with one call, in all
+    (False, False, 180.0): (7, [1, 2, 4], 248),
+    (True, False, 180.0): (183, [1, 2, 4, *[8] * 22], 248),
+    (True, True, 180.0): (7, [1, 2, 4], 248),
+    (True, False, 3.0): (3, [1, 2], 18),
+}
+
+
+@pytest.mark.parametrize("known", PATIENCE)
+def test_a_database_is_waited_for_as_long_as_is_said(monkeypatch, known):
+    answered, stopped, patience = known
+    seconds, pauses, in_all = PATIENCE[known]
+    slept = []
+    clock = SimpleNamespace(monotonic=lambda: 100.0 + sum(slept), sleep=slept.append)
+    monkeypatch.setattr(script, "time", clock)
+    monkeypatch.setattr(script.random, "uniform", lambda least, most: 2 * most)
+    settings = script.Settings(url=PROJECT, key=KEY, db_retry_seconds=patience)
+    store = script.SupabaseStore(settings, script.Stop())
+    store._run_began, store._stop.code = "now" if answered else "", 130 if stopped else 0
+    query = SimpleNamespace(execute=lambda: SimpleNamespace(data={}))
+    with pytest.raises(script.RunError, match=f"no answer from the database for {seconds} s"):
+        store._ask("a", query, lambda data: data["taken"])
+    assert (slept, store.patience) == (pauses, in_all)
 
 
 def refusing(code, times):
@@ -309,7 +344,7 @@ KEY = "sb_secret_x"
 
 
 def place_of(image, size):
-    buckets = "shop, my pictures"
+    buckets = "shop, my pictures,"
     settings = script.Settings(url=PROJECT, key=KEY, storage_buckets=buckets)
     return script.SupabaseStore(settings, script.Stop()).locate(Asset(1, image, size=size))
 
@@ -327,7 +362,7 @@ def place_of(image, size):
             for way in ("public", "authenticated")
         ),
         ("/storage/v1/object/public/other/a.jpg", f"{OBJECTS}/public/other/a.jpg", False),
-        (f"{OBJECTS}/public/shop-2/a.jpg", f"{OBJECTS}/public/shop-2/a.jpg", False),
+        *((f"{OBJECTS}/public/{b}/a.jpg", None, False) for b in ("shop-2", "", "SHOP")),
         ("/storage/v1/object/sign/shop/a.jpg?token=t", f"{OBJECTS}/sign/shop/a.jpg?token=t", False),
         (f"{RENDERED}/public/{MUG}?width=9", f"{RENDERED}/authenticated/{MUG}?width=9", True),
         (f"{PROJECT}.evil.example/storage/v1/object/{MUG}", None, False),
@@ -370,16 +405,19 @@ def test_an_image_that_is_not_to_be_had_is_said_to_be(image, reason):
 
 def test_the_catalog_has_what_the_page_shows(stack, monkeypatch):
     """Copies, near pairs, and samples of each client. test_gallery.py has failures."""
-    monkeypatch.setattr(script, "COMPARED_AT_ONCE", 10)
-    stack.add_images([f"https://images.invalid/{n}.jpg" for n in range(40)], "large")
-    stack.sql("update assets set client_name = 'small' where id::text like '%10'")
+    monkeypatch.setattr(script, "COMPARED_AT_ONCE", 15)
     store = open_store(stack)
-    assets = pending(store)
+    assert store.catalog(0) == script.Catalog([], 0, 0, [], [])  # before there are any
+    stack.add_images([f"https://images.invalid/{n}.jpg" for n in range(41)], "large")
+    stack.sql("update assets set client_name = 'small' where id::text like '%10'")
+    assets = pending(store)[:40]
     made = np.random.default_rng(0).standard_normal((40, 512))
     made[1:4] = made[0]
     made[5] = made[4] + 0.05 * made[6]  # a near pair
     vectors = (made / np.linalg.norm(made, axis=1, keepdims=True)).astype(np.float32)
     store.save([Embedded(a, v) for a, v in zip(assets, vectors, strict=True)])
+    asked = []
+    stack.gateway.fault = lambda request: asked.append((request.function, request.body))
     catalog = store.catalog(40)
     assert (catalog.sought_among, catalog.compared) == (40, 40)
     known = {frozenset((p.one.id, p.other.id)): p for p in catalog.pairs}
@@ -393,10 +431,18 @@ def test_the_catalog_has_what_the_page_shows(stack, monkeypatch):
     for one, *nearest in catalog.samples:
         assert one.picture.id not in {match.picture.id for match in nearest}
         assert all(match.similarity < script.SAME for match in nearest)
+    parts = [json.loads(body) for function, body in asked if function == "duplicate_products"]
+    assert [(part["shard"], part["shards"]) for part in parts] == [(1, 3), (2, 3), (3, 3)]
+    for limit in (None, 7, 1000):
+        next(open_store(stack, limit=limit).pages())
+    pages = [json.loads(body) for function, body in asked if function == "pending_assets"]
+    assert [page["wanted"] for page in pages] == [250, 7, 250]
+    stack.gateway.fault = None
     client = open_store(stack, client="small").catalog(1)
     assert (client.sought_among, len(client.samples)) == (1, 1)
-
-
-def test_an_empty_catalog_has_a_page_too(stack):
-    catalog = open_store(stack).catalog(0)
-    assert (catalog.pairs, catalog.samples, catalog.failures) == ([], [], [])
+    monkeypatch.setattr(script, "LOOK_SECONDS", -1)
+    another = open_store(stack, model_version="another")
+    another.save([Failed(assets[0], "fetch", "HTTP 404")])
+    short = store.catalog(40)
+    assert (short.compared, short.failures) == (13, [])  # the first part
+    assert len(another.catalog(0).failures) == 1
