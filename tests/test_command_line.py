@@ -181,10 +181,13 @@ def test_the_report_line_by_line(monkeypatch):
     results = [Failed(asset, "fetch", "HTTP 404") for asset in assets[1:5]]
     inline = Asset(5, "data:" + "x" * 10**6)
     results += [Failed(inline, "decode", "too few pixels (1 x 1)"), Embedded(assets[6], None)]
-    for result in results:
-        report.count(result, taken=True)
     report.count(results[0], taken=False)
+    report.count(results[-1], taken=True)
+    assert report.exit_code == 0
     report.left_of.update({"a.example: no answer in time": 1, "b.example: HTTP 429": 1500})
+    assert report.exit_code == 1
+    for result in results[:-1]:
+        report.count(result, taken=True)
     report.started = 38.74
     assert list(report.lines()) == [
         "Embedded         1",

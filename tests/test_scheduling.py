@@ -12,7 +12,6 @@ import math
 import re
 import threading
 import time
-from datetime import datetime, timedelta
 from functools import partial
 from types import SimpleNamespace
 
@@ -199,46 +198,6 @@ def test_a_limit_holds_across_pages(ride, good, monkeypatch):
 def test_a_download_is_silent_from_its_own_start_on():
     before = time.monotonic()
     assert script.Task("fetch", print, print).since >= before
-
-
-@pytest.mark.parametrize(("hours", "shown"), [(0.1, "%H:%M:%S"), (73, "%-d %B")])
-def test_a_report_says_what_became_of_each_asset(hours, shown):
-    due = datetime.now().astimezone().replace(microsecond=500_000) + timedelta(hours=hours)
-    report = script.Report(Status(3000, 900, 150, 50, due), script.Settings())
-    again = f"50 failed before, tried again from {due:{shown}} on"
-    to_do = "2,050 to do, of which 100 failed before"
-    assert report.beginning() == f"3,000 assets: 900 done, {again}, {to_do}"
-    asset = Asset(1, "data:" + "x" * 10**6, title="Mug")
-    report.count(Embedded(asset, vector(1)), taken=False)
-    assert (*counts(report), report.exit_code) == (0, 0, 2050, 0)
-    report.left_of["a host: HTTP 503"] += 7
-    assert report.exit_code == 1
-    for number in range(1100):
-        report.count(Embedded(asset, vector(1)), taken=True)
-        if number < 9:
-            reason = "HTTP 404" if number else "too few pixels (1 x 1)"
-            report.count(Failed(asset._replace(id=number), "fetch", reason), taken=True)
-    assert (*counts(report), report.exit_code) == (1100, 9, 941, 1)
-    report.found = 2100  # more than there were at the beginning
-    *lines, _, last = report.lines()
-    assert [line.partition("data:")[0].rstrip() for line in lines] == [
-        "Embedded     1,100",
-        "Failed           9",
-        "       8  fetch: HTTP 404",
-        f"          {script.ADVICE['HTTP 404']}",
-        *(f"          {number}  Mug" for number in (1, 2, 3)),
-        "       1  fetch: too few pixels (1 x 1)",
-        f"          {script.ADVICE[script.TOO_SMALL]}",
-        "          0  Mug",
-        f"Waiting         50  {again.removeprefix('50 ')}; --retry-failed: now",
-        "Left           991",
-        "       7  of a host: HTTP 503",
-        "       1  changed or gone meanwhile",
-    ]
-    assert last.startswith("embedded=1100 failed=9 left=991 attempted=1109 waiting=50 seconds=")
-    assert max(map(len, lines)) < 100
-    now = script.Report(report.status, script.Settings(retry_failed=True, local=script.HERE))
-    assert now.beginning() == "3,000 images: 900 done, 2,100 to do, of which 150 failed before"
 
 
 @pytest.mark.parametrize(
