@@ -4005,9 +4005,8 @@ class Gallery:
                 file.write(TABLE_HEAD)
                 csv.writer(file).writerows(self._rows())
         except OSError as error:
-            # A full disk names no file.
-            file = error.filename or self._path
-            raise RunError(f"{file} can't be written: {error.strerror}") from None
+            path = error.filename or self._path  # a full disk names no file
+            raise RunError(f"{path} can't be written: {error.strerror}") from None
         log.info("for a spreadsheet: %s", self.table)
         log.info("look at %s", self._path.as_uri())
 
