@@ -3840,12 +3840,12 @@ GALLERY = """\
  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>{{ shorten(title, 200) }}</title>
 <style>
-:root { color-scheme: light dark; --card: color-mix(in srgb, CanvasText 4%, Canvas);
-  --line: color-mix(in srgb, CanvasText 14%, Canvas);
-  --dim: color-mix(in srgb, CanvasText 66%, Canvas) }
+:root { color-scheme: light dark; --card: light-dark(#fff, #1e1e20);
+  --line: light-dark(#e3e3df, #353538); --dim: light-dark(#66665f, #a5a59f) }
 * { box-sizing: border-box }
 body { max-width: 1400px; margin: auto; padding: 1.5rem clamp(.75rem, 3vw, 2.5rem) 4rem;
-  font: 15px/1.45 system-ui, sans-serif; overflow-wrap: anywhere }
+  background: light-dark(#f6f6f4, #131314); font: 15px/1.45 system-ui, sans-serif;
+  overflow-wrap: anywhere }
 h1, h2, h3 { margin: 0 0 .5rem; line-height: 1.25 }
 h2 { margin-top: 2.5rem }
 h3 { font-size: 1rem }
@@ -3854,20 +3854,21 @@ p { margin: .25rem 0 1rem; max-width: 62em; color: var(--dim) }
 nav, .cards { display: flex; flex-wrap: wrap; gap: .9rem }
 nav a, article { padding: .9rem; border: 1px solid var(--line); border-radius: .8rem;
   background: var(--card) }
-nav a { flex: 1 1 11rem; text-decoration: none }
-nav b { display: block; font-size: 1.4rem }
+nav a { flex: 1 1 11rem; color: var(--dim); text-decoration: none }
+nav b { display: block; color: CanvasText; font-size: 1.4rem }
 article { flex: var(--n) 1 calc(var(--n) * 8.75rem + 1.3rem); max-width: calc(var(--n) * 13rem) }
 #failed article { flex: 1 1 20rem; max-width: 40rem }
-article p { margin: .6rem 0 0 }
+article p { margin: .6rem 0 0; font-size: .85rem }
 .grid { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fit, minmax(6.8rem, 1fr)) }
 figure { margin: .4rem 0 0; min-width: 0; font-size: .8rem }
 img, .none { display: grid; width: 100%; aspect-ratio: 1; border-radius: .5rem; overflow: hidden;
   box-shadow: 0 0 0 1px var(--line); place-content: center; text-align: center }
+figcaption { margin-top: .35rem }
 figcaption b { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 4;
   overflow: hidden }
 small { display: block; color: var(--dim) }
 .id { user-select: all; -webkit-user-select: all }
-mark { padding: 0 .45rem; border-radius: 1rem; background: #cfe8d5; color: #17311d;
+mark { padding: 0 .45rem; border-radius: 1rem; background: #d8eddd; color: #17311d;
   font-size: .75rem }
 </style>
 <header><h1>{{ shorten(title, 200) }}</h1>
