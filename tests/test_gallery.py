@@ -289,6 +289,14 @@ def test_short_time_and_images_that_broke_since_are_said(monkeypatch, photos, tm
     assert store.catalog(11).sought_among == 0  # of a block of 11
 
 
+def test_files_are_the_same_where_all_their_bytes_are(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.bmp").write_bytes(bytes(script.HEAD_BYTES) + name.encode())
+    vectors = dict.fromkeys(("a.bmp", "b.bmp"), vectors_for(1)[0])
+    _, rows = page_of(keep(open_folder(tmp_path), vectors, {}), tmp_path, local=tmp_path)
+    assert [row["copy"] for row in rows] == ["no", "no"]
+
+
 def store_of(pairs=(), samples=(), failures=()):
     """A store of what a test says."""
     catalog = script.Catalog(pairs, 9, 9, samples, failures)

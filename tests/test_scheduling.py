@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import math
 import re
+import sys
 import threading
 import time
 from functools import partial
@@ -290,10 +291,10 @@ def test_a_host_that_rests_lets_others_pass(ride, answering, good, caplog, monke
 
 def test_a_try_that_ended_in_a_retry_after_does_not_count(ride, answering, monkeypatch):
     monkeypatch.setattr(script, "PATIENT_SECONDS", 60.0)
-    busy = [status(429, ("Retry-After", "1"))] * 4
+    busy = [status(429, ("Retry-After", "1"))] * (script.TRIES + 1)
     host = answering(in_turn(*busy, answering.ok))
     report = ride(MemoryStore(host.urls(1)))
-    assert (report.embedded, len(host.requests)) == (1, 5)
+    assert (report.embedded, len(host.requests)) == (1, script.TRIES + 2)
 
 
 def test_an_image_that_is_told_to_wait_while_others_come_has_failed_in_the_end(ride, answering):
@@ -654,6 +655,7 @@ def test_a_store_that_can_not_go_on_ends_the_run(ride, good, monkeypatch, call, 
 def test_a_log_has_a_line_every_10_seconds(caplog, monkeypatch):
     now = SimpleNamespace(seconds=100.0)
     monkeypatch.setattr("tqdm.std.time", lambda: now.seconds)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)  # stderr, the log, is none
     progress = script.Progress(3000)
     with caplog.at_level("INFO"):
         for number in range(1000):
