@@ -280,7 +280,8 @@ def embed_all(settings: Settings, stop: Stop) -> int:
         log.info("stopped: run the same command again to go on")
     elif settings.gallery:
         done = status.done + report.embedded
-        Gallery(store, settings, status._replace(done=done), {}).write()
+        assets = max(status.assets, done)  # some came during the run
+        Gallery(store, settings, status._replace(assets=assets, done=done), {}).write()
     elif settings.local and report.embedded and sys.stderr.isatty():
         log.info("next: --gallery FILE.html shows what looks alike. Supabase: see README.md")
     return report.exit_code
@@ -731,7 +732,8 @@ class Store(Protocol):
         were taken: the other assets changed or vanished meanwhile."""
 
     def catalog(self, embedded: int) -> Catalog:
-        """What the gallery shows of so many embedded pictures; raises RunError."""
+        """What the gallery shows; raises RunError. `embedded`: how many pictures have a vector,
+        for a store that asks in parts."""
 
     def search(self, vector: np.ndarray, wanted: int) -> list[Match]:
         """The pictures whose vectors are nearest to one (512,), nearest first."""
@@ -1628,7 +1630,7 @@ class SupabaseStore:
             began = time.monotonic()
             pairs += self._call("duplicate_products", read_pairs, **question, **of_part)
             now = time.monotonic()
-            if now + (now - began) > deadline:  # the next one would take as long
+            if now + (now - began) > deadline:  # the next one may take as long
                 return pairs, embedded * part // parts
         return pairs, embedded
 
@@ -3901,14 +3903,22 @@ of what looks alike</a>
 <section id="same"><h2>Looks the same</h2>
 <p>These are copies, resized pictures, or variants of one product: look before you delete.
 {{ "A picture that many products share may be a placeholder." if not local }}
-Where sizes are known, the largest of a group comes first. Click a picture to open its original.
-{{ "Click its name to open the product's page." if not local }}
-Click a line below a name to select it for copying. {{ table() }} lists all of these pictures;
-identical ones have the same id under same_as. An empty cell there means: unknown, or none.</p>
+Where sizes are known, the largest of a group comes first.
+{{ 'Of identical files one is marked "keep".' if local }}
+Click a picture to open its original.
+{% if local %}
+Click the path below its name to select it for copying.
+{% else %}
+Click its name to open the product's page. Where there is none, click the id below the name to
+select it for copying.
+{% endif %}
+{{ table() }} lists all of these pictures; identical ones have the same id under same_as. An empty
+cell in the table means: unknown, or none.</p>
 <p>Pictures look the same from a similarity of {{ SAME }} on. Only the square in the middle of a
 picture is compared. The last section shows how similar other pictures are.
 {% if local and gallery.unknown() %}
-{{ counted(gallery.unknown(), "file") }} could not be read, or not in time.
+{{ counted(gallery.unknown(), "file") }} could not be read, or not in time: there may be more
+identical ones.
 {% endif %}
 </p>
 {% if catalog.compared < status.done %}
@@ -3917,16 +3927,13 @@ compared with all others, and {{ number(catalog.sought_among) }} were searched f
 {% endif %}
 <div class="cards">
 {% for group in gallery.groups[:SHOWN_GROUPS] %}
-{% set last = gallery.looks[group[-1].id] %}
 <article style="--n:{{ group[:SHOWN_MEMBERS]|length }}"><h3>Group {{ loop.index }}:
 {{ number(group|length) }}
 {% if gallery.superfluous[loop.index0] == group|length - 1 %}times the {{ gallery.same }}
 {% else %}look the same{% endif %}</h3><div class="grid">
 {% for picture in group[:SHOWN_MEMBERS] %}
 {% call figure(picture) %}
-{% if loop.first and last.size and gallery.looks[picture.id].largeness > last.largeness %}
-<mark>largest</mark>
-{% endif %}
+{% if loop.first and gallery.has_largest(group) %}<mark>largest</mark>{% endif %}
 {% set copies = gallery.copies[picture.id] %}
 {% if copies|length > 1 %}
 <mark>{{ "keep" if local and copies[0] == picture.id else gallery.same }}</mark>
@@ -3957,7 +3964,7 @@ themselves. {{ table() }} lists all of them.</p>
 
 <section id="alike"><h2>Looks alike</h2>
 <p>Some pictures from the whole catalog, each with those nearest to it, as a shop would show
-them. What looks the same is left out.</p>
+them. What was found to look the same is left out.</p>
 <div class="cards">
 {% for matches in catalog.samples %}
 {{ nearest(matches[0].picture.name, matches, true) }}
@@ -4048,24 +4055,28 @@ class Gallery:
         return look
 
     def _arrange(self) -> None:
-        """Sorts groups and their pictures, and sets `copies` and `superfluous`."""
+        """Sorts groups and their pictures. Sets `copies`: for each id of the table, the ids of the
+        same picture, itself included, the one to keep first. Sets `superfluous`: for each group,
+        how many copies are more than one of their kind."""
         kinds = self._kinds()
         count = Counter(kinds.values())
+        # Something can be done about copies. Then come the groups that are most alike.
         self.groups.sort(key=lambda group: -min(self.similarity[one.id] for one in group))
         self.groups.sort(key=lambda group: all(count[kinds[one.id]] == 1 for one in group))
         for group in self.groups:
             # Among equal ones the shortest name comes first: it is rarely that of a copy.
             group.sort(key=lambda one: (len(one.name), str(one.id)))
             group.sort(key=lambda one: self.looks[one.id].largeness, reverse=True)
-            # Copies stand together, behind those of the largest.
+            # The largest and its copies, other copies, the rest: only SHOWN_MEMBERS are shown.
             place = {kinds[one.id]: number for number, one in reversed([*enumerate(group)])}
             group.sort(key=lambda one: place[kinds[one.id]])
             group.sort(key=lambda one: place[kinds[one.id]] > 0 and count[kinds[one.id]] == 1)
+            # What nobody looked at has no thumbnail.
+            group.sort(key=lambda one: self.looks[one.id] == Look())
         ids_of: dict[Any, list[Id]] = defaultdict(list)
         for picture in self._listed():
             ids_of[kinds[picture.id]].append(picture.id)
         self.copies = {id_: ids for ids in ids_of.values() for id_ in ids}
-        # All but one of each kind.
         self.superfluous = [
             len(group) - len({kinds[one.id] for one in group}) for group in self.groups
         ]
@@ -4093,6 +4104,14 @@ class Gallery:
     def unknown(self) -> int:
         """How many files could not be looked at."""
         return sum(self.looks[picture.id].size is None for picture in self._listed())
+
+    def has_largest(self, group: list[Picture]) -> bool:
+        """Whether a group's first picture is its largest: all sizes are known, and not all are
+        equal."""
+        looks = [self.looks[one.id] for one in group]
+        return all(look.size for look in looks) and looks[0].largeness > min(
+            look.largeness for look in looks
+        )
 
     def reasons(self) -> list[tuple[str, list[Picture]]]:
         """Why pictures can't be used, and which; the most frequent reason first."""

@@ -278,7 +278,7 @@ def test_short_time_and_images_that_broke_since_are_said(monkeypatch, photos, tm
     page, rows = page_of(store, tmp_path, local=tmp_path, status=store.status())
     assert (len(rows), page.of("failed")) == (5, [])
     assert "of 11 pictures, 7 were compared with all others, and 11 were" in page.text
-    assert "4 files could not be read, or not in time." in page.text
+    assert "4 files could not be read, or not in time: there may be more" in page.text
     assert {row["copy"] for row in rows if row["id"] in ("9.jpg", "10.jpg")} == {""}
     unread, group = page.of("same")
     assert unread.title == "Group 1: 3 look the same"
@@ -352,6 +352,15 @@ def test_the_largest_of_a_group_is_kept_and_is_marked_if_all_are_known(tmp_path)
         (card,) = page_of(store_of(pairs), tmp_path, private_hosts=True)[0].of("same")
         assert card.title == "Group 1: 7 look the same"
         assert "largest" not in card.marks
+        # Of ten six are looked at, and two of them turn out to be the largest: no other is shown.
+        few, many = (
+            [script.Picture(f"{path}{n}", host.url_of(path)) for n in range(count)]
+            for path, count in (("/x.png", 4), ("/xxxxxx.png", 6))
+        )
+        pairs = [script.Pair(group[0], one, 1.0, True) for group in (few, many) for one in group]
+        pairs.append(script.Pair(few[0], many[0], 0.995))
+        (card,) = page_of(store_of(pairs), tmp_path, private_hosts=True)[0].of("same")
+        assert (card.pictures, card.names[0]) == (6, "xxxxxx.png")
 
 
 def test_what_pairs_connect_is_a_group_with_its_copies_side_by_side(tmp_path):
