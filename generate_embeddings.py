@@ -3933,7 +3933,9 @@ compared with all others, and {{ number(catalog.sought_among) }} were searched f
 {% else %}look the same{% endif %}</h3><div class="grid">
 {% for picture in group[:SHOWN_MEMBERS] %}
 {% call figure(picture) %}
-{% if loop.first and gallery.has_largest(group) %}<mark>largest</mark>{% endif %}
+{% if loop.first and gallery.has_largest(group) %}
+<mark>largest</mark>
+{% endif %}
 {% set copies = gallery.copies[picture.id] %}
 {% if copies|length > 1 %}
 <mark>{{ "keep" if local and copies[0] == picture.id else gallery.same }}</mark>

@@ -25,7 +25,7 @@ sys.path.insert(0, str(REPO / "tests"))
 import models  # noqa: E402
 from stack import photographs  # noqa: E402
 
-WIDTH, HEIGHT = 1200, 1060  # pixels
+WIDTH, HEIGHT = 1200, 1080  # pixels
 PHOTOS = {
     "cat": "chelsea.png",
     "clock": "clock_motion.png",
