@@ -4063,18 +4063,25 @@ class Gallery:
         kinds = self._kinds()
         count = Counter(kinds.values())
         # Something can be done about copies. Then come the groups that are most alike.
-        self.groups.sort(key=lambda group: -min(self.similarity[one.id] for one in group))
-        self.groups.sort(key=lambda group: all(count[kinds[one.id]] == 1 for one in group))
+        self.groups.sort(
+            key=lambda group: (
+                all(count[kinds[one.id]] == 1 for one in group),
+                -min(self.similarity[one.id] for one in group),
+            )
+        )
         for group in self.groups:
             # Among equal ones the shortest name comes first: it is rarely that of a copy.
             group.sort(key=lambda one: (len(one.name), str(one.id)))
             group.sort(key=lambda one: self.looks[one.id].largeness, reverse=True)
-            # The largest and its copies, other copies, the rest: only SHOWN_MEMBERS are shown.
             place = {kinds[one.id]: number for number, one in reversed([*enumerate(group)])}
-            group.sort(key=lambda one: place[kinds[one.id]])
-            group.sort(key=lambda one: place[kinds[one.id]] > 0 and count[kinds[one.id]] == 1)
-            # What nobody looked at has no thumbnail.
-            group.sort(key=lambda one: self.looks[one.id] == Look())
+            # The largest and its copies, other copies, the rest: only SHOWN_MEMBERS are shown.
+            group.sort(
+                key=lambda one: (
+                    self.looks[one.id] == Look(),  # nobody looked: there is no thumbnail
+                    place[kinds[one.id]] > 0 and count[kinds[one.id]] == 1,
+                    place[kinds[one.id]],
+                )
+            )
         ids_of: dict[Any, list[Id]] = defaultdict(list)
         for picture in self._listed():
             ids_of[kinds[picture.id]].append(picture.id)
@@ -4111,9 +4118,7 @@ class Gallery:
         """Whether a group's first picture is its largest: all sizes are known, and not all are
         equal."""
         looks = [self.looks[one.id] for one in group]
-        return all(look.size for look in looks) and looks[0].largeness > min(
-            look.largeness for look in looks
-        )
+        return all(look.size for look in looks) and len({look.largeness for look in looks}) > 1
 
     def reasons(self) -> list[tuple[str, list[Picture]]]:
         """Why pictures can't be used, and which; the most frequent reason first."""
@@ -4299,8 +4304,10 @@ class Setting(NamedTuple):
     read: Callable[[str], Any] = str
 
 
+A_PORT = r"(?:\d{1,4}|[1-5]\d{4}|6[0-4]\d{3}|65[0-4]\d\d|655[0-2]\d|6553[0-5])"  # up to 65535
+A_HOST = r"(?!YOUR-PROJECT|supabase\.com/)[\w-]+(?:\.[\w-]+)*"
 # https://abcdefghijkl.supabase.co, http://localhost:54321
-A_URL = r"(https?://(?!YOUR-PROJECT|supabase\.com/)[\w-]+(?:\.[\w-]+)*(?::[1-6]?\d{1,4})?(?:/[\w.-]+)*?)"
+A_URL = rf"(https?://{A_HOST}(?::{A_PORT})?(?:/[\w.-]+)*?)"
 A_KEY = r"(sb_secret_[\w-]+|[\w-]+\.[\w-]+\.[\w-]+)"  # sb_secret_AbC1, eyJh.eyJp.c2ln
 A_TEXT = r"([^\x00-\x1f\x7f-\x9f\ud800-\udfff]+)"  # clip-vit-base-patch32
 A_NUMBER = r"(\d{1,6}(?:\.\d+)?)"  # 30, 2.5

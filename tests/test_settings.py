@@ -116,7 +116,7 @@ def test_nothing_of_a_dotenv_file_enters_the_environment_nor_a_folders_run_its_d
 TEXTS = ("MODEL_VERSION", "CLIP_MODEL", "STORAGE_BUCKETS")
 WRONG = [  # a setting, what is said of it, and values
     ("SUPABASE_URL", "is not set: .*--local", "", "  "),
-    ("SUPABASE_URL", "is not like https://", "abc.supabase.co", "https://", "https://a.co:99999"),
+    ("SUPABASE_URL", "is not like https://", "abc.supabase.co", "https://", "https://a.co:65536"),
     ("SUPABASE_URL", "is not like", "https://YOUR-PROJECT.supabase.co", "https://a b.supabase.co"),
     ("SUPABASE_URL", "is not like", "https://supabase.com/dashboard/project/abc"),
     ("SUPABASE_URL", "is not like", "postgresql://postgres:pw@db.abc.supabase.co/postgres"),
