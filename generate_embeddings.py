@@ -138,7 +138,6 @@ import ctypes
 import difflib
 import hashlib
 import heapq
-import html
 import io
 import ipaddress
 import itertools
@@ -2549,6 +2548,14 @@ def levels_of(data: bytes) -> bytes:
     return in_srgb(square(decoded(data))).tobytes()
 
 
+def size_of(data: bytes) -> bytes:
+    """Width and height of an image file, as its header says, in SIZE. Raises ImageError."""
+    try:
+        return SIZE.pack(*opened(data).size)
+    except (Image.DecompressionBombError, *BROKEN_FILE):
+        raise ImageError(BROKEN) from None
+
+
 def decoded(data: bytes) -> Image.Image:
     """The picture in an image file, upright and on white.
 
@@ -2810,6 +2817,9 @@ def normalise(levels: np.ndarray) -> np.ndarray:
 
 DECODE_PATIENCE = 60.0  # seconds; after that a decoder counts as hung, even on a busy machine
 LEVELS_BYTES = SIDE * SIDE * 3
+SIZE = struct.Struct(">II")  # width and height
+# What a decoder can make of an image file, and how many bytes that has
+TASKS = {b"levels": (levels_of, LEVELS_BYTES), b"size": (size_of, SIZE.size)}
 MOST_REASON = 200  # characters of a reason that are kept
 MOST_CALLS = 20  # of a traceback that are sent
 
@@ -2870,10 +2880,20 @@ class Loader:
         return normalise(self.decode(data))
 
     def decode(self, data: bytes) -> np.ndarray:
-        """The levels (224, 224, 3) of an image file, from the first decoder that is free."""
+        """The levels (224, 224, 3) of an image file."""
+        with self._free_decoder() as decoder:
+            return decoder.decode(data)
+
+    def size(self, data: bytes) -> tuple[int, int]:
+        """Width and height of an image file."""
+        with self._free_decoder() as decoder:
+            return decoder.size(data)
+
+    @contextlib.contextmanager
+    def _free_decoder(self) -> Iterator[Decoder]:
         decoder = self._decoders.get()
         try:
-            return decoder.decode(data)
+            yield decoder
         finally:
             self._decoders.put(decoder)
 
@@ -2882,22 +2902,31 @@ class Decoder:
     """A process that decodes one image at a time, within limits: a file may claim more than it
     holds, and codecs have holes. The process runs this script again (RUN_DECODER).
 
-    Bytes go in, bytes come out: levels or a reason. A process that replies anything else, or
+    Bytes go in, bytes come out: a result or a reason. A process that replies anything else, or
     hangs, is killed. If a process dies, its exit code says whether the image was at fault.
+
+    Raises ImageError, and RunError if no process can be started.
     """
 
     def __init__(self) -> None:
         self._process: Any = None
 
     def decode(self, data: bytes) -> np.ndarray:
-        """The levels (224, 224, 3) of an image file. Raises ImageError, and RunError if no
-        process can be started."""
+        """The levels (224, 224, 3) of an image file."""
+        return np.frombuffer(self._ask(b"levels", data), np.uint8).reshape(SIDE, SIDE, 3)
+
+    def size(self, data: bytes) -> tuple[int, int]:
+        """Width and height of an image file."""
+        width, height = SIZE.unpack(self._ask(b"size", data))
+        return width, height
+
+    def _ask(self, task: bytes, data: bytes) -> bytes:
         process = self._process
         if not process or process.poll() is not None:  # it may have died while it was idle
             process = started_decoder()
         self._process = None  # the rest of a reply would be taken for the next image's
         try:
-            levels = reply_of(process, data)
+            result = reply_of(process, task, data)
         except ImageError:
             self._process = process
             raise
@@ -2905,7 +2934,7 @@ class Decoder:
             process.kill()
             raise ImageError(DEATHS.get(process.wait(), DECODER_LOST)) from None
         self._process = process
-        return levels
+        return result
 
 
 def started_decoder() -> Any:
@@ -2925,7 +2954,7 @@ def started_decoder() -> Any:
         raise RunError(f"{CANT_START} ({error.strerror})") from None
     try:
         with contextlib.suppress(ImageError):  # the reason EMPTY
-            reply_of(process, b"")
+            reply_of(process, b"levels", b"")
     except (OSError, EOFError, ValueError):
         process.kill()
         errors = process.stderr.read().decode(errors="replace").splitlines()
@@ -2934,8 +2963,8 @@ def started_decoder() -> Any:
     return process
 
 
-def reply_of(process: Any, data: bytes) -> np.ndarray:
-    """The levels (224, 224, 3) that a decoder makes of a file. A decoder that takes longer than
+def reply_of(process: Any, task: bytes, data: bytes) -> bytes:
+    """What a decoder makes of a file, by one of the TASKS. A decoder that takes longer than
     DECODE_PATIENCE is killed.
 
     Raises ImageError with the reason that it gives; OSError, EOFError or ValueError for a decoder
@@ -2947,13 +2976,15 @@ def reply_of(process: Any, data: bytes) -> np.ndarray:
     except RuntimeError as error:  # no more threads on this machine
         raise RunError(f"{CANT_START} ({error})") from None
     try:
+        send(process.stdin, task)
         send(process.stdin, data)
-        reply = receive(process.stdout, most=LEVELS_BYTES)
+        result = receive(process.stdout, most=LEVELS_BYTES)
+        words = receive(process.stdout, most=LEVELS_BYTES)
     finally:
         patience.cancel()
-    if len(reply) == LEVELS_BYTES:
-        return np.frombuffer(reply, np.uint8).reshape(SIDE, SIDE, 3)
-    *calls, reason = reply.decode().splitlines()
+    if len(result) == TASKS[task][1]:
+        return result
+    *calls, reason = words.decode().splitlines()
     for line in calls:
         log.debug("decoder: %s", line)
     raise ImageError(shorten(printable(reason), MOST_REASON))
@@ -2996,26 +3027,28 @@ def serve_as_decoder() -> int:
     shut_in()
     with contextlib.suppress(EOFError, OSError):  # the run is over
         while True:
+            task = receive(sys.stdin.buffer, most=sys.maxsize)
             data = receive(sys.stdin.buffer, most=sys.maxsize)
             if hasattr(signal, "setitimer"):  # Windows has no limit
                 signal.setitimer(signal.ITIMER_PROF, DECODE_SECONDS)
-            send(replies, reply_to(data))
+            for part in reply_to(task, data):
+                send(replies, part)
     return 0
 
 
-def reply_to(data: bytes) -> bytes:
-    """The levels of an image file, or a text whose last line is the reason why there are none.
-    The lines before it are a defect's traceback."""
+def reply_to(task: bytes, data: bytes) -> tuple[bytes, bytes]:
+    """What one of the TASKS makes of an image file, and no words; or nothing, and words whose last
+    line is the reason. The lines before it are a defect's traceback."""
     try:
-        return levels_of(data)
+        return TASKS[task][0](data), b""
     except ImageError as reason:
-        return str(reason).encode()
+        return b"", str(reason).encode()
     except MemoryError:
         # There may be too little left to say more, or to continue.
         os._exit(OUT_OF_MEMORY)
     except Exception:
         text = traceback.format_exc(-MOST_CALLS).strip()
-        return f"{text}\n{DEFECT} ({text.splitlines()[-1]})".encode()
+        return b"", f"{text}\n{DEFECT} ({text.splitlines()[-1]})".encode()
 
 
 def load_codecs() -> None:
@@ -3613,9 +3646,8 @@ SHOWN_REASONS = 15
 SHOWN_NAMES = 8  # of pictures that failed for one reason
 THUMBNAIL = 160  # pixels a side
 THUMBNAIL_BYTES = 2700
-LONGEST_LINK = 800  # bytes of HTML
+LONGEST_LINK = 800  # characters
 LONGEST_CELL = 2000  # characters; spreadsheets take 32,767
-HEAD_BYTES = 2**20  # of a file, which hold its width and height
 # Where a cell begins a formula, such as =1+1. Some spreadsheets split lines at semicolons.
 FORMULA = re.compile(r"""(?:^|[;\t\r\n])[\s"]*(?=[=+\-@\uff1d\uff0b\uff0d\uff20])""")
 
@@ -3653,15 +3685,21 @@ def answer_line(question: str, match: Match, settings: Settings) -> str:
 
 
 def question_vectors(settings: Settings) -> dict[str, np.ndarray]:
-    """The vector (512,) of each question; loads only the towers that these need."""
+    """The vector (512,) of each question; loads only the towers that these need. Raises RunError
+    for a picture that can't be had."""
+    loader = Loader(settings)
     pixels = {}
     words = []
     for question in settings.search:
         source = question_source(question)
-        if source:
-            pixels[question] = question_pixels(question, source, settings)
-        else:
+        if not source:
             words.append(question)
+            continue
+        try:
+            data = loader.fetch(source, Deadline(settings.fetch_seconds)).data
+            pixels[question] = loader.load(data)
+        except ImageError as error:
+            raise RunError(f"--search {shorten(question, 200)}: {error}") from None
     vectors: dict[str, np.ndarray] = {}
     if pixels:
         made = ClipEncoder(settings).encode(np.stack([*pixels.values()]))
@@ -3684,18 +3722,6 @@ def question_source(question: str) -> Source | None:
     return None
 
 
-def question_pixels(question: str, source: Source, settings: Settings) -> np.ndarray:
-    """The pixels (3, 224, 224) of a question's picture; raises RunError."""
-    loader = Loader(settings)
-    try:
-        return loader.load(loader.fetch(source, Deadline(settings.fetch_seconds)).data)
-    except ImageError as error:
-        raise RunError(f"--search {shorten(question, 200)}: {error}") from None
-
-
-# What --gallery finds
-
-
 def joined(pairs: Iterable[Pair]) -> list[list[Picture]]:
     """Lists of pictures that pairs connect: a picture in four copies becomes one list."""
     list_of: dict[Id, list[Picture]] = {}
@@ -3714,85 +3740,24 @@ def alike_but_first(pairs: Iterable[Pair]) -> set[Id]:
     return {picture.id for group in joined(pairs) for picture in group[1:]}
 
 
-class Look(NamedTuple):
-    """What we learned from a picture's file."""
-
-    width: int | None = None
-    height: int | None = None
-    size: int | None = None  # bytes
-    digest: bytes = b""
-    thumbnail: str = ""  # a data: URL
-    trouble: str = "not in time"  # shown if there is no thumbnail
-
-    @property
-    def largeness(self) -> tuple[int, int]:
-        """What the largest of some pictures has most of: pixels, then bytes."""
-        return (self.width or 0) * (self.height or 0), self.size or 0
-
-
-# Where each kind of WebP has its width and height: the first byte, how many bits later the height
-# begins, the bits of each, and what to add.
-WEBP = {b"VP8 ": (26, 16, 14, 0), b"VP8L": (21, 14, 14, 1), b"VP8X": (24, 24, 24, 1)}
-
-
-def measures_of(data: bytes) -> tuple[int | None, int | None]:
-    """Width and height, as far as the first bytes of a file tell. For WebP, AVIF and HEIC Pillow
-    would run code in C, which a file may crash. So we read those headers ourselves."""
-    head = data[:HEAD_BYTES]
-    if head[8:12] == b"WEBP" and head[12:16] in WEBP:
-        first, apart, bits, more = WEBP[head[12:16]]
-        both = int.from_bytes(head[first : first + 6], "little")
-        return both % 2**bits + more, (both >> apart) % 2**bits + more
-    # AVIF and HEIC have such a box for the image, and one for the tiles that it is made of.
-    sizes = re.findall(rb"ispe\0{4}(.{4})(.{4})", head, re.DOTALL)
-    if sizes:
-        width, height = max(sizes)
-        return int.from_bytes(width), int.from_bytes(height)
-    with contextlib.suppress(Exception):  # Pillow raises nearly every type there is
-        formats = ["JPEG", "PNG", "GIF", "BMP", "TIFF"]
-        return Image.open(io.BytesIO(head), formats=formats).size
-    return None, None
-
-
-def thumbnail_of(levels: np.ndarray) -> str:
-    """A small picture as a data: URL."""
-    small = Image.fromarray(levels).resize((THUMBNAIL, THUMBNAIL))
-    for quality in (60, 30, 10, 1):
-        file = io.BytesIO()
-        small.save(file, "WEBP", quality=quality)
-        if file.tell() <= THUMBNAIL_BYTES:
-            break
-    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-# What --gallery writes
-
-TABLE_HEAD = "what,group,name,client,similarity,copy,same_as,width,height,bytes,id,image,link"
-TABLE_HEAD += ",reason,advice\r\n"
-# A template of Jinja, which escapes whatever is filled in. It sees the globals of this module.
+# A template of Jinja, which escapes whatever is filled in. It sees this module's globals and the
+# attributes of a Gallery.
 GALLERY = """\
-{% set catalog = gallery.catalog %}
-{% set settings = gallery.settings %}
-{% set status = gallery.status %}
 {% set local = settings.local is not none %}
 {% set origin = settings.local.name if local else urlsplit(settings.url).netloc %}
-{% set now = datetime.now() %}
 {% set title = settings.client or (origin if local else "Products") %}
 
 {% macro number(count) %}{{ "{:,}".format(count) }}{% endmacro %}
 
 {% macro link(address) %}
-{% if fits(address) %}
-<a href="{{ address }}" target="_blank" rel="noreferrer">{{ caller() }}</a>
+{% if address %}<a href="{{ address }}" target="_blank" rel="noreferrer">{{ caller() }}</a>
 {%- else %}{{ caller() }}{% endif %}
 {% endmacro %}
 
-{% macro table() %}
-{% call link(gallery.table.name|urlencode) %}{{ gallery.table.name }}{% endcall %}
-{% endmacro %}
+{% set the_table %}{% call link(table.name|urlencode) %}{{ table.name }}{% endcall %}{% endset %}
 
 {% macro more(count) %}
-{% if count > 0 %}<p>And {{ number(count) }} more: see {{ table()|trim }}.</p>{% endif %}
+{% if count > 0 %}<p>And {{ number(count) }} more: see {{ the_table|trim }}.</p>{% endif %}
 {% endmacro %}
 
 {% macro similarity(cosine) %}
@@ -3800,9 +3765,9 @@ GALLERY = """\
 {% endmacro %}
 
 {% macro name(picture) %}
-{% set product_page = gallery.address(picture.link) %}
-<b>{% call link(product_page) %}<bdi>{{ shorten(picture.name) }}</bdi>{% endcall %}</b>
-{% if not fits(product_page) %}
+{% set product = gallery.address(picture.link) %}
+<b>{% call link(product) %}<bdi>{{ shorten(picture.name, 40) }}</bdi>{% endcall %}</b>
+{% if not product %}
 <small><bdi class="id">{{ shorten(picture.id|string, 200) }}</bdi></small>
 {% endif %}
 {% if picture.client and not local %}
@@ -3810,29 +3775,22 @@ GALLERY = """\
 {% endif %}
 {% endmacro %}
 
-{% macro figure(picture) %}
-{% set look = gallery.looks[picture.id] %}
-<figure>
-{% call link(gallery.original(picture)) %}
+{% macro card(title, pictures, hidden=0) %}
+<article style="--n:{{ pictures|length }}"><h3>{{ shorten(title, 100) }}</h3><div class="grid">
+{% for picture in pictures %}
+{% set look = looks[picture.id] %}
+<figure>{% call link(gallery.original(picture)) %}
 {% if look.thumbnail %}<img src="{{ look.thumbnail }}" alt="{{ shorten(picture.name) }}">
 {%- else %}<span class="none">{{ shorten(look.trouble, 100) }}</span>{% endif %}
 {% endcall %}
-<figcaption>{{ name(picture) }}{{ caller() }}
-{% if look.size is not none %}
-<small>{% if look.width %}{{ look.width }} x {{ look.height }}, {% endif %}
-{{ number((look.size + 999) // 1000) }} KB</small>
+<figcaption>{{ name(picture) }}{{ caller(loop.index0) }}
+{% if look.bytes is not none %}
+<small>{{ look.width ~ " x " ~ look.height ~ ", " if look.width }}
+{{ number((look.bytes + 999) // 1000) }} KB</small>
 {% endif %}
 </figcaption></figure>
-{% endmacro %}
-
-{% macro nearest(title, matches, sample=false) %}
-<article style="--n:{{ matches|length }}"><h3>{{ shorten(title, 100) }}</h3><div class="grid">
-{% for match in matches %}
-{% call figure(match.picture) %}
-{% if not (sample and loop.first) %}{{ similarity(match.similarity) }}{% endif %}
-{% endcall %}
 {% endfor %}
-</div></article>
+</div>{{ more(hidden) }}</article>
 {% endmacro %}
 <!doctype html>
 <html lang="en">
@@ -3842,8 +3800,8 @@ GALLERY = """\
  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>{{ shorten(title, 200) }}</title>
 <style>
-:root { color-scheme: light dark; --card: light-dark(#fff, #1e1e20);
-  --line: light-dark(#e3e3df, #353538); --dim: light-dark(#66665f, #a5a59f) }
+:root { color-scheme: light dark; --line: light-dark(#e3e3df, #353538);
+  --dim: light-dark(#66665f, #a5a59f) }
 * { box-sizing: border-box }
 body { max-width: 1400px; margin: auto; padding: 1.5rem clamp(.75rem, 3vw, 2.5rem) 4rem;
   background: light-dark(#f6f6f4, #131314); font: 15px/1.45 system-ui, sans-serif;
@@ -3855,19 +3813,16 @@ a { color: inherit }
 p { margin: .25rem 0 1rem; max-width: 62em; color: var(--dim) }
 nav, .cards { display: flex; flex-wrap: wrap; gap: .9rem }
 nav a, article { padding: .9rem; border: 1px solid var(--line); border-radius: .8rem;
-  background: var(--card) }
-nav a { flex: 1 1 11rem; color: var(--dim); text-decoration: none }
-nav b { display: block; color: CanvasText; font-size: 1.4rem }
+  background: light-dark(#fff, #1e1e20) }
+nav a { flex: 1 1 11rem; text-decoration: none }
+nav b { display: block; font-size: 1.4rem }
 article { flex: var(--n) 1 calc(var(--n) * 8.75rem + 1.3rem); max-width: calc(var(--n) * 13rem) }
-#failed article { flex: 1 1 20rem; max-width: 40rem }
-article p { margin: .6rem 0 0; font-size: .85rem }
 .grid { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fit, minmax(6.8rem, 1fr)) }
 figure { margin: .4rem 0 0; min-width: 0; font-size: .8rem }
 img, .none { display: grid; width: 100%; aspect-ratio: 1; border-radius: .5rem; overflow: hidden;
   box-shadow: 0 0 0 1px var(--line); place-content: center; text-align: center }
 figcaption { margin-top: .35rem }
-figcaption b { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 4;
-  overflow: hidden }
+article p { margin: .6rem 0 0; font-size: .85rem }
 small { display: block; color: var(--dim) }
 .id { user-select: all; -webkit-user-select: all }
 mark { padding: 0 .45rem; border-radius: 1rem; background: #d8eddd; color: #17311d;
@@ -3875,84 +3830,68 @@ mark { padding: 0 .45rem; border-radius: 1rem; background: #d8eddd; color: #1731
 </style>
 <header><h1>{{ shorten(title, 200) }}</h1>
 <p>{{ number(status.done) }} of {{ number(status.assets) }} pictures can be found by
-similar-product search
-· {{ now.day }} {{ now.strftime("%B %Y, %H:%M") }}
+similar-product search · {{ datetime.now().strftime("%d %B %Y, %H:%M") }}
 {{ " · " ~ shorten(origin, 200) if origin != title }}</p></header>
 <nav aria-label="Sections">
-<a href="#same"><b>{{ counted(gallery.groups|length, "group") }}</b>
+<a href="#same"><b>{{ counted(groups|length, "group") }}</b>
 of pictures that look the same; {{ "superfluous:" if local }}
-{{ counted(gallery.superfluous|sum, "identical file" if local else "repeated picture") }} in
-{{ counted(gallery.superfluous|select|list|length, "group") }}</a>
-<a href="#failed"><b>{{ counted(catalog.failures|length, "picture") }}</b>
-can't be used</a>
-<a href="#alike"><b>{{ counted(catalog.samples|length, "sample") }}</b>
-of what looks alike</a>
+{{ counted(superfluous|sum, "identical file" if local else "repeated picture") }} in
+{{ counted(superfluous|select|list|length, "group") }}</a>
+<a href="#failed"><b>{{ counted(catalog.failures|length, "picture") }}</b> can't be used</a>
+<a href="#alike"><b>{{ counted(catalog.samples|length, "sample") }}</b> of what looks alike</a>
 </nav>
 <main>
-{% if gallery.answers %}
+{% if answers %}
 <section id="asked"><h2>Asked</h2>
 <p>The nearest come first, at most {{ SHOWN_MATCHES }}. Ask your developer for more. For words
 {{ NEAR_TO_WORDS }}.</p>
 <div class="cards">
-{% for question, matches in gallery.answers.items() %}
-{{ nearest(question, matches) }}
+{% for question, matches in answers.items() %}
+{% call(n) card(question, matches|map(attribute="picture")|list) %}
+{{ similarity(matches[n].similarity) }}
+{% endcall %}
 {% endfor %}
 </div></section>
 {% endif %}
 
 <section id="same"><h2>Looks the same</h2>
-<p>These are copies, resized pictures, or variants of one product: look before you delete.
-{{ "A picture that many products share may be a placeholder." if not local }}
-Where sizes are known, the largest of a group comes first.
-{{ 'Of identical files one is marked "keep".' if local }}
-Click a picture to open its original.
-{% if local %}
-Click the path below its name to select it for copying.
-{% else %}
-Click its name to open the product's page. Where there is none, click the id below the name to
-select it for copying.
-{% endif %}
-{{ table() }} lists all of these pictures; identical ones have the same id under same_as. An empty
-cell in the table means: unknown, or none.</p>
+<p>These are copies, resized pictures, or variants of one product: look before you delete. A
+picture that many products share may be a placeholder. Where sizes are known, the largest of a group
+comes first. {{ 'Of identical files one is marked "keep".' if local }}
+Click a picture to open its original, an underlined name to open the product's page, and the text
+below a name to select it for copying. {{ the_table }} lists all of these pictures; identical ones
+have the same id under same_as. An empty cell means: unknown, or none.</p>
 <p>Pictures look the same from a similarity of {{ SAME }} on. Only the square in the middle of a
 picture is compared. The last section shows how similar other pictures are.
-{% if local and gallery.unknown() %}
-{{ counted(gallery.unknown(), "file") }} could not be read, or not in time: there may be more
-identical ones.
+{% if local and unknown %}
+{{ counted(unknown, "file") }} could not be read, or not in time: there may be more identical ones.
+{% endif %}
+{% if catalog.compared < status.done %}
+Time was short: of {{ number(status.done) }} pictures, {{ number(catalog.compared) }} were compared
+with all others, and {{ number(catalog.sought_among) }} were searched for copies.
 {% endif %}
 </p>
-{% if catalog.compared < status.done %}
-<p>Time was short: of {{ number(status.done) }} pictures, {{ number(catalog.compared) }} were
-compared with all others, and {{ number(catalog.sought_among) }} were searched for copies.</p>
-{% endif %}
 <div class="cards">
-{% for group in gallery.groups[:SHOWN_GROUPS] %}
-<article style="--n:{{ group[:SHOWN_MEMBERS]|length }}"><h3>Group {{ loop.index }}:
-{{ number(group|length) }}
-{% if gallery.superfluous[loop.index0] == group|length - 1 %}times the {{ gallery.same }}
-{% else %}look the same{% endif %}</h3><div class="grid">
-{% for picture in group[:SHOWN_MEMBERS] %}
-{% call figure(picture) %}
-{% if loop.first and gallery.has_largest(group) %}
-<mark>largest</mark>
-{% endif %}
-{% set copies = gallery.copies[picture.id] %}
-{% if copies|length > 1 %}
-<mark>{{ "keep" if local and copies[0] == picture.id else gallery.same }}</mark>
-{% else %}{{ similarity(gallery.similarity[picture.id]) }}{% endif %}
+{% for group in groups[:SHOWN_GROUPS] %}
+{% set all_same = superfluous[loop.index0] == group|length - 1 %}
+{% set title = "Group " ~ loop.index ~ ": " ~ number(group|length) ~
+    (" times the " ~ same if all_same else " look the same") %}
+{% call(n) card(title, group[:SHOWN_MEMBERS], group|length - SHOWN_MEMBERS) %}
+{% set id = group[n].id %}
+{% if n == 0 and gallery.has_largest(group) %}<mark>largest</mark>{% endif %}
+{% if id in keep %}<mark>{{ "keep" if local and keep[id] == id else same }}</mark>
+{% else %}{{ similarity(similarities[id]) }}{% endif %}
 {% endcall %}
 {% endfor %}
-</div>{{ more(group|length - SHOWN_MEMBERS) }}</article>
-{% endfor %}
-</div>{{ more(gallery.groups|length - SHOWN_GROUPS) }}</section>
+</div>{{ more(groups|length - SHOWN_GROUPS) }}</section>
 
 {% set reasons = gallery.reasons() %}
 <section id="failed"><h2>Can't be used</h2>
 <p>Similar-product search can't find these until they are fixed. Later runs try them again by
-themselves. {{ table() }} lists all of them.</p>
+themselves. {{ the_table }} lists all of them.</p>
 <div class="cards">
 {% for reason, pictures in reasons[:SHOWN_REASONS] %}
-<article><h3>{{ shorten(reason[:1]|upper ~ reason[1:], 200) }}
+<article style="--n:3"><h3>{{ shorten(reason[:1]|upper ~ reason[1:], 200) }}
 <mark>{{ number(pictures|length) }}</mark></h3>
 <p>{{ advice_on(reason) or "Ask your developer." }}</p>
 {% for picture in pictures[:SHOWN_NAMES] %}
@@ -3968,24 +3907,43 @@ themselves. {{ table() }} lists all of them.</p>
 <p>Some pictures from the whole catalog, each with those nearest to it, as a shop would show
 them. What was found to look the same is left out.</p>
 <div class="cards">
-{% for matches in catalog.samples %}
-{{ nearest(matches[0].picture.name, matches, true) }}
+{% for sample in catalog.samples %}
+{% call(n) card(sample[0].picture.name, sample|map(attribute="picture")|list) %}
+{{ similarity(sample[n].similarity) if n > 0 }}
+{% endcall %}
 {% endfor %}
 </div></section>
 </main>
 </html>
 """
+TABLE_HEAD = "what,group,name,client,similarity,copy,same_as,width,height,bytes,id,image,link"
+TABLE_HEAD += ",reason,advice\r\n"
+
+
+@dataclass
+class Look:
+    """What we learned from a picture's file."""
+
+    width: int | None = None
+    height: int | None = None
+    bytes: int | None = None
+    digest: str = ""
+    thumbnail: str = ""  # a data: URL
+    trouble: str = "not in time"  # shown if there is no thumbnail
+
+    @property
+    def largeness(self) -> tuple[int, int]:
+        """What the largest of some pictures has most of: pixels, then bytes."""
+        return (self.width or 0) * (self.height or 0), self.bytes or 0
 
 
 class Gallery:
-    """What --gallery shows. The page loads nothing and runs nothing, so it can be sent around. The
-    template uses the attributes and methods without an underscore."""
+    """What --gallery shows. The page loads nothing and runs nothing, so it can be sent around."""
 
     def __init__(
         self, store: Store, settings: Settings, status: Status, answers: Mapping[str, list[Match]]
     ) -> None:
         log.info("making the page")
-        warnings.simplefilter("ignore")  # Pillow's, about what a file claims
         self._store = store
         self._loader = Loader(settings)
         self._path = settings.gallery or Path()
@@ -3995,11 +3953,11 @@ class Gallery:
         self.same = "same file" if settings.local else "same picture"
         self.catalog = store.catalog(status.done)
         self.answers = {asked: matches[:SHOWN_MATCHES] for asked, matches in answers.items()}
-        self.similarity: dict[Id, float] = defaultdict(float)  # to the nearest of the same group
+        self.groups = joined(self.catalog.pairs)
+        self.similarities: dict[Id, float] = defaultdict(float)  # to the nearest of the group
         for pair in self.catalog.pairs:
             for id_ in (pair.one.id, pair.other.id):
-                self.similarity[id_] = max(self.similarity[id_], round(pair.similarity, 6))
-        self.groups = joined(self.catalog.pairs)
+                self.similarities[id_] = max(self.similarities[id_], round(pair.similarity, 6))
         self.looks: dict[Id, Look] = defaultdict(Look)
         if settings.local:
             self._look(self._listed(), LOOK_SECONDS, show=False)
@@ -4007,20 +3965,7 @@ class Gallery:
         # No host keeps the gallery waiting: all pictures together get the time of one.
         self._look(self._shown(), settings.fetch_seconds + 1, show=True)
         self._arrange()
-
-    def write(self) -> None:
-        """Writes the page, and the table beside it. Raises RunError if that can't be done."""
-        try:
-            self._path.write_text(self._html(), "utf-8", "replace")
-            # Without the first bytes of this encoding Excel assumes another one.
-            with self.table.open("w", encoding="utf-8-sig", errors="replace", newline="") as file:
-                file.write(TABLE_HEAD)
-                csv.writer(file).writerows(self._rows())
-        except OSError as error:
-            path = error.filename or self._path  # a full disk names no file
-            raise RunError(f"{path} can't be written: {error.strerror}") from None
-        log.info("for a spreadsheet: %s", self.table)
-        log.info("look at %s", self._path.as_uri())
+        self.unknown = sum(self.looks[one.id].bytes is None for one in self._listed())
 
     def _listed(self) -> list[Picture]:
         """The pictures of the table, in its order."""
@@ -4046,79 +3991,63 @@ class Gallery:
         pool.shutdown(wait=False, cancel_futures=True)
 
     def _look_at(self, picture: Picture, show: bool) -> Look:
+        look = Look()
         try:
             source = self._store.locate(Asset(picture.id, picture.image))
             data = self._loader.fetch(source, Deadline(self.settings.fetch_seconds)).data
-            look = Look(*measures_of(data), len(data), hashlib.sha256(data).digest())
+            look.bytes = len(data)
+            look.digest = hashlib.sha256(data).hexdigest()
+            look.width, look.height = self._loader.size(data)
             if show:
-                look = look._replace(thumbnail=thumbnail_of(self._loader.decode(data)))
+                look.thumbnail = thumbnail_of(self._loader.decode(data))
         except ImageError as error:
-            return self.looks.get(picture.id, Look())._replace(trouble=str(error))
+            look.trouble = str(error)
         return look
 
     def _arrange(self) -> None:
-        """Sorts groups and their pictures. Sets `copies`: for each id of the table, the ids of the
-        same picture, itself included, the one to keep first. Sets `superfluous`: for each group,
-        how many copies are more than one of their kind."""
-        kinds = self._kinds()
-        count = Counter(kinds.values())
+        """Sorts groups and their pictures. Sets `keep`: which of several copies to keep, by the id
+        of each. Sets `superfluous`: for each group, how many of its pictures are other copies."""
+        self.keep: dict[Id, Id] = {}
+        for copies in self._copies():
+            # The shortest name is rarely that of a copy.
+            first = min(copies, key=lambda one: (len(one.name), str(one.id)))
+            self.keep |= {one.id: first.id for one in copies}
         # Something can be done about copies. Then come the groups that are most alike.
         self.groups.sort(
             key=lambda group: (
-                all(count[kinds[one.id]] == 1 for one in group),
-                -min(self.similarity[one.id] for one in group),
+                not any(one.id in self.keep for one in group),
+                -min(self.similarities[one.id] for one in group),
             )
         )
         for group in self.groups:
-            # Among equal ones the shortest name comes first: it is rarely that of a copy.
-            group.sort(key=lambda one: (len(one.name), str(one.id)))
-            group.sort(key=lambda one: self.looks[one.id].largeness, reverse=True)
-            place = {kinds[one.id]: number for number, one in reversed([*enumerate(group)])}
-            # The largest and its copies, other copies, the rest: only SHOWN_MEMBERS are shown.
             group.sort(
                 key=lambda one: (
-                    self.looks[one.id] == Look(),  # nobody looked: there is no thumbnail
-                    place[kinds[one.id]] > 0 and count[kinds[one.id]] == 1,
-                    place[kinds[one.id]],
+                    [-much for much in self.looks[one.id].largeness],
+                    one.id not in self.keep,
+                    str(self.keep.get(one.id)),  # copies stand side by side
+                    len(one.name),
+                    str(one.id),
                 )
             )
-        ids_of: dict[Any, list[Id]] = defaultdict(list)
-        for picture in self._listed():
-            ids_of[kinds[picture.id]].append(picture.id)
-        self.copies = {id_: ids for ids in ids_of.values() for id_ in ids}
         self.superfluous = [
-            len(group) - len({kinds[one.id] for one in group}) for group in self.groups
+            sum(self.keep.get(one.id, one.id) != one.id for one in group) for group in self.groups
         ]
 
-    def _kinds(self) -> dict[Id, Any]:
-        """What the same pictures of the table have in common. Pictures of a folder are the same if
-        their files are, others if their vectors are."""
-        kinds: dict[Id, Any] = {picture.id: picture.id for picture in self._listed()}
-        if self.settings.local:
-            kinds |= {id_: self.looks[id_].digest or id_ for id_ in kinds}
-        else:
-            same = joined(pair for pair in self.catalog.pairs if pair.same)
-            kinds |= {picture.id: group[0].id for group in same for picture in group}
-        return kinds
-
-    def _html(self) -> str:
-        import jinja2
-
-        template = jinja2.Template(
-            GALLERY, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
-        )
-        page: str = template.render(globals(), gallery=self)
-        return page
-
-    def unknown(self) -> int:
-        """How many files could not be looked at."""
-        return sum(self.looks[picture.id].size is None for picture in self._listed())
+    def _copies(self) -> list[list[Picture]]:
+        """Pictures of the table that are the same: in a folder the files, else the vectors."""
+        if not self.settings.local:
+            return joined(pair for pair in self.catalog.pairs if pair.same)
+        same_file = defaultdict(list)
+        for one in self._listed():
+            same_file[self.looks[one.id].digest].append(one)
+        same_file.pop("", None)  # not read
+        return [copies for copies in same_file.values() if len(copies) > 1]
 
     def has_largest(self, group: list[Picture]) -> bool:
-        """Whether a group's first picture is its largest: all sizes are known, and not all are
-        equal."""
-        looks = [self.looks[one.id] for one in group]
-        return all(look.size for look in looks) and len({look.largeness for look in looks}) > 1
+        """Whether a group's first picture is its largest: not all are equal, and the last one's
+        size is known. Unknown sizes come last."""
+        first, last = self.looks[group[0].id], self.looks[group[-1].id]
+        return bool(last.bytes) and first.largeness > last.largeness
 
     def reasons(self) -> list[tuple[str, list[Picture]]]:
         """Why pictures can't be used, and which; the most frequent reason first."""
@@ -4138,36 +4067,60 @@ class Gallery:
             return path.as_uri()
 
     def address(self, text: str) -> str:
-        """A URL that a browser may follow; empty where the text is none."""
+        """A URL that a browser may follow; empty where the text is none, or too long."""
         if text.startswith("//"):
             text = f"https:{text}"
         if text.startswith(STORAGE):
             text = self.settings.url + text
-        return text if re.match("(?i)https?://", text) else ""
+        return text if re.match("(?i)https?://", text) and len(text) <= LONGEST_LINK else ""
+
+    def write(self) -> None:
+        """Writes the page, and the table beside it. Raises RunError if that can't be done."""
+        import jinja2
+
+        template = jinja2.Template(
+            GALLERY, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
+        )
+        page = template.render(globals() | vars(self), gallery=self)
+        try:
+            self._path.write_text(page, "utf-8", "replace")
+            # Without the first bytes of this encoding Excel assumes another one.
+            with self.table.open("w", encoding="utf-8-sig", errors="replace", newline="") as file:
+                file.write(TABLE_HEAD)
+                csv.writer(file).writerows(self._rows())
+        except OSError as error:
+            path = error.filename or self._path  # a full disk names no file
+            raise RunError(f"{path} can't be written: {error.strerror}") from None
+        log.info("for a spreadsheet: %s", self.table)
+        log.info("look at %s", self._path.as_uri())
 
     def _rows(self) -> Iterator[list[Any]]:
         for number, group in enumerate(self.groups, 1):
-            for picture in group:
-                yield self._row("looks the same", picture, number, "")
+            for one in group:
+                yield self._row("looks the same", number, one, "")
         for failure in self.catalog.failures:
-            yield self._row("can't be used", failure.picture, "", failure.reason)
+            yield self._row("can't be used", "", failure.picture, failure.reason)
 
-    def _row(self, what: str, one: Picture, number: int | str, reason: str) -> list[Any]:
+    def _row(self, what: str, number: int | str, one: Picture, reason: str) -> list[Any]:
         look = self.looks[one.id]
-        copies = self.copies[one.id]
         copy = "no" if self.settings.local and look.digest else ""
-        same_as: Id = ""
-        if len(copies) > 1:
+        if one.id in self.keep:
             copy = self.same
-            same_as = copies[0]
-        row = [what, number, one.name, one.client, self.similarity.get(one.id), copy, same_as]
-        row += [look.width, look.height, look.size, one.id, one.image, one.link]
-        return [cell(value) for value in [*row, reason, advice_on(reason)]]
+        row = [what, number, one.name, one.client, self.similarities.get(one.id), copy]
+        row += [self.keep.get(one.id), look.width, look.height, look.bytes]
+        row += [one.id, one.image, one.link, reason, advice_on(reason)]
+        return [cell(value) for value in row]
 
 
-def fits(address: str) -> bool:
-    """Whether an address can be a link: it is neither empty nor too long."""
-    return 0 < len(html.escape(address).encode("utf-8", "replace")) <= LONGEST_LINK
+def thumbnail_of(levels: np.ndarray) -> str:
+    """A small picture as a data: URL."""
+    small = Image.fromarray(levels).resize((THUMBNAIL, THUMBNAIL))
+    for quality in (60, 30, 10, 1):
+        file = io.BytesIO()
+        small.save(file, "WEBP", quality=quality)
+        if file.tell() <= THUMBNAIL_BYTES:
+            break
+    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def cell(value: Any) -> Any:
@@ -4176,34 +4129,6 @@ def cell(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     return FORMULA.sub(r"\g<0>'", shorten(value, LONGEST_CELL))
-
-
-def to_gallery(text: str) -> Path:
-    """The path that a flag gives for a gallery. Raises ArgumentTypeError if the page, or the table
-    beside it, can't be written, or if the table would overwrite a file that is not ours."""
-    gallery = full_path(str(Path(text).parent)) / Path(text).name
-    if gallery.suffix != ".html":
-        raise argparse.ArgumentTypeError(f"{text!r} does not end in .html")
-    table = gallery.with_suffix(".csv")
-    for path in (gallery, table):
-        # A link that somebody else made may lead anywhere. A pipe would wait for a reader.
-        strange = is_link(path) or (path.exists() and not path.is_file())
-        if strange or not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise argparse.ArgumentTypeError(f"'{path}' can't be written, or is a link")
-    if table.exists():
-        with table.open(encoding="utf-8-sig", errors="replace") as lines:
-            if not lines.readline(500).startswith("what,group,name,"):
-                raise argparse.ArgumentTypeError(
-                    f"'{table}' was not made by this script: take another name"
-                )
-    return gallery
-
-
-def to_question(text: str) -> str:
-    """A flag's question; raises ArgumentTypeError for an empty one."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("there is no question")
-    return text
 
 
 # ========================================================================= Command line
@@ -4292,6 +4217,34 @@ def to_shard(text: str) -> Shard:
 def full_path(text: str) -> Path:
     """A flag's path, whatever the current folder is later."""
     return Path(text).resolve()
+
+
+def to_question(text: str) -> str:
+    """A question in words, a path or a URL; raises ArgumentTypeError for an empty one."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("there is no question")
+    return text
+
+
+def to_gallery(text: str) -> Path:
+    """The path of a page. Raises ArgumentTypeError if the page, or the table beside it, can't be
+    written, or if the table would overwrite a file that is not ours."""
+    gallery = full_path(str(Path(text).parent)) / Path(text).name
+    if gallery.suffix != ".html":
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in .html")
+    table = gallery.with_suffix(".csv")
+    for path in (gallery, table):
+        # A link that somebody else made may lead anywhere. A pipe would wait for a reader.
+        strange = is_link(path) or (path.exists() and not path.is_file())
+        if strange or not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise argparse.ArgumentTypeError(f"'{path}' can't be written, or is a link")
+    if table.exists():
+        with table.open(encoding="utf-8-sig", errors="replace") as lines:
+            if not lines.readline(500).startswith("what,group,name,"):
+                raise argparse.ArgumentTypeError(
+                    f"'{table}' was not made by this script: take another name"
+                )
+    return gallery
 
 
 class Setting(NamedTuple):

@@ -22,7 +22,7 @@ import psutil
 import pytest
 from conftest import SCRIPT, alone, folder_rows, wait_until
 from PIL import Image
-from samples import chunk, png, saved, tiff
+from samples import chunk, exif, png, saved, tiff
 
 import generate_embeddings as script
 from generate_embeddings import Decoder, ImageError, RunError
@@ -92,6 +92,18 @@ def test_what_is_decoded_in_a_process_that_can_open_nothing_is_the_same(decoder,
     wait_until(lambda: not any(timer.is_alive() for timer in timers), script.DECODE_PATIENCE / 2)
 
 
+def test_width_and_height_come_from_the_header(decoder):
+    for kind in ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "AVIF", "HEIF"):
+        turned = {"exif": exif(6), "icc_profile": bytes(10**6)} if kind == "JPEG" else {}
+        data = saved(Image.new("RGB", (301, 202), "red"), kind, **turned)
+        assert decoder.size(data) == (301, 202), kind
+        with pytest.raises(ImageError):
+            decoder.size(data[:9])
+    with pytest.raises(ImageError, match=script.BROKEN):
+        decoder.size(png((2**31 - 1, 2**31 - 1), 8, 2, b""))
+    assert is_well(decoder)
+
+
 def test_an_avif_is_decoded_in_one_thread(decoder):
     data = saved(Image.effect_noise((1000, 1000), 90).convert("RGB"), "AVIF", speed=10)
     process = process_of(decoder)
@@ -118,11 +130,12 @@ def test_what_is_raised_over_there_is_raised_here(monkeypatch, caplog, raised, r
     def levels_of(data):
         raise raised
 
-    monkeypatch.setattr(script, "levels_of", levels_of)
+    monkeypatch.setitem(script.TASKS, b"levels", (levels_of, LEVELS))
     caplog.set_level(logging.DEBUG)
-    pipes = {"stdin": io.BytesIO(), "stdout": io.BytesIO(framed(script.reply_to(b"data")))}
+    reply = b"".join(map(framed, script.reply_to(b"levels", b"data")))
+    pipes = {"stdin": io.BytesIO(), "stdout": io.BytesIO(reply)}
     with pytest.raises(ImageError) as refusal:
-        script.reply_of(SimpleNamespace(kill=None, **pipes), b"data")
+        script.reply_of(SimpleNamespace(kill=None, **pipes), b"levels", b"data")
     assert str(refusal.value).startswith(reason)
     assert len(str(refusal.value)) <= script.MOST_REASON
     assert ("in levels_of" in caplog.text) == (script.DEFECT in reason)  # a traceback, with -v
@@ -130,8 +143,9 @@ def test_what_is_raised_over_there_is_raised_here(monkeypatch, caplog, raised, r
 
 LIES = {  # what a decoder that an image has taken over may send in the place of a reply
     "one byte more than levels": framed(bytes(LEVELS + 1)),
+    "one byte less, and no reason": framed(bytes(LEVELS - 1)) + framed(b""),
     "more than there is memory": b"\xff" * 8,
-    "a reason that is no text": framed(b"\xff\xfe"),
+    "a reason that is no text": framed(b"") + framed(b"\xff\xfe"),
 }
 BROKEN_OFF = {"half a length": bytes(4), "half of the levels": framed(bytes(LEVELS))[:1000]}
 

@@ -11,7 +11,6 @@ import csv
 import io
 import os
 import re
-import struct
 from html import unescape
 from html.parser import HTMLParser
 from types import SimpleNamespace
@@ -24,7 +23,7 @@ import pytest
 from conftest import near, open_folder, open_store, pending, renew, stack_cli
 from database import unit
 from PIL import Image
-from samples import exif, saved
+from samples import saved
 from stack import ImageHost
 
 import generate_embeddings as script
@@ -179,7 +178,7 @@ def test_the_head_says_what_is_superfluous(album):
     assert "Time was short" not in page.text
     assert "1 file could not be read" in page.text
     assert "look the same from a similarity of 0.99 on" in page.text
-    assert not re.search("placeholder|product's page", page.text)
+    assert 'Of identical files one is marked "keep"' in page.text
 
 
 def test_groups_have_the_picture_to_keep_first(album):
@@ -268,6 +267,7 @@ def test_short_time_and_images_that_broke_since_are_said(monkeypatch, photos, tm
     vectors["8.jpg"] = vectors["0.jpg"]
     for path in (*vectors, "old.jpg", "older.jpg"):
         (tmp_path / path).touch()
+    (tmp_path / "1.jpg").write_bytes(b"x")
     (tmp_path / "8.jpg").write_bytes(photos["rocket.jpg"])
     for copy in ("9.jpg", "10.jpg"):
         os.mkfifo(tmp_path / copy)  # which can't be looked at
@@ -278,7 +278,7 @@ def test_short_time_and_images_that_broke_since_are_said(monkeypatch, photos, tm
     page, rows = page_of(store, tmp_path, local=tmp_path, status=store.status())
     assert (len(rows), page.of("failed")) == (5, [])
     assert "of 11 pictures, 7 were compared with all others, and 11 were" in page.text
-    assert "4 files could not be read, or not in time: there may be more" in page.text
+    assert "2 files could not be read, or not in time: there may be more" in page.text
     assert {row["copy"] for row in rows if row["id"] in ("9.jpg", "10.jpg")} == {""}
     unread, group = page.of("same")
     assert unread.title == "Group 1: 3 look the same"
@@ -291,7 +291,7 @@ def test_short_time_and_images_that_broke_since_are_said(monkeypatch, photos, tm
 
 def test_files_are_the_same_where_all_their_bytes_are(tmp_path):
     for name in "ab":
-        (tmp_path / f"{name}.bmp").write_bytes(bytes(script.HEAD_BYTES) + name.encode())
+        (tmp_path / f"{name}.bmp").write_bytes(bytes(2**20) + name.encode())
     vectors = dict.fromkeys(("a.bmp", "b.bmp"), vectors_for(1)[0])
     _, rows = page_of(keep(open_folder(tmp_path), vectors, {}), tmp_path, local=tmp_path)
     assert [row["copy"] for row in rows] == ["no", "no"]
@@ -307,7 +307,7 @@ def store_of(pairs=(), samples=(), failures=()):
 
 def test_the_page_stays_below_3_mb_whatever_is_to_be_shown(tmp_path, monkeypatch):
     levels = np.random.default_rng(1).integers(0, 256, (224, 224, 3), np.uint8)  # packs badly
-    noise = script.Look(1500, 1000, 10**6, b"x", script.thumbnail_of(levels))
+    noise = script.Look(1500, 1000, 10**6, "x", script.thumbnail_of(levels))
     monkeypatch.setattr(script.Gallery, "_look_at", lambda *_, **__: noise)
     links = [LONG[:150] + ODD, LONG, f"//{LONG}", script.STORAGE + LONG]
     pictures = [
@@ -346,7 +346,8 @@ def test_the_largest_of_a_group_is_kept_and_is_marked_if_all_are_known(tmp_path)
         page, rows = page_of(store_of(pairs), tmp_path, private_hosts=True)
         (card,) = page.of("same")
         assert (card.title, card.marks[0]) == ("Group 1: 6 times the same picture", "largest")
-        assert {row["same_as"] for row in rows} == {"/xxxxxx.png"}
+        assert {row["same_as"] for row in rows} == {"/x.png"}
+        assert (rows[0]["id"], card.names[0]) == ("/xxxxxx.png", "xxxxxx.png")
         # Of seven only six are shown, and looked at; the seventh is none of the same.
         pairs.append(script.Pair(pictures[0], pictures[6], 0.995))
         (card,) = page_of(store_of(pairs), tmp_path, private_hosts=True)[0].of("same")
@@ -374,9 +375,9 @@ def test_what_pairs_connect_is_a_group_with_its_copies_side_by_side(tmp_path):
         for names, cosine in cosines.items()
     ]
     page, rows = page_of(store_of(pairs), tmp_path)
-    groups = ["s two three", "x longest copy copied yy", "near nearer", "a b c d e"]
+    groups = ["two three s", "copy copied x longest yy", "near nearer", "a b c d e"]
     assert [" ".join(card.names) for card in page.of("same")] == groups
-    same_as = ["", "two", "two", "x", "x", "copy", "copy", *[""] * 8]
+    same_as = ["two", "two", "", "copy", "copy", "x", "x", *[""] * 8]
     assert [row["same_as"] for row in rows] == same_as
     assert [float(row["similarity"]) for row in rows[10:]] == [0.999, 0.999, 0.998, 0.998, 0.991]
 
@@ -410,8 +411,6 @@ def test_a_picture_leads_to_its_original(tmp_path):
         "/images/a.jpg": None,
         "javascript:alert('http://x')": None,
         "//" + "x" * 900: None,
-        "//" + "é" * 450: None,  # as many bytes
-        "/storage/v1/object/" + "&" * 200: None,  # &amp;
     }
     failures = [script.FailedPicture(script.Picture(1, image), "HTTP 404") for image in leads_to]
     page, _ = page_of(store_of(failures=failures), tmp_path, url="https://abc")
@@ -434,20 +433,6 @@ def test_a_cell_that_begins_like_a_formula_is_quoted():
     cells |= {text: text for text in ("mug - blue, -1", "x" * 2000, -1)}
     assert {text: script.cell(text) for text in cells} == cells
     assert script.cell("=" + "x" * 9999).startswith("'=x")
-
-
-def test_width_and_height_are_read_without_codecs():
-    made = [(kind, {}) for kind in ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "AVIF")]
-    made += [("WEBP", {"lossless": True}), ("WEBP", {"exif": exif(6)})]
-    made += [("JPEG", {"icc_profile": bytes(10**6)})]  # which comes first
-    for kind, options in made:
-        data = saved(Image.new("RGB", (301, 202), "red"), kind, **options)
-        assert script.measures_of(data) == (301, 202), (kind, options)
-        for end in (0, 9, 16, 25, 30):
-            script.measures_of(data[:end])  # raises nothing
-    tiled = ((512, 512), (1001, 700), (512, 188))
-    boxes = (b"ispe" + struct.pack(">3I", 0, *size) for size in tiled)
-    assert script.measures_of(b"ftypheic" + b"".join(boxes)) == (1001, 700)
 
 
 def test_a_thumbnail_is_as_good_as_its_bytes_allow(photos):
@@ -571,11 +556,11 @@ def test_a_databases_page_leads_to_products(shop, photos):
     assert shop.page.head.startswith("Products 24 of 277 pictures can be found")
     assert f"· {urlsplit(shop.stack.url).netloc}" in shop.page.head
     assert "could not be read, or not in time" not in shop.page.text  # which only files are
-    assert re.search("may be a placeholder.*open the product's page", shop.page.text)
+    assert "identical files" not in shop.page.text
     assert "look the same; 1 repeated picture in 1 group" in shop.page.head
     same, near = shop.page.of("same")
     assert same.title == "Group 1: 2 times the same picture"
-    copies = {"inline", script.shorten(f"Rocket {ODD}")}
+    copies = {"inline", script.shorten(f"Rocket {ODD}", 40)}
     assert set(same.names) == copies
     assert same.marks == ["same picture"] * 2
     # A data: URL is no address.
