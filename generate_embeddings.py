@@ -1988,7 +1988,7 @@ class FolderStore:
 
 def rows_alike(vectors: np.ndarray) -> tuple[list[tuple[int, int, float]], int]:
     """The pairs of rows of unit vectors (n, 512) whose cosine is SAME or more, the earlier row
-    first; and how many rows were compared with all others before LOOK_SECONDS were over.
+    first; and how many rows were compared with all others in LOOK_SECONDS.
 
     Equal rows come first, each paired with the first of its kind, which then stands for all.
     """
@@ -2002,8 +2002,7 @@ def rows_alike(vectors: np.ndarray) -> tuple[list[tuple[int, int, float]], int]:
     copies = len(pairs)
     rows = list(first.values())
     for start in range(0, len(rows), BLOCK):
-        if start and time.monotonic() > deadline:
-            return pairs, copies + start
+        began = time.monotonic()
         ours = rows[start : start + BLOCK]
         for other in range(start, len(rows), BLOCK):
             if len(pairs) > MOST_PAIRS:
@@ -2013,6 +2012,9 @@ def rows_alike(vectors: np.ndarray) -> tuple[list[tuple[int, int, float]], int]:
             for i, j in np.argwhere(cosines >= SAME):
                 if ours[i] < theirs[j]:
                     pairs.append((ours[i], theirs[j], min(float(cosines[i, j]), 1.0)))
+        now = time.monotonic()
+        if now + (now - began) > deadline:  # the next block may take as long
+            return pairs, copies + start + len(ours)
     return pairs, len(vectors)
 
 
