@@ -3788,7 +3788,7 @@ GALLERY = """\
 <figcaption>{{ name(picture) }}{{ caller(loop.index0) }}
 {% if look.bytes is not none %}
 <small>{{ look.width ~ " x " ~ look.height ~ ", " if look.width }}
-{{ number((look.bytes + 999) // 1000) }} KB</small>
+{{ number((look.bytes + 500) // 1000) }} KB</small>
 {% endif %}
 </figcaption></figure>
 {% endfor %}
@@ -3817,7 +3817,7 @@ nav, .cards { display: flex; flex-wrap: wrap; gap: .9rem }
 nav a, article { padding: .9rem; border: 1px solid var(--line); border-radius: .8rem;
   background: light-dark(#fff, #1e1e20) }
 nav a { flex: 1 1 11rem; text-decoration: none }
-nav b { display: block; font-size: 1.4rem }
+nav b { display: block; font-size: 1.4rem; text-decoration: underline }
 article { flex: var(--n) 1 calc(var(--n) * 8.75rem + 1.3rem); max-width: calc(var(--n) * 13rem) }
 .grid { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fit, minmax(6.8rem, 1fr)) }
 figure { margin: .4rem 0 0; min-width: 0; font-size: .8rem }
@@ -3827,8 +3827,8 @@ figcaption { margin-top: .35rem }
 article p { margin: .6rem 0 0; font-size: .85rem }
 small { display: block; color: var(--dim) }
 .id { user-select: all; -webkit-user-select: all }
-mark { padding: 0 .45rem; border-radius: 1rem; background: #d8eddd; color: #17311d;
-  font-size: .75rem }
+mark { margin-right: .25rem; padding: 0 .45rem; border-radius: 1rem; background: #d8eddd;
+  color: #17311d; font-size: .75rem }
 </style>
 <header><h1>{{ shorten(title, 200) }}</h1>
 <p>{{ number(status.done) }} of {{ number(status.assets) }} pictures can be found by
@@ -3836,7 +3836,7 @@ similar-product search · {{ datetime.now().strftime("%d %B %Y, %H:%M") }}
 {{ " · " ~ shorten(origin, 200) if origin != title }}</p></header>
 <nav aria-label="Sections">
 <a href="#same"><b>{{ counted(groups|length, "group") }}</b>
-of pictures that look the same; {{ "superfluous:" if local }}
+of pictures that look the same;
 {{ counted(superfluous|sum, "identical file" if local else "repeated picture") }} in
 {{ counted(superfluous|select|list|length, "group") }}</a>
 <a href="#failed"><b>{{ counted(catalog.failures|length, "picture") }}</b> can't be used</a>
@@ -3845,8 +3845,7 @@ of pictures that look the same; {{ "superfluous:" if local }}
 <main>
 {% if answers %}
 <section id="asked"><h2>Asked</h2>
-<p>The nearest come first, at most {{ SHOWN_MATCHES }}. Ask your developer for more. For words
-{{ NEAR_TO_WORDS }}.</p>
+<p>The nearest come first. Ask your developer for more. For words {{ NEAR_TO_WORDS }}.</p>
 <div class="cards">
 {% for question, matches in answers.items() %}
 {% call(n) card(question, matches|map(attribute="picture")|list) %}
@@ -3857,14 +3856,20 @@ of pictures that look the same; {{ "superfluous:" if local }}
 {% endif %}
 
 <section id="same"><h2>Looks the same</h2>
-<p>These are copies, resized pictures, or variants of one product: look before you delete. A
-picture that many products share may be a placeholder. Where sizes are known, the largest of a group
-comes first. {{ 'Of identical files one is marked "keep".' if local }}
-Click a picture to open its original, an underlined name to open the product's page, and the text
-below a name to select it for copying. {{ the_table }} lists all of these pictures; identical ones
-have the same id under same_as. An empty cell means: unknown, or none.</p>
-<p>Pictures look the same from a similarity of {{ SAME }} on. Only the square in the middle of a
-picture is compared. The last section shows how similar other pictures are.
+<p>These are copies, resized pictures, or variants of one product. The largest of a group comes
+first, where sizes are known.
+{% if local %}
+Of identical files one is marked "keep". Before you delete another one, make sure that no product
+uses its name. Click a picture to open it, and the path below its name to select that for copying.
+{% else %}
+Where products share a picture, give each its own. One that many share may be a placeholder. Click a
+picture to open its original, and its name to open the product's page. Where there is none, click
+the id below the name to select it for copying.
+{% endif %}
+{{ the_table }} lists all of these pictures; identical ones have the same id under same_as. An empty
+cell means: unknown, or none.</p>
+<p>Pictures look the same from a similarity of {{ SAME }} on, here to the nearest of their group.
+Only the square in the middle of a picture is compared.
 {% if local and unknown %}
 {{ counted(unknown, "file") }} could not be read, or not in time: there may be more identical ones.
 {% endif %}
@@ -3880,7 +3885,7 @@ with all others, and {{ number(catalog.sought_among) }} were searched for copies
     (" times the " ~ same if all_same else " look the same") %}
 {% call(n) card(title, group[:SHOWN_MEMBERS], group|length - SHOWN_MEMBERS) %}
 {% set id = group[n].id %}
-{% if n == 0 and gallery.has_largest(group) %}<mark>largest</mark>{% endif %}
+{% if n == 0 and 0 < looks[group[-1].id].pixels < looks[id].pixels %}<mark>largest</mark>{% endif %}
 {% if id in keep %}<mark>{{ "keep" if local and keep[id] == id else same }}</mark>
 {% else %}{{ similarity(similarities[id]) }}{% endif %}
 {% endcall %}
@@ -3906,8 +3911,8 @@ themselves. {{ the_table }} lists all of them.</p>
 </div>{{ more(reasons|length - SHOWN_REASONS) }}</section>
 
 <section id="alike"><h2>Looks alike</h2>
-<p>Some pictures from the whole catalog, each with those nearest to it, as a shop would show
-them. What was found to look the same is left out.</p>
+<p>Some pictures, each with those nearest to it, as a shop would show them. What looks the same is
+left out. If they don't fit, ask your developer.</p>
 <div class="cards">
 {% for sample in catalog.samples %}
 {% call(n) card(sample[0].picture.name, sample|map(attribute="picture")|list) %}
@@ -3934,9 +3939,9 @@ class Look:
     trouble: str = "not in time"  # shown if there is no thumbnail
 
     @property
-    def largeness(self) -> tuple[int, int]:
-        """What the largest of some pictures has most of: pixels, then bytes."""
-        return (self.width or 0) * (self.height or 0), self.bytes or 0
+    def pixels(self) -> int:
+        """What the largest of some pictures has most of."""
+        return (self.width or 0) * (self.height or 0)
 
 
 class Gallery:
@@ -4024,7 +4029,8 @@ class Gallery:
         for group in self.groups:
             group.sort(
                 key=lambda one: (
-                    [-much for much in self.looks[one.id].largeness],
+                    -self.looks[one.id].pixels,
+                    -(self.looks[one.id].bytes or 0),
                     one.id not in self.keep,
                     str(self.keep.get(one.id)),  # copies stand side by side
                     len(one.name),
@@ -4044,12 +4050,6 @@ class Gallery:
             same_file[self.looks[one.id].digest].append(one)
         same_file.pop("", None)  # not read
         return [copies for copies in same_file.values() if len(copies) > 1]
-
-    def has_largest(self, group: list[Picture]) -> bool:
-        """Whether a group's first picture is its largest: not all are equal, and the last one's
-        size is known. Unknown sizes come last."""
-        first, last = self.looks[group[0].id], self.looks[group[-1].id]
-        return bool(last.bytes) and first.largeness > last.largeness
 
     def reasons(self) -> list[tuple[str, list[Picture]]]:
         """Why pictures can't be used, and which; the most frequent reason first."""
@@ -4108,6 +4108,9 @@ class Gallery:
         copy = "no" if self.settings.local and look.digest else ""
         if one.id in self.keep:
             copy = self.same
+            # Else who deletes all rows of "same file" would lose the picture.
+            if self.settings.local and self.keep[one.id] == one.id and not reason:
+                copy += " (keep)"
         row = [what, number, one.name, one.client, self.similarities.get(one.id), copy]
         row += [self.keep.get(one.id), look.width, look.height, look.bytes]
         row += [one.id, one.image, one.link, reason, advice_on(reason)]

@@ -166,12 +166,12 @@ def album(photos, tmp_path_factory):
     return SimpleNamespace(folder=folder, page=page, rows=rows)
 
 
-def test_the_head_says_what_is_superfluous(album):
+def test_the_head_says_what_is_there_twice(album):
     page = album.page
     head = re.sub(r"\d+ [A-Z][a-z]+ \d{4}, \d\d:\d\d", "today", page.head)
     assert head == (
         "Mugs & More 31 of 60 pictures can be found by similar-product search · today 3 groups of "
-        "pictures that look the same; superfluous: 2 identical files in 1 group 29 pictures can't "
+        "pictures that look the same; 2 identical files in 1 group 29 pictures can't "
         "be used 16 samples of what looks alike Looks the same "
     )
     assert "secret place" not in page.source
@@ -191,7 +191,7 @@ def test_groups_have_the_picture_to_keep_first(album):
     assert second.names == [f"rocket.{kind}" for kind in shown]
     assert (second.pictures, second.boxes, second.marks) == (6, 0, ["largest"])
     assert second.text.count("similarity 0.999") == 6
-    assert "640 x 427, 75 KB" in second.text
+    assert "640 x 427, 74 KB" in second.text
     assert third.names == ["chelsea-2.png", "chelsea.png"]  # which has fewer pixels, more bytes
     assert third.text.count("similarity 0.993") == 2
     assert (third.pictures, third.boxes, "550 x 660, 9 KB" in third.text) == (1, 1, True)
@@ -238,7 +238,8 @@ def test_each_row_of_a_folders_table_is_complete(album):
             continue
         assert row["bytes"] == str((album.folder / path).stat().st_size)
         same = path.startswith("broken") or row["group"] == "1"
-        assert row["copy"] == ("same file" if same else "no")
+        keep = " (keep)" if path == "coffee.png" else ""
+        assert row["copy"] == (f"same file{keep}" if same else "no")
         if row["group"]:
             with Image.open(album.folder / path) as image:
                 assert (row["width"], row["height"]) == tuple(map(str, image.size))
@@ -254,7 +255,7 @@ def test_a_page_may_be_of_a_subfolder_and_elsewhere(album, tmp_path):
     page, rows = page_of(store, tmp_path, **given)
     assert page.head.startswith("a <b> 2 of 2 pictures")
     assert "· Mugs & More" in page.head
-    assert [row["copy"] for row in rows] == ["same file"] * 2
+    assert [row["copy"] for row in rows] == ["same file (keep)", "same file"]
     links = [unquote(link) for card in page.of("same") for link in card.links]
     assert len(links) == 2
     assert all((tmp_path / link).is_file() for link in links)
@@ -348,6 +349,9 @@ def test_the_largest_of_a_group_is_kept_and_is_marked_if_all_are_known(tmp_path)
         assert (card.title, card.marks[0]) == ("Group 1: 6 times the same picture", "largest")
         assert {row["same_as"] for row in rows} == {"/x.png"}
         assert (rows[0]["id"], card.names[0]) == ("/xxxxxx.png", "xxxxxx.png")
+        equal = [script.Pair(pictures[4], pictures[5], 0.995)]
+        (card,) = page_of(store_of(equal), tmp_path, private_hosts=True)[0].of("same")
+        assert (card.names, "largest" in card.text) == (["xxxxxx.png", "xxxxx.png"], False)
         # Of seven only six are shown, and looked at; the seventh is none of the same.
         pairs.append(script.Pair(pictures[0], pictures[6], 0.995))
         (card,) = page_of(store_of(pairs), tmp_path, private_hosts=True)[0].of("same")
