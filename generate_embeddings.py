@@ -1560,10 +1560,7 @@ class SupabaseStore:
         if len(asset.image) < asset.size // 4:  # a character has at most 4 bytes: it was cut
             raise ImageError(f"{LONG_DATA_URL} ({asset.size // 2**20} MB)")
         url = self._settings.url
-        if image.startswith("//"):
-            image = f"https:{image}"
-        elif image.startswith(STORAGE):
-            image = url + image
+        image = full_url(image, url)
         stored = STORED.fullmatch(image.removeprefix(url))
         if not stored:
             return Source(image, {})
@@ -1752,6 +1749,15 @@ def read_pairs(rows: Any) -> list[Pair]:
         other = read_picture(row, "duplicate_id", "duplicate_")
         pairs.append(Pair(read_picture(row), other, float(row["similarity"]), bool(row["same"])))
     return pairs
+
+
+def full_url(url: str, project: str) -> str:
+    """A URL with its scheme and host; one of Storage may lack both, as it is the project's own."""
+    if url.startswith("//"):
+        return f"https:{url}"
+    if url.startswith(STORAGE):
+        return project + url
+    return url
 
 
 def vector_text(vector: np.ndarray) -> str:
@@ -2016,6 +2022,24 @@ def rows_alike(vectors: np.ndarray) -> tuple[list[tuple[int, int, float]], int]:
         if now + (now - began) > deadline:  # the next block may take as long
             return pairs, copies + start + len(ours)
     return pairs, len(vectors)
+
+
+def joined(pairs: Iterable[Pair]) -> list[list[Picture]]:
+    """Lists of pictures that pairs connect: a picture in four copies becomes one list."""
+    list_of: dict[Id, list[Picture]] = {}
+    for pair in pairs:
+        ours = list_of.setdefault(pair.one.id, [pair.one])
+        theirs = list_of.setdefault(pair.other.id, [pair.other])
+        if ours is not theirs:
+            shorter, longer = sorted((ours, theirs), key=len)
+            longer += shorter
+            list_of |= dict.fromkeys((picture.id for picture in shorter), longer)
+    return list({id(pictures): pictures for pictures in list_of.values()}.values())
+
+
+def alike_but_first(pairs: Iterable[Pair]) -> set[Id]:
+    """All but one of each group of pictures that look the same. They would bore as samples."""
+    return {picture.id for group in joined(pairs) for picture in group[1:]}
 
 
 def picture_of(path: str) -> Picture:
@@ -2553,6 +2577,8 @@ def levels_of(data: bytes) -> bytes:
 def size_of(data: bytes) -> bytes:
     """Width and height of an image file, as its header says, in SIZE. Raises ImageError."""
     try:
+        if data.startswith(b"\x89PNG"):  # Pillow refuses some for their comments
+            return SIZE.pack(*SIZE.unpack_from(data, 16))
         return SIZE.pack(*opened(data).size)
     except (Image.DecompressionBombError, *BROKEN_FILE):
         raise ImageError(BROKEN) from None
@@ -3638,8 +3664,8 @@ def hub_trouble(error: BaseException) -> str:
 SAME = 0.99
 LOOK_SECONDS = 3.0  # for that search, and again for a look at a folder's files
 MATCHES = 12  # pictures for a question; --limit says another number
-# With these numbers a gallery has at most 3 MB, also with four questions. Mail programs and phones
-# take that.
+# With these numbers a gallery has at most 3 MB, also with four questions, if its addresses are not
+# very long. Mail programs and phones take that.
 SHOWN_MATCHES = 24
 SHOWN_GROUPS = 60
 SHOWN_MEMBERS = 6
@@ -3724,24 +3750,6 @@ def question_source(question: str) -> Source | None:
     return None
 
 
-def joined(pairs: Iterable[Pair]) -> list[list[Picture]]:
-    """Lists of pictures that pairs connect: a picture in four copies becomes one list."""
-    list_of: dict[Id, list[Picture]] = {}
-    for pair in pairs:
-        ours = list_of.setdefault(pair.one.id, [pair.one])
-        theirs = list_of.setdefault(pair.other.id, [pair.other])
-        if ours is not theirs:
-            shorter, longer = sorted((ours, theirs), key=len)
-            longer += shorter
-            list_of |= dict.fromkeys((picture.id for picture in shorter), longer)
-    return list({id(pictures): pictures for pictures in list_of.values()}.values())
-
-
-def alike_but_first(pairs: Iterable[Pair]) -> set[Id]:
-    """All but one of each group of pictures that look the same. They would bore as samples."""
-    return {picture.id for group in joined(pairs) for picture in group[1:]}
-
-
 # A template of Jinja, which escapes whatever is filled in. It sees this module's globals and the
 # attributes of a Gallery.
 GALLERY = """\
@@ -3772,9 +3780,7 @@ GALLERY = """\
 {% if not product %}
 <small><bdi class="id">{{ shorten(picture.id|string, 200) }}</bdi></small>
 {% endif %}
-{% if picture.client and not local %}
-<small><bdi>{{ shorten(picture.client) }}</bdi></small>
-{% endif %}
+{% if not local %}<small><bdi>{{ shorten(picture.client) }}</bdi></small>{% endif %}
 {% endmacro %}
 
 {% macro card(title, pictures, hidden=0) %}
@@ -3786,10 +3792,8 @@ GALLERY = """\
 {%- else %}<span class="none">{{ shorten(look.trouble, 100) }}</span>{% endif %}
 {% endcall %}
 <figcaption>{{ name(picture) }}{{ caller(loop.index0) }}
-{% if look.bytes is not none %}
 <small>{{ look.width ~ " x " ~ look.height ~ ", " if look.width }}
-{{ number((look.bytes + 500) // 1000) }} KB</small>
-{% endif %}
+{{ look.bytes|filesizeformat if look.bytes }}</small>
 </figcaption></figure>
 {% endfor %}
 </div>{{ more(hidden) }}</article>
@@ -3802,8 +3806,7 @@ GALLERY = """\
  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>{{ shorten(title, 200) }}</title>
 <style>
-:root { color-scheme: light dark; --line: light-dark(#e3e3df, #353538);
-  --dim: light-dark(#66665f, #a5a59f) }
+:root { color-scheme: light dark }
 * { box-sizing: border-box }
 body { max-width: 1400px; margin: auto; padding: 1.5rem clamp(.75rem, 3vw, 2.5rem) 4rem;
   background: light-dark(#f6f6f4, #131314); font: 15px/1.45 system-ui, sans-serif;
@@ -3812,20 +3815,21 @@ h1, h2, h3 { margin: 0 0 .5rem; line-height: 1.25 }
 h2 { margin-top: 2.5rem }
 h3 { font-size: 1rem }
 a { color: inherit }
-p { margin: .25rem 0 1rem; max-width: 62em; color: var(--dim) }
+p { margin: .25rem 0 1rem; max-width: 62em }
+p, small { color: light-dark(#66665f, #a5a59f) }
 nav, .cards { display: flex; flex-wrap: wrap; gap: .9rem }
-nav a, article { padding: .9rem; border: 1px solid var(--line); border-radius: .8rem;
+nav a, article { padding: .9rem; border: 1px solid #8884; border-radius: .8rem;
   background: light-dark(#fff, #1e1e20) }
 nav a { flex: 1 1 11rem; text-decoration: none }
-nav b { display: block; font-size: 1.4rem; text-decoration: underline }
+nav b { font-size: 1.4rem; text-decoration: underline }
+nav b, small { display: block }
 article { flex: var(--n) 1 calc(var(--n) * 8.75rem + 1.3rem); max-width: calc(var(--n) * 13rem) }
+article p { margin: .6rem 0 0; font-size: .85rem }
 .grid { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fit, minmax(6.8rem, 1fr)) }
 figure { margin: .4rem 0 0; min-width: 0; font-size: .8rem }
-img, .none { display: grid; width: 100%; aspect-ratio: 1; border-radius: .5rem; overflow: hidden;
-  box-shadow: 0 0 0 1px var(--line); place-content: center; text-align: center }
 figcaption { margin-top: .35rem }
-article p { margin: .6rem 0 0; font-size: .85rem }
-small { display: block; color: var(--dim) }
+img, .none { display: grid; width: 100%; aspect-ratio: 1; border-radius: .5rem; overflow: hidden;
+  border: 1px solid #8884; place-content: center; text-align: center }
 .id { user-select: all; -webkit-user-select: all }
 mark { margin-right: .25rem; padding: 0 .45rem; border-radius: 1rem; background: #d8eddd;
   color: #17311d; font-size: .75rem }
@@ -3885,7 +3889,7 @@ with all others, and {{ number(catalog.sought_among) }} were searched for copies
     (" times the " ~ same if all_same else " look the same") %}
 {% call(n) card(title, group[:SHOWN_MEMBERS], group|length - SHOWN_MEMBERS) %}
 {% set id = group[n].id %}
-{% if n == 0 and 0 < looks[group[-1].id].pixels < looks[id].pixels %}<mark>largest</mark>{% endif %}
+{% if n == 0 and gallery.has_largest(group) %}<mark>largest</mark>{% endif %}
 {% if id in keep %}<mark>{{ "keep" if local and keep[id] == id else same }}</mark>
 {% else %}{{ similarity(similarities[id]) }}{% endif %}
 {% endcall %}
@@ -4016,8 +4020,11 @@ class Gallery:
         of each. Sets `superfluous`: for each group, how many of its pictures are other copies."""
         self.keep: dict[Id, Id] = {}
         for copies in self._copies():
-            # The shortest name is rarely that of a copy.
-            first = min(copies, key=lambda one: (len(one.name), str(one.id)))
+            # One that failed has no similarity. The shortest name is rarely that of a copy.
+            first = min(
+                copies,
+                key=lambda one: (one.id not in self.similarities, len(one.name), str(one.id)),
+            )
             self.keep |= {one.id: first.id for one in copies}
         # Something can be done about copies. Then come the groups that are most alike.
         self.groups.sort(
@@ -4027,19 +4034,21 @@ class Gallery:
             )
         )
         for group in self.groups:
-            group.sort(
-                key=lambda one: (
-                    -self.looks[one.id].pixels,
-                    -(self.looks[one.id].bytes or 0),
-                    one.id not in self.keep,
-                    str(self.keep.get(one.id)),  # copies stand side by side
-                    len(one.name),
-                    str(one.id),
-                )
-            )
+            most = max(self.looks[one.id].pixels for one in group)
+            group.sort(key=partial(self._place, most))
         self.superfluous = [
-            sum(self.keep.get(one.id, one.id) != one.id for one in group) for group in self.groups
+            len(group) - len({self.keep.get(one.id, one.id) for one in group})
+            for group in self.groups
         ]
+
+    def _place(self, most: int, one: Picture) -> tuple[Any, ...]:
+        """Sorts a group whose largest picture has `most` pixels: the largest, copies side by side,
+        the rest. Only SHOWN_MEMBERS are shown."""
+        look = self.looks[one.id]
+        is_no_copy = one.id not in self.keep
+        sizes = (-look.pixels, -(look.bytes or 0))
+        kept = str(self.keep.get(one.id))
+        return (look.pixels < most, is_no_copy, *sizes, kept, len(one.name), str(one.id))
 
     def _copies(self) -> list[list[Picture]]:
         """Pictures of the table that are the same: in a folder the files, else the vectors."""
@@ -4050,6 +4059,11 @@ class Gallery:
             same_file[self.looks[one.id].digest].append(one)
         same_file.pop("", None)  # not read
         return [copies for copies in same_file.values() if len(copies) > 1]
+
+    def has_largest(self, group: list[Picture]) -> bool:
+        """Whether all sizes of a group are known, and not all are equal."""
+        pixels = {self.looks[one.id].pixels for one in group}
+        return len(pixels) > 1 and 0 not in pixels
 
     def reasons(self) -> list[tuple[str, list[Picture]]]:
         """Why pictures can't be used, and which; the most frequent reason first."""
@@ -4070,11 +4084,8 @@ class Gallery:
 
     def address(self, text: str) -> str:
         """A URL that a browser may follow; empty where the text is none, or too long."""
-        if text.startswith("//"):
-            text = f"https:{text}"
-        if text.startswith(STORAGE):
-            text = self.settings.url + text
-        return text if re.match("(?i)https?://", text) and len(text) <= LONGEST_LINK else ""
+        url = full_url(text, self.settings.url)
+        return url if re.match("(?i)https?://", url) and len(url) <= LONGEST_LINK else ""
 
     def write(self) -> None:
         """Writes the page, and the table beside it. Raises RunError if that can't be done."""

@@ -100,7 +100,9 @@ def test_width_and_height_come_from_the_header(decoder):
         with pytest.raises(ImageError):
             decoder.size(data[:9])
     with pytest.raises(ImageError, match=script.BROKEN):
-        decoder.size(png((2**31 - 1, 2**31 - 1), 8, 2, b""))
+        decoder.size(tiff((2**16, 2**16), b""))
+    comment = chunk(b"tEXt", b"by\0me")[:-1] + b"x"  # of a wrong checksum
+    assert decoder.size(png((301, 202), 8, 2, b"", comment)) == (301, 202)
     assert is_well(decoder)
 
 

@@ -140,7 +140,7 @@ def keep(store, vectors, failures):
 @pytest.fixture(scope="module")
 def album(photos, tmp_path_factory):
     """A folder: 22 photographs, a file three times, one in six other formats, two that look
-    alike, odd names, 29 files that are no images; with its page and its table."""
+    alike, odd names, 30 files that failed; with its page and its table."""
     folder = tmp_path_factory.mktemp("secret place") / "Mugs & More"
     (folder / "a <b>").mkdir(parents=True)
     files = dict(photos)
@@ -148,16 +148,18 @@ def album(photos, tmp_path_factory):
     for copy in ("a <b>/=cmd|'copy'.png", "a <b>/a:b #1 50%;=1+1.png"):
         files[copy], vectors[copy] = files["coffee.png"], vectors["coffee.png"]
     rocket = Image.open(io.BytesIO(photos["rocket.jpg"]))
-    for number, kind in enumerate(("png", "webp", "avif", "gif", "bmp", "tiff")):
+    for number, kind in enumerate(("gif", "png", "webp", "avif", "bmp", "tiff")):
         path = f"rocket.{kind}"
         files[path] = saved(rocket.resize((100 + number, 50)), kind)
         vectors[path] = near(vectors["rocket.jpg"], 0.9999)
+    files["copy.gif"], vectors["copy.gif"] = files["rocket.gif"], vectors["rocket.gif"]
     files["chelsea-2.png"] = photos["cell.png"][:9000]  # cut off since
     vectors["chelsea-2.png"] = near(vectors["chelsea.png"], 0.993)
     failures = {f"broken {n}.jpg": script.EMPTY for n in range(25)}
     failures |= {"a page.jpg": script.WEB_PAGE, "svg.jpg": script.SVG, "odd.jpg": "a riddle (42)"}
     for path in failures:
         files[path] = b"" if "broken" in path else path.encode()
+    files["c.png"], failures["c.png"] = files["coffee.png"], script.DECODER_LOST
     for path, data in files.items():
         (folder / path).write_bytes(data)
     os.mkfifo(folder / "pipe.jpg")
@@ -170,8 +172,8 @@ def test_the_head_says_what_is_there_twice(album):
     page = album.page
     head = re.sub(r"\d+ [A-Z][a-z]+ \d{4}, \d\d:\d\d", "today", page.head)
     assert head == (
-        "Mugs & More 31 of 60 pictures can be found by similar-product search · today 3 groups of "
-        "pictures that look the same; 2 identical files in 1 group 29 pictures can't "
+        "Mugs & More 32 of 62 pictures can be found by similar-product search · today 3 groups of "
+        "pictures that look the same; 3 identical files in 2 groups 30 pictures can't "
         "be used 16 samples of what looks alike Looks the same "
     )
     assert "secret place" not in page.source
@@ -186,15 +188,16 @@ def test_groups_have_the_picture_to_keep_first(album):
     assert first.title == "Group 1: 3 times the same file"
     assert first.names == ["coffee.png", "=cmd|'copy'.png", "a:b #1 50%;=1+1.png"]
     assert first.marks == ["keep", "same file", "same file"]
-    assert second.title == "Group 2: 7 look the same"
-    shown = ("jpg", "tiff", "bmp", "gif", "avif", "webp")  # all but the smallest
-    assert second.names == [f"rocket.{kind}" for kind in shown]
-    assert (second.pictures, second.boxes, second.marks) == (6, 0, ["largest"])
-    assert second.text.count("similarity 0.999") == 6
-    assert "640 x 427, 74 KB" in second.text
+    assert second.title == "Group 2: 8 look the same"
+    shown = ("rocket.jpg", "copy.gif", "rocket.gif", "rocket.tiff", "rocket.bmp", "rocket.avif")
+    assert second.names == [*shown]  # the largest, copies however small, the largest of the rest
+    assert (second.pictures, second.boxes) == (6, 0)
+    assert second.marks == ["largest", "keep", "same file"]
+    assert second.text.count("similarity 0.999") == 4
+    assert "640 x 427, 74.0 kB" in second.text
     assert third.names == ["chelsea-2.png", "chelsea.png"]  # which has fewer pixels, more bytes
     assert third.text.count("similarity 0.993") == 2
-    assert (third.pictures, third.boxes, "550 x 660, 9 KB" in third.text) == (1, 1, True)
+    assert (third.pictures, third.boxes, "550 x 660, 9.0 kB" in third.text) == (1, 1, True)
     assert "a <b>/a:b #1 50%;=1+1.png" in first.text  # the id, to be copied
 
 
@@ -229,24 +232,27 @@ def test_failures_are_told_once_with_what_to_do(album):
 
 def test_each_row_of_a_folders_table_is_complete(album):
     rows = album.rows
-    assert [row["group"] for row in rows] == [*"111222222233", *[""] * 29]
-    assert [row["what"] for row in rows] == ["looks the same"] * 12 + ["can't be used"] * 29
+    assert [row["group"] for row in rows] == [*"1112222222233", *[""] * 30]
+    assert [row["what"] for row in rows] == ["looks the same"] * 13 + ["can't be used"] * 30
     for row in rows:
         path = row["id"].replace("'=", "=")
         if path == "pipe.jpg":  # which can't be looked at
             assert (row["copy"], row["bytes"], row["width"]) == ("", "", "")
             continue
         assert row["bytes"] == str((album.folder / path).stat().st_size)
-        same = path.startswith("broken") or row["group"] == "1"
-        keep = " (keep)" if path == "coffee.png" else ""
-        assert row["copy"] == (f"same file{keep}" if same else "no")
         if row["group"]:
             with Image.open(album.folder / path) as image:
                 assert (row["width"], row["height"]) == tuple(map(str, image.size))
         assert row["advice"] == script.advice_on(row["reason"])
-    assert [row["same_as"] for row in rows[:4]] == ["coffee.png"] * 3 + [""]
-    assert {row["same_as"] for row in rows if "broken" in row["id"]} == {"broken 0.jpg"}
-    assert {row["reason"] for row in rows[12:]} >= {"an empty file", "a riddle (42)"}
+        assert (row["copy"] == "no") != bool(row["same_as"])
+    copies = {row["id"]: (row["copy"], row["same_as"]) for row in rows if row["same_as"]}
+    # A picture that failed is not the one to keep, however short its name is.
+    assert copies["coffee.png"] == ("same file (keep)", "coffee.png")
+    assert copies["c.png"] == ("same file", "coffee.png")
+    assert copies["rocket.gif"] == ("same file", "copy.gif")
+    assert copies["broken 0.jpg"] == copies["broken 1.jpg"] == ("same file", "broken 0.jpg")
+    assert len(copies) == 4 + 2 + 25
+    assert {row["reason"] for row in rows[13:]} >= {"an empty file", "a riddle (42)"}
 
 
 def test_a_page_may_be_of_a_subfolder_and_elsewhere(album, tmp_path):
