@@ -3659,36 +3659,29 @@ def hub_trouble(error: BaseException) -> str:
 
 # ============================================================ The gallery, the question
 
-# From this cosine on, pictures look the same. Photo libraries draw the line there: immich's
-# duplicate detection uses a distance of 0.01.
-SAME = 0.99
+SAME = 0.99  # from this cosine on, pictures look the same; immich draws the line there, too
 LOOK_SECONDS = 3.0  # for that search, and again for a look at a folder's files
 MATCHES = 12  # pictures for a question; --limit says another number
-# With these numbers a gallery has at most 3 MB, also with four questions, if its addresses are not
-# very long. Mail programs and phones take that.
+# With these numbers a page has at most 3 MB, also with four questions. Mail programs take that.
 SHOWN_MATCHES = 24
 SHOWN_GROUPS = 60
 SHOWN_MEMBERS = 6
 NEAREST = 6  # to each of the SAMPLES
-SHOWN_REASONS = 15
-SHOWN_NAMES = 8  # of pictures that failed for one reason
 THUMBNAIL = 160  # pixels a side
 THUMBNAIL_BYTES = 2700
+SHOWN_REASONS = 15
+SHOWN_NAMES = 8  # of pictures that failed for one reason
 LONGEST_LINK = 800  # characters
 LONGEST_CELL = 2000  # characters; spreadsheets take 32,767
 # Where a cell begins a formula, such as =1+1. Some spreadsheets split lines at semicolons.
 FORMULA = re.compile(r"""(?:^|[;\t\r\n])[\s"]*(?=[=+\-@\uff1d\uff0b\uff0d\uff20])""")
-
 NEAR_TO_WORDS = "a similarity of 0.2 to 0.35 is high; between pictures it is higher"
 
 
 def answer_questions(store: Store, settings: Settings, status: Status) -> int:
-    """What --search does: prints the pictures nearest to each question, best first. Embeds nothing
-    else. Returns the exit code; raises RunError."""
+    """What --search does: prints the pictures nearest to each question. Returns the exit code."""
     if not status.done:
-        raise RunError(
-            f"nothing is embedded yet as {settings.model_version}: run without --search first"
-        )
+        raise RunError(f"nothing is embedded yet as {settings.model_version}: run without --search")
     vectors = question_vectors(settings)
     wanted = settings.limit or MATCHES
     answers = {question: store.search(vectors[question], wanted) for question in settings.search}
@@ -3703,10 +3696,9 @@ def answer_questions(store: Store, settings: Settings, status: Status) -> int:
 
 def answer_line(question: str, match: Match, settings: Settings) -> str:
     """Similarity, name, and path or id; and the question where there are several."""
-    where = str(match.picture.id)
-    if settings.local:
-        where = str(settings.local / match.picture.image)
-    columns = [f"{match.similarity:.3f}", match.picture.name, where]
+    picture = match.picture
+    where = settings.local / picture.image if settings.local else picture.id
+    columns = [f"{match.similarity:.3f}", picture.name, str(where)]
     if len(settings.search) > 1:
         columns.append(question)
     return "\t".join(map(printable, columns))
@@ -4089,11 +4081,9 @@ class Gallery:
 
     def write(self) -> None:
         """Writes the page, and the table beside it. Raises RunError if that can't be done."""
-        import jinja2
+        from jinja2 import StrictUndefined, Template
 
-        template = jinja2.Template(
-            GALLERY, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
-        )
+        template = Template(GALLERY, autoescape=True, trim_blocks=True, undefined=StrictUndefined)
         page = template.render(globals() | vars(self), gallery=self)
         try:
             self._path.write_text(page, "utf-8", "replace")
@@ -4140,8 +4130,7 @@ def thumbnail_of(levels: np.ndarray) -> str:
 
 
 def cell(value: Any) -> Any:
-    """A value that no spreadsheet takes for a formula or finds too long. Some split a line at
-    semicolons, some at tabs."""
+    """A value that no spreadsheet takes for a formula or finds too long."""
     if not isinstance(value, str):
         return value
     return FORMULA.sub(r"\g<0>'", shorten(value, LONGEST_CELL))
@@ -4257,9 +4246,7 @@ def to_gallery(text: str) -> Path:
     if table.exists():
         with table.open(encoding="utf-8-sig", errors="replace") as lines:
             if not lines.readline(500).startswith("what,group,name,"):
-                raise argparse.ArgumentTypeError(
-                    f"'{table}' was not made by this script: take another name"
-                )
+                raise argparse.ArgumentTypeError(f"'{table}' is not ours: take another name")
     return gallery
 
 
