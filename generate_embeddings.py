@@ -3664,13 +3664,11 @@ LOOK_SECONDS = 3.0  # for that search, and again for a look at a folder's files
 MATCHES = 12  # pictures for a question; --limit says another number
 # With these numbers a page has at most 3 MB, also with four questions. Mail programs take that.
 SHOWN_MATCHES = 24
-SHOWN_GROUPS = 60
+SHOWN_CARDS = 60
 SHOWN_MEMBERS = 6
 NEAREST = 6  # to each of the SAMPLES
 THUMBNAIL = 160  # pixels a side
 THUMBNAIL_BYTES = 2700
-SHOWN_REASONS = 15
-SHOWN_NAMES = 8  # of pictures that failed for one reason
 LONGEST_LINK = 800  # characters
 LONGEST_CELL = 2000  # characters; spreadsheets take 32,767
 # Where a cell begins a formula, such as =1+1. Some spreadsheets split lines at semicolons.
@@ -3749,46 +3747,43 @@ GALLERY = """\
 {% set origin = settings.local.name if local else urlsplit(settings.url).netloc %}
 {% set title = settings.client or (origin if local else "Products") %}
 
-{% macro number(count) %}{{ "{:,}".format(count) }}{% endmacro %}
-
 {% macro link(address) %}
 {% if address %}<a href="{{ address }}" target="_blank" rel="noreferrer">{{ caller() }}</a>
 {%- else %}{{ caller() }}{% endif %}
 {% endmacro %}
-
 {% set the_table %}{% call link(table.name|urlencode) %}{{ table.name }}{% endcall %}{% endset %}
-
 {% macro more(count) %}
-{% if count > 0 %}<p>And {{ number(count) }} more: see {{ the_table|trim }}.</p>{% endif %}
+{% if count > 0 %}<p>And {{ "{:,}".format(count) }} more: see {{ the_table|trim }}.</p>{% endif %}
 {% endmacro %}
 
-{% macro similarity(cosine) %}
-<small>similarity {{ "%.3f"|format([cosine, 0.999]|min) }}</small>
-{% endmacro %}
-
-{% macro name(picture) %}
-{% set product = gallery.address(picture.link) %}
+{% macro figure(row, picture) %}
+<figure>{% call link(gallery.address(picture.image)) %}
+{% if row.thumbnail %}<img src="{{ row.thumbnail }}" alt="{{ shorten(picture.name) }}">
+{%- else %}<span class="none">{{ shorten(row.reason or row.trouble, 100) }}</span>{% endif %}
+{% endcall %}
+{% set product = picture.link and gallery.address(picture.link) %}
 <b>{% call link(product) %}<bdi>{{ shorten(picture.name, 40) }}</bdi>{% endcall %}</b>
-{% if not product %}
-<small><bdi class="id">{{ shorten(picture.id|string, 200) }}</bdi></small>
+{% if not product %}<small><bdi class="id">{{ shorten(picture.id|string, 200) }}</bdi></small>
 {% endif %}
 {% if not local %}<small><bdi>{{ shorten(picture.client) }}</bdi></small>{% endif %}
+{% if row.reason and not local %}<small>{{ shorten(picture.image, 100) }}</small>{% endif %}
+{% if row.largest %}<mark>largest</mark>{% endif %}
+{% if row.same_as is not none %}<mark>{{ "keep" if "keep" in row.copy else row.copy }}</mark>
+{% elif row.similarity %}<small>similarity {{ "%.3f"|format([row.similarity, 0.999]|min) }}</small>
+{% endif %}
+<small>{{ row.width ~ " x " ~ row.height ~ ", " if row.width }}
+{{ row.bytes|filesizeformat if row.bytes }}</small></figure>
 {% endmacro %}
 
-{% macro card(title, pictures, hidden=0) %}
-<article style="--n:{{ pictures|length }}"><h3>{{ shorten(title, 100) }}</h3><div class="grid">
-{% for picture in pictures %}
-{% set look = looks[picture.id] %}
-<figure>{% call link(gallery.original(picture)) %}
-{% if look.thumbnail %}<img src="{{ look.thumbnail }}" alt="{{ shorten(picture.name) }}">
-{%- else %}<span class="none">{{ shorten(look.trouble, 100) }}</span>{% endif %}
-{% endcall %}
-<figcaption>{{ name(picture) }}{{ caller(loop.index0) }}
-<small>{{ look.width ~ " x " ~ look.height ~ ", " if look.width }}
-{{ look.bytes|filesizeformat if look.bytes }}</small>
-</figcaption></figure>
+{% macro section(id, heading, cards, most) %}
+<section id="{{ id }}"><h2>{{ heading }}</h2>{{ caller() }}<div class="cards">
+{% for card in cards[:SHOWN_CARDS] %}
+<article style="--n:{{ card.rows[:most]|length }}"><h3>{{ shorten(card.title, 200) }}</h3>
+{% if card.advice %}<p>{{ counted(card.rows|length, "picture") }}. {{ card.advice }}</p>{% endif %}
+<div class="grid">{% for row in card.rows[:most] %}{{ figure(row, row.picture) }}{% endfor %}</div>
+{{ more(card.rows|length - most) }}</article>
 {% endfor %}
-</div>{{ more(hidden) }}</article>
+</div>{{ more(cards|length - SHOWN_CARDS) }}</section>
 {% endmacro %}
 <!doctype html>
 <html lang="en">
@@ -3814,44 +3809,35 @@ nav a, article { padding: .9rem; border: 1px solid #8884; border-radius: .8rem;
   background: light-dark(#fff, #1e1e20) }
 nav a { flex: 1 1 11rem; text-decoration: none }
 nav b { font-size: 1.4rem; text-decoration: underline }
-nav b, small { display: block }
+b, small { display: block }
 article { flex: var(--n) 1 calc(var(--n) * 8.75rem + 1.3rem); max-width: calc(var(--n) * 13rem) }
 article p { margin: .6rem 0 0; font-size: .85rem }
 .grid { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fit, minmax(6.8rem, 1fr)) }
 figure { margin: .4rem 0 0; min-width: 0; font-size: .8rem }
-figcaption { margin-top: .35rem }
 img, .none { display: grid; width: 100%; aspect-ratio: 1; border-radius: .5rem; overflow: hidden;
-  border: 1px solid #8884; place-content: center; text-align: center }
+  border: 1px solid #8884; place-content: center; text-align: center; margin-bottom: .3rem }
 .id { user-select: all; -webkit-user-select: all }
 mark { margin-right: .25rem; padding: 0 .45rem; border-radius: 1rem; background: #d8eddd;
   color: #17311d; font-size: .75rem }
 </style>
 <header><h1>{{ shorten(title, 200) }}</h1>
-<p>{{ number(status.done) }} of {{ number(status.assets) }} pictures can be found by
+<p>{{ "{:,} of {:,}".format(status.done, status.assets) }} pictures can be found by
 similar-product search · {{ datetime.now().strftime("%d %B %Y, %H:%M") }}
 {{ " · " ~ shorten(origin, 200) if origin != title }}</p></header>
 <nav aria-label="Sections">
-<a href="#same"><b>{{ counted(groups|length, "group") }}</b>
-of pictures that look the same;
-{{ counted(superfluous|sum, "identical file" if local else "repeated picture") }} in
-{{ counted(superfluous|select|list|length, "group") }}</a>
+<a href="#same"><b>{{ counted(groups|length, "group") }}</b> of pictures that look the same;
+{{ counted(groups|sum("repeats"), "identical file" if local else "repeated picture") }} in
+{{ counted(groups|selectattr("repeats")|list|length, "group") }}</a>
 <a href="#failed"><b>{{ counted(catalog.failures|length, "picture") }}</b> can't be used</a>
-<a href="#alike"><b>{{ counted(catalog.samples|length, "sample") }}</b> of what looks alike</a>
+<a href="#alike"><b>{{ counted(samples|length, "sample") }}</b> of what looks alike</a>
 </nav>
 <main>
-{% if answers %}
-<section id="asked"><h2>Asked</h2>
+{% if asked %}
+{% call section("asked", "Asked", asked, SHOWN_MATCHES) %}
 <p>The nearest come first. Ask your developer for more. For words {{ NEAR_TO_WORDS }}.</p>
-<div class="cards">
-{% for question, matches in answers.items() %}
-{% call(n) card(question, matches|map(attribute="picture")|list) %}
-{{ similarity(matches[n].similarity) }}
 {% endcall %}
-{% endfor %}
-</div></section>
 {% endif %}
-
-<section id="same"><h2>Looks the same</h2>
+{% call section("same", "Looks the same", groups, SHOWN_MEMBERS) %}
 <p>These are copies, resized pictures, or variants of one product. The largest of a group comes
 first, where sizes are known.
 {% if local %}
@@ -3870,52 +3856,20 @@ Only the square in the middle of a picture is compared.
 {{ counted(unknown, "file") }} could not be read, or not in time: there may be more identical ones.
 {% endif %}
 {% if catalog.compared < status.done %}
-Time was short: of {{ number(status.done) }} pictures, {{ number(catalog.compared) }} were compared
-with all others, and {{ number(catalog.sought_among) }} were searched for copies.
+Time was short: of {{ "{:,}".format(status.done) }} pictures, {{ "{:,}".format(catalog.compared) }}
+were compared with all others, and {{ "{:,}".format(catalog.sought_among) }} were searched for
+copies.
 {% endif %}
 </p>
-<div class="cards">
-{% for group in groups[:SHOWN_GROUPS] %}
-{% set all_same = superfluous[loop.index0] == group|length - 1 %}
-{% set title = "Group " ~ loop.index ~ ": " ~ number(group|length) ~
-    (" times the " ~ same if all_same else " look the same") %}
-{% call(n) card(title, group[:SHOWN_MEMBERS], group|length - SHOWN_MEMBERS) %}
-{% set id = group[n].id %}
-{% if n == 0 and gallery.has_largest(group) %}<mark>largest</mark>{% endif %}
-{% if id in keep %}<mark>{{ "keep" if local and keep[id] == id else same }}</mark>
-{% else %}{{ similarity(similarities[id]) }}{% endif %}
 {% endcall %}
-{% endfor %}
-</div>{{ more(groups|length - SHOWN_GROUPS) }}</section>
-
-{% set reasons = gallery.reasons() %}
-<section id="failed"><h2>Can't be used</h2>
+{% call section("failed", "Can't be used", failed, SHOWN_MEMBERS) %}
 <p>Similar-product search can't find these until they are fixed. Later runs try them again by
 themselves. {{ the_table }} lists all of them.</p>
-<div class="cards">
-{% for reason, pictures in reasons[:SHOWN_REASONS] %}
-<article style="--n:3"><h3>{{ shorten(reason[:1]|upper ~ reason[1:], 200) }}
-<mark>{{ number(pictures|length) }}</mark></h3>
-<p>{{ advice_on(reason) or "Ask your developer." }}</p>
-{% for picture in pictures[:SHOWN_NAMES] %}
-<figure>{{ name(picture) }}{% call link(gallery.original(picture)) %}
-{{ "Open it" if local else shorten(picture.image, 100) }}
-{%- endcall %}</figure>
-{% endfor %}
-{{ more(pictures|length - SHOWN_NAMES) }}</article>
-{% endfor %}
-</div>{{ more(reasons|length - SHOWN_REASONS) }}</section>
-
-<section id="alike"><h2>Looks alike</h2>
+{% endcall %}
+{% call section("alike", "Looks alike", samples, SHOWN_MATCHES) %}
 <p>Some pictures, each with those nearest to it, as a shop would show them. What looks the same is
 left out. If they don't fit, ask your developer.</p>
-<div class="cards">
-{% for sample in catalog.samples %}
-{% call(n) card(sample[0].picture.name, sample|map(attribute="picture")|list) %}
-{{ similarity(sample[n].similarity) if n > 0 }}
 {% endcall %}
-{% endfor %}
-</div></section>
 </main>
 </html>
 """
@@ -3923,21 +3877,33 @@ TABLE_HEAD = "what,group,name,client,similarity,copy,same_as,width,height,bytes,
 TABLE_HEAD += ",reason,advice\r\n"
 
 
-@dataclass
-class Look:
-    """What we learned from a picture's file."""
+@dataclass(eq=False)
+class Row:
+    """A picture of a card. Those that look the same, or failed, are the rows of the table, too."""
 
+    picture: Picture
+    similarity: float = 0.0  # to the question, to the sample, or to the nearest of its group
+    reason: str = ""  # why it failed
+    kind: str = ""  # identical pictures are of one kind; empty: unknown
+    same_as: Id | None = None  # of identical pictures: the one to keep
+    copy: str = ""  # the same in words
+    largest: bool = False  # of its group
     width: int | None = None
     height: int | None = None
     bytes: int | None = None
-    digest: str = ""
+    pixels: int = 0
     thumbnail: str = ""  # a data: URL
     trouble: str = "not in time"  # shown if there is no thumbnail
 
-    @property
-    def pixels(self) -> int:
-        """What the largest of some pictures has most of."""
-        return (self.width or 0) * (self.height or 0)
+
+@dataclass
+class Card:
+    """Pictures under a title."""
+
+    title: str
+    rows: list[Row]
+    advice: str = ""
+    repeats: int = 0  # pictures beside those to keep
 
 
 class Gallery:
@@ -3953,131 +3919,112 @@ class Gallery:
         self.settings = settings
         self.status = status
         self.table = self._path.with_suffix(".csv")
-        self.same = "same file" if settings.local else "same picture"
         self.catalog = store.catalog(status.done)
-        self.answers = {asked: matches[:SHOWN_MATCHES] for asked, matches in answers.items()}
-        self.groups = joined(self.catalog.pairs)
-        self.similarities: dict[Id, float] = defaultdict(float)  # to the nearest of the group
-        for pair in self.catalog.pairs:
-            for id_ in (pair.one.id, pair.other.id):
-                self.similarities[id_] = max(self.similarities[id_], round(pair.similarity, 6))
-        self.looks: dict[Id, Look] = defaultdict(Look)
+        self.asked = [card_of(asked, found[:SHOWN_MATCHES]) for asked, found in answers.items()]
+        self.samples = [card_of(found[0].picture.name, found) for found in self.catalog.samples]
+        for card in self.samples:
+            card.rows[0].similarity = 0.0  # it is the sample itself
+        self.groups = self._groups()
+        self.failed = self._failed()
+        self._table = [row for card in self.groups + self.failed for row in card.rows]
         if settings.local:
-            self._look(self._listed(), LOOK_SECONDS, show=False)
+            self._look(self._table, LOOK_SECONDS, show=False)
         self._arrange()  # the order decides what is shown
+        shown = [row for card in self.groups[:SHOWN_CARDS] for row in card.rows[:SHOWN_MEMBERS]]
+        shown += [row for card in self.samples + self.asked for row in card.rows]
         # No host keeps the gallery waiting: all pictures together get the time of one.
-        self._look(self._shown(), settings.fetch_seconds + 1, show=True)
+        self._look(shown, settings.fetch_seconds + 1, show=True)
         self._arrange()
-        self.unknown = sum(self.looks[one.id].bytes is None for one in self._listed())
 
-    def _listed(self) -> list[Picture]:
-        """The pictures of the table, in its order."""
-        failed = [failure.picture for failure in self.catalog.failures]
-        return [*itertools.chain(*self.groups), *failed]
+    def _groups(self) -> list[Card]:
+        """Pictures that look the same, the shortest name first: it is rarely that of a copy."""
+        kinds: dict[Id, str] = {}
+        for copies in joined(pair for pair in self.catalog.pairs if pair.same):
+            kinds |= {one.id: str(copies[0].id) for one in copies}
+        nearest: dict[Id, float] = {}
+        for pair in sorted(self.catalog.pairs, key=lambda pair: pair.similarity):
+            nearest[pair.one.id] = nearest[pair.other.id] = round(pair.similarity, 6)
+        cards = []
+        for pictures in joined(self.catalog.pairs):
+            pictures.sort(key=lambda one: (len(one.name), str(one.id)))
+            rows = [Row(one, nearest[one.id], "", kinds.get(one.id, "")) for one in pictures]
+            cards.append(Card("", rows))
+        return cards
 
-    def _shown(self) -> list[Picture]:
-        """The pictures of the page, some of them more than once."""
-        groups = [group[:SHOWN_MEMBERS] for group in self.groups[:SHOWN_GROUPS]]
-        found = itertools.chain(*self.catalog.samples, *self.answers.values())
-        return [*itertools.chain(*groups), *(match.picture for match in found)]
+    def _failed(self) -> list[Card]:
+        """A card for each reason, the most frequent one first."""
+        cards: dict[str, Card] = {}
+        for one in self.catalog.failures:
+            title = one.reason.partition(" (")[0]
+            title = title[:1].upper() + title[1:]
+            empty = Card(title, [], advice_on(one.reason) or "Ask your developer.")
+            cards.setdefault(title, empty).rows.append(Row(one.picture, reason=one.reason))
+        return sorted(cards.values(), key=lambda card: -len(card.rows))
 
-    def _look(self, pictures: Iterable[Picture], seconds: float, show: bool) -> None:
+    def _look(self, rows: list[Row], seconds: float, show: bool) -> None:
         """Looks at pictures for so many seconds. `show`: makes thumbnails, too."""
         deadline = time.monotonic() + seconds
         pool = ThreadPoolExecutor(self.settings.workers)
-        left = list(dict.fromkeys(pictures))
-        while left and time.monotonic() < deadline:
-            some, left = left[:1000], left[1000:]  # a future takes memory
-            futures = {one.id: pool.submit(self._look_at, one, show) for one in some}
-            done, _ = wait(futures.values(), deadline - time.monotonic())
-            self.looks |= {id_: made.result() for id_, made in futures.items() if made in done}
+        while rows and time.monotonic() < deadline:
+            some, rows = rows[:1000], rows[1000:]  # a future takes memory
+            looks = [pool.submit(self._look_at, row, show) for row in some]
+            for look in wait(looks, deadline - time.monotonic()).done:
+                look.result()  # raises RunError
         pool.shutdown(wait=False, cancel_futures=True)
 
-    def _look_at(self, picture: Picture, show: bool) -> Look:
-        look = Look()
+    def _look_at(self, row: Row, show: bool) -> None:
         try:
-            source = self._store.locate(Asset(picture.id, picture.image))
+            source = self._store.locate(Asset(row.picture.id, row.picture.image))
             data = self._loader.fetch(source, Deadline(self.settings.fetch_seconds)).data
-            look.bytes = len(data)
-            look.digest = hashlib.sha256(data).hexdigest()
-            look.width, look.height = self._loader.size(data)
+            row.bytes = len(data)
+            if self.settings.local:
+                row.kind = hashlib.sha256(data).hexdigest()
+            row.width, row.height = self._loader.size(data)
+            row.pixels = row.width * row.height
             if show:
-                look.thumbnail = thumbnail_of(self._loader.decode(data))
+                row.thumbnail = thumbnail_of(self._loader.decode(data))
         except ImageError as error:
-            look.trouble = str(error)
-        return look
+            row.trouble = str(error)
 
     def _arrange(self) -> None:
-        """Sorts groups and their pictures. Sets `keep`: which of several copies to keep, by the id
-        of each. Sets `superfluous`: for each group, how many of its pictures are other copies."""
-        self.keep: dict[Id, Id] = {}
-        for copies in self._copies():
-            # One that failed has no similarity. The shortest name is rarely that of a copy.
-            first = min(
-                copies,
-                key=lambda one: (one.id not in self.similarities, len(one.name), str(one.id)),
-            )
-            self.keep |= {one.id: first.id for one in copies}
+        """Says which pictures are identical, and sorts the groups and their pictures."""
+        kinds: dict[str, list[Row]] = defaultdict(list)
+        for row in self._table:
+            kinds[row.kind].append(row)
+        self.unknown = len(kinds.pop("", []))
+        for copies in kinds.values():
+            copies[0].copy = "no"
+            if len(copies) > 1:
+                for row in copies:
+                    row.same_as = copies[0].picture.id
+                    row.copy = "same file" if self.settings.local else "same picture"
+                # Else who deletes all rows of "same file" would lose the picture.
+                if self.settings.local and not copies[0].reason:
+                    copies[0].copy = "same file (keep)"
+        for card in self.groups:
+            rows = card.rows
+            rows.sort(key=lambda row: (row.same_as is None, str(row.same_as)))
+            rows.sort(key=lambda row: (-row.pixels, -(row.bytes or 0)))
+            rows[0].largest = 0 < rows[-1].pixels < rows[0].pixels
+            # After the largest come copies: only SHOWN_MEMBERS are shown.
+            rows[1:] = sorted(rows[1:], key=lambda row: row.same_as is None)
+            card.repeats = sum(row.same_as not in (None, row.picture.id) for row in rows)
         # Something can be done about copies. Then come the groups that are most alike.
-        self.groups.sort(
-            key=lambda group: (
-                not any(one.id in self.keep for one in group),
-                -min(self.similarities[one.id] for one in group),
-            )
-        )
-        for group in self.groups:
-            most = max(self.looks[one.id].pixels for one in group)
-            group.sort(key=partial(self._place, most))
-        self.superfluous = [
-            len(group) - len({self.keep.get(one.id, one.id) for one in group})
-            for group in self.groups
-        ]
+        self.groups.sort(key=lambda card: -min(row.similarity for row in card.rows))
+        self.groups.sort(key=lambda card: all(row.same_as is None for row in card.rows))
+        for number, card in enumerate(self.groups, 1):
+            card.title = f"Group {number}: {len(card.rows):,} look the same"
 
-    def _place(self, most: int, one: Picture) -> tuple[Any, ...]:
-        """Sorts a group whose largest picture has `most` pixels: the largest, copies side by side,
-        the rest. Only SHOWN_MEMBERS are shown."""
-        look = self.looks[one.id]
-        is_no_copy = one.id not in self.keep
-        sizes = (-look.pixels, -(look.bytes or 0))
-        kept = str(self.keep.get(one.id))
-        return (look.pixels < most, is_no_copy, *sizes, kept, len(one.name), str(one.id))
-
-    def _copies(self) -> list[list[Picture]]:
-        """Pictures of the table that are the same: in a folder the files, else the vectors."""
+    def address(self, text: str) -> str:
+        """Where a browser finds a URL, or a file of the folder; empty if nowhere."""
         if not self.settings.local:
-            return joined(pair for pair in self.catalog.pairs if pair.same)
-        same_file = defaultdict(list)
-        for one in self._listed():
-            same_file[self.looks[one.id].digest].append(one)
-        same_file.pop("", None)  # not read
-        return [copies for copies in same_file.values() if len(copies) > 1]
-
-    def has_largest(self, group: list[Picture]) -> bool:
-        """Whether all sizes of a group are known, and not all are equal."""
-        pixels = {self.looks[one.id].pixels for one in group}
-        return len(pixels) > 1 and 0 not in pixels
-
-    def reasons(self) -> list[tuple[str, list[Picture]]]:
-        """Why pictures can't be used, and which; the most frequent reason first."""
-        pictures: dict[str, list[Picture]] = defaultdict(list)
-        for failure in self.catalog.failures:
-            pictures[failure.reason.partition(" (")[0]].append(failure.picture)
-        return sorted(pictures.items(), key=lambda item: -len(item[1]))
-
-    def original(self, picture: Picture) -> str:
-        """The address of a picture's file; empty where there is none."""
-        if not self.settings.local:
-            return self.address(picture.image)
-        path = self.settings.local / picture.image
+            url = full_url(text, self.settings.url)
+            return url if re.match("(?i)https?://", url) and len(url) <= LONGEST_LINK else ""
+        path = self.settings.local / text
         try:
             return quote(Path(os.path.relpath(path, self._path.parent)).as_posix())
         except ValueError:  # on another drive
             return path.as_uri()
-
-    def address(self, text: str) -> str:
-        """A URL that a browser may follow; empty where the text is none, or too long."""
-        url = full_url(text, self.settings.url)
-        return url if re.match("(?i)https?://", url) and len(url) <= LONGEST_LINK else ""
 
     def write(self) -> None:
         """Writes the page, and the table beside it. Raises RunError if that can't be done."""
@@ -4090,32 +4037,27 @@ class Gallery:
             # Without the first bytes of this encoding Excel assumes another one.
             with self.table.open("w", encoding="utf-8-sig", errors="replace", newline="") as file:
                 file.write(TABLE_HEAD)
-                csv.writer(file).writerows(self._rows())
+                csv.writer(file).writerows(self._cells())
         except OSError as error:
             path = error.filename or self._path  # a full disk names no file
             raise RunError(f"{path} can't be written: {error.strerror}") from None
         log.info("for a spreadsheet: %s", self.table)
         log.info("look at %s", self._path.as_uri())
 
-    def _rows(self) -> Iterator[list[Any]]:
-        for number, group in enumerate(self.groups, 1):
-            for one in group:
-                yield self._row("looks the same", number, one, "")
-        for failure in self.catalog.failures:
-            yield self._row("can't be used", "", failure.picture, failure.reason)
+    def _cells(self) -> Iterator[list[Any]]:
+        for number, card in enumerate(self.groups + self.failed, 1):
+            for row in card.rows:
+                one = row.picture
+                what, place = ("can't be used", None) if row.reason else ("looks the same", number)
+                cells = [what, place, one.name, one.client, row.similarity or None, row.copy]
+                cells += [row.same_as, row.width, row.height, row.bytes, one.id, one.image]
+                cells += [one.link, row.reason, advice_on(row.reason)]
+                yield [cell(value) for value in cells]
 
-    def _row(self, what: str, number: int | str, one: Picture, reason: str) -> list[Any]:
-        look = self.looks[one.id]
-        copy = "no" if self.settings.local and look.digest else ""
-        if one.id in self.keep:
-            copy = self.same
-            # Else who deletes all rows of "same file" would lose the picture.
-            if self.settings.local and self.keep[one.id] == one.id and not reason:
-                copy += " (keep)"
-        row = [what, number, one.name, one.client, self.similarities.get(one.id), copy]
-        row += [self.keep.get(one.id), look.width, look.height, look.bytes]
-        row += [one.id, one.image, one.link, reason, advice_on(reason)]
-        return [cell(value) for value in row]
+
+def card_of(title: str, found: list[Match]) -> Card:
+    """A card of pictures that were found."""
+    return Card(title, [Row(match.picture, match.similarity) for match in found])
 
 
 def thumbnail_of(levels: np.ndarray) -> str:
