@@ -3786,39 +3786,32 @@ GALLERY = """\
 </div>{{ more(cards|length - SHOWN_CARDS) }}</section>
 {% endmacro %}
 <!doctype html>
-<html lang="en">
-<meta charset="utf-8">
+<html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width">
 <meta http-equiv="Content-Security-Policy"
  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>{{ shorten(title, 200) }}</title>
 <style>
 :root { color-scheme: light dark }
-* { box-sizing: border-box }
-body { max-width: 1400px; margin: auto; padding: 1.5rem clamp(.75rem, 3vw, 2.5rem) 4rem;
-  background: light-dark(#f6f6f4, #131314); font: 15px/1.45 system-ui, sans-serif;
-  overflow-wrap: anywhere }
-h1, h2, h3 { margin: 0 0 .5rem; line-height: 1.25 }
+* { box-sizing: border-box; margin: 0 }
+body { max-width: 1400px; margin: auto; padding: 1.5rem 3vw; overflow-wrap: anywhere;
+  background: light-dark(#f6f6f4, #131314); font: 15px/1.45 system-ui, sans-serif }
 h2 { margin-top: 2.5rem }
-h3 { font-size: 1rem }
 a { color: inherit }
-p { margin: .25rem 0 1rem; max-width: 62em }
+p { margin: .25rem 0 .75rem; max-width: 62em }
 p, small { color: light-dark(#66665f, #a5a59f) }
+b, small { display: block }
 nav, .cards { display: flex; flex-wrap: wrap; gap: .9rem }
-nav a, article { padding: .9rem; border: 1px solid #8884; border-radius: .8rem;
-  background: light-dark(#fff, #1e1e20) }
+nav a, article { padding: .9rem; border-radius: .8rem; background: light-dark(#fff, #1e1e20) }
 nav a { flex: 1 1 11rem; text-decoration: none }
 nav b { font-size: 1.4rem; text-decoration: underline }
-b, small { display: block }
 article { flex: var(--n) 1 calc(var(--n) * 8.75rem + 1.3rem); max-width: calc(var(--n) * 13rem) }
-article p { margin: .6rem 0 0; font-size: .85rem }
 .grid { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fit, minmax(6.8rem, 1fr)) }
-figure { margin: .4rem 0 0; min-width: 0; font-size: .8rem }
+figure { margin: .4rem 0; min-width: 0; font-size: .8rem }
 img, .none { display: grid; width: 100%; aspect-ratio: 1; border-radius: .5rem; overflow: hidden;
   border: 1px solid #8884; place-content: center; text-align: center; margin-bottom: .3rem }
 .id { user-select: all; -webkit-user-select: all }
-mark { margin-right: .25rem; padding: 0 .45rem; border-radius: 1rem; background: #d8eddd;
-  color: #17311d; font-size: .75rem }
+mark { margin-right: 3px; padding: 0 .4rem; border-radius: 1rem; background: #d8eddd; color: #000 }
 </style>
 <header><h1>{{ shorten(title, 200) }}</h1>
 <p>{{ "{:,} of {:,}".format(status.done, status.assets) }} pictures can be found by
@@ -3830,8 +3823,7 @@ similar-product search · {{ datetime.now().strftime("%d %B %Y, %H:%M") }}
 {{ counted(groups|selectattr("repeats")|list|length, "group") }}</a>
 <a href="#failed"><b>{{ counted(catalog.failures|length, "picture") }}</b> can't be used</a>
 <a href="#alike"><b>{{ counted(samples|length, "sample") }}</b> of what looks alike</a>
-</nav>
-<main>
+</nav><main>
 {% if asked %}
 {% call section("asked", "Asked", asked, SHOWN_MATCHES) %}
 <p>The nearest come first. Ask your developer for more. For words {{ NEAR_TO_WORDS }}.</p>
@@ -3870,8 +3862,7 @@ themselves. {{ the_table }} lists all of them.</p>
 <p>Some pictures, each with those nearest to it, as a shop would show them. What looks the same is
 left out. If they don't fit, ask your developer.</p>
 {% endcall %}
-</main>
-</html>
+</main></html>
 """
 TABLE_HEAD = "what,group,name,client,similarity,copy,same_as,width,height,bytes,id,image,link"
 TABLE_HEAD += ",reason,advice\r\n"
