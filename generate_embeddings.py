@@ -3830,37 +3830,29 @@ similar-product search · {{ datetime.now().strftime("%d %B %Y, %H:%M") }}
 {% endcall %}
 {% endif %}
 {% call section("same", "Looks the same", groups, SHOWN_MEMBERS) %}
-<p>These are copies, resized pictures, or variants of one product. The largest of a group comes
-first, where sizes are known.
+<p>Copies, resized pictures, or variants of one product, whose similarity to the nearest of their
+group is {{ SAME }} or more. Only the square in the middle of a picture is compared. A picture
+opens its original. Click a path or an id below a name to select it for copying.
 {% if local %}
-Of identical files one is marked "keep". Before you delete another one, make sure that no product
-uses its name. Click a picture to open it, and the path below its name to select that for copying.
+Of identical files one is marked "keep": before you delete another, see that no product uses it.
 {% else %}
-Where products share a picture, give each its own. One that many share may be a placeholder. Click a
-picture to open its original, and its name to open the product's page. Where there is none, click
-the id below the name to select it for copying.
+A name opens the product's page. A picture that many products share may be a placeholder.
 {% endif %}
-{{ the_table }} lists all of these pictures; identical ones have the same id under same_as. An empty
-cell means: unknown, or none.</p>
-<p>Pictures look the same from a similarity of {{ SAME }} on, here to the nearest of their group.
-Only the square in the middle of a picture is compared.
+{{ the_table }} lists all of these pictures. An empty cell means: unknown, or none.</p>
 {% if local and unknown %}
-{{ counted(unknown, "file") }} could not be read, or not in time: there may be more identical ones.
+<p>{{ counted(unknown, "file") }} could not be read, or not in time: more may be identical.</p>
 {% endif %}
 {% if catalog.compared < status.done %}
-Time was short: of {{ "{:,}".format(status.done) }} pictures, {{ "{:,}".format(catalog.compared) }}
-were compared with all others, and {{ "{:,}".format(catalog.sought_among) }} were searched for
-copies.
+<p>Time was short: of {{ counted(status.done, "picture") }}, {{ "{:,}".format(catalog.compared) }}
+were compared with all others, {{ "{:,}".format(catalog.sought_among) }} searched for copies.</p>
 {% endif %}
-</p>
 {% endcall %}
 {% call section("failed", "Can't be used", failed, SHOWN_MEMBERS) %}
 <p>Similar-product search can't find these until they are fixed. Later runs try them again by
 themselves. {{ the_table }} lists all of them.</p>
 {% endcall %}
 {% call section("alike", "Looks alike", samples, SHOWN_MATCHES) %}
-<p>Some pictures, each with those nearest to it, as a shop would show them. What looks the same is
-left out. If they don't fit, ask your developer.</p>
+<p>With those nearest to it, but what looks the same. If they don't fit, ask your developer.</p>
 {% endcall %}
 </main></html>
 """

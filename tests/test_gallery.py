@@ -67,7 +67,7 @@ class Page(HTMLParser):
             for card in re.findall("<article.*?</article>", cards, re.S)
         ]
         self.text = " ".join(found("</style>(.*)", source))
-        self.head = self.text[: self.text.index("These are copies, resized")]
+        self.head = self.text[: self.text.index("Copies, resized")]
         for card in self.cards:
             assert not re.search(r"--[a-z]|vector|embedded|schema\.sql|\.env|1\.000", card.text)
 
@@ -179,7 +179,8 @@ def test_the_head_says_what_is_there_twice(album):
     assert "secret place" not in page.source
     assert "Time was short" not in page.text
     assert "1 file could not be read" in page.text
-    assert "look the same from a similarity of 0.99 on" in page.text
+    assert "similarity to the nearest of their group is 0.99 or more" in page.text
+    assert "An empty cell means: unknown, or none" in page.text
     assert 'Of identical files one is marked "keep"' in page.text
 
 
@@ -284,8 +285,8 @@ def test_short_time_and_images_that_broke_since_are_said(monkeypatch, photos, tm
     keep(old, {"old.jpg": vectors["0.jpg"]}, {"older.jpg": script.EMPTY})
     page, rows = page_of(store, tmp_path, local=tmp_path, status=store.status())
     assert (len(rows), page.of("failed")) == (5, [])
-    assert "of 11 pictures, 7 were compared with all others, and 11 were" in page.text
-    assert "2 files could not be read, or not in time: there may be more" in page.text
+    assert "of 11 pictures, 7 were compared with all others, 11 searched" in page.text
+    assert "2 files could not be read, or not in time: more may be identical" in page.text
     assert {row["copy"] for row in rows if row["id"] in ("9.jpg", "10.jpg")} == {""}
     unread, group = page.of("same")
     assert unread.title == "Group 1: 3 look the same"
