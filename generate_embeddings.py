@@ -3662,7 +3662,7 @@ def hub_trouble(error: BaseException) -> str:
 SAME = 0.99  # from this cosine on, pictures look the same; immich draws the line there, too
 LOOK_SECONDS = 3.0  # for that search, and again for a look at a folder's files
 MATCHES = 12  # pictures for a question; --limit says another number
-# With these numbers a page has at most 3 MB, also with four questions. Mail programs take that.
+# With these a page has at most 3 MB, with four questions, if addresses are not very long.
 SHOWN_MATCHES = 24
 SHOWN_CARDS = 60
 SHOWN_MEMBERS = 6
@@ -3852,7 +3852,7 @@ were compared with all others, {{ "{:,}".format(catalog.sought_among) }} searche
 themselves. {{ the_table }} lists all of them.</p>
 {% endcall %}
 {% call section("alike", "Looks alike", samples, SHOWN_MATCHES) %}
-<p>With those nearest to it, but what looks the same. If they don't fit, ask your developer.</p>
+<p>Some pictures, each with its nearest but no copies. If they don't fit, ask your developer.</p>
 {% endcall %}
 </main></html>
 """
