@@ -3757,9 +3757,10 @@ GALLERY = """\
 {% endmacro %}
 
 {% macro figure(row, picture) %}
+{% set look = looks.get(picture.id, row) %}
 <figure>{% call link(gallery.address(picture.image)) %}
-{% if row.thumbnail %}<img src="{{ row.thumbnail }}" alt="{{ shorten(picture.name) }}">
-{%- else %}<span class="none">{{ shorten(row.reason or row.trouble, 100) }}</span>{% endif %}
+{% if look.thumbnail %}<img src="{{ look.thumbnail }}" alt="{{ shorten(picture.name) }}">
+{%- else %}<span class="none">{{ shorten(row.reason or look.trouble, 100) }}</span>{% endif %}
 {% endcall %}
 {% set product = picture.link and gallery.address(picture.link) %}
 <b>{% call link(product) %}<bdi>{{ shorten(picture.name, 40) }}</bdi>{% endcall %}</b>
@@ -3771,8 +3772,8 @@ GALLERY = """\
 {% if row.same_as is not none %}<mark>{{ "keep" if "keep" in row.copy else row.copy }}</mark>
 {% elif row.similarity %}<small>similarity {{ "%.3f"|format([row.similarity, 0.999]|min) }}</small>
 {% endif %}
-<small>{{ row.width ~ " x " ~ row.height ~ ", " if row.width }}
-{{ row.bytes|filesizeformat if row.bytes }}</small></figure>
+<small>{{ look.width ~ " x " ~ look.height ~ ", " if look.width }}
+{{ look.bytes|filesizeformat if look.bytes }}</small></figure>
 {% endmacro %}
 
 {% macro section(id, heading, cards, most) %}
@@ -3786,8 +3787,7 @@ GALLERY = """\
 </div>{{ more(cards|length - SHOWN_CARDS) }}</section>
 {% endmacro %}
 <!doctype html>
-<html lang="en"><meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <meta http-equiv="Content-Security-Policy"
  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>{{ shorten(title, 200) }}</title>
@@ -3816,8 +3816,7 @@ mark { margin-right: 3px; padding: 0 .4rem; border-radius: 1rem; background: #d8
 <header><h1>{{ shorten(title, 200) }}</h1>
 <p>{{ "{:,} of {:,}".format(status.done, status.assets) }} pictures can be found by
 similar-product search · {{ datetime.now().strftime("%d %B %Y, %H:%M") }}
-{{ " · " ~ shorten(origin, 200) if origin != title }}</p></header>
-<nav aria-label="Sections">
+{{ " · " ~ shorten(origin, 200) if origin != title }}</p></header><nav aria-label="Sections">
 <a href="#same"><b>{{ counted(groups|length, "group") }}</b> of pictures that look the same;
 {{ counted(groups|sum("repeats"), "identical file" if local else "repeated picture") }} in
 {{ counted(groups|selectattr("repeats")|list|length, "group") }}</a>
@@ -3915,8 +3914,9 @@ class Gallery:
         self._arrange()  # the order decides what is shown
         shown = [row for card in self.groups[:SHOWN_CARDS] for row in card.rows[:SHOWN_MEMBERS]]
         shown += [row for card in self.samples + self.asked for row in card.rows]
+        self.looks = {row.picture.id: row for row in reversed(shown)}  # some are on several cards
         # No host keeps the gallery waiting: all pictures together get the time of one.
-        self._look(shown, settings.fetch_seconds + 1, show=True)
+        self._look([*self.looks.values()], settings.fetch_seconds + 1, show=True)
         self._arrange()
 
     def _groups(self) -> list[Card]:
