@@ -3677,9 +3677,11 @@ NEAR_TO_WORDS = "a similarity of 0.2 to 0.35 is high; between pictures it is hig
 
 
 def answer_questions(store: Store, settings: Settings, status: Status) -> int:
-    """What --search does: prints the pictures nearest to each question. Returns the exit code."""
+    """What --search does: prints the pictures nearest to each question. Returns the exit code;
+    raises RunError."""
     if not status.done:
-        raise RunError(f"nothing is embedded yet as {settings.model_version}: run without --search")
+        version = settings.model_version
+        raise RunError(f"nothing is embedded yet as {version}: run without --search first")
     vectors = question_vectors(settings)
     wanted = settings.limit or MATCHES
     answers = {question: store.search(vectors[question], wanted) for question in settings.search}
@@ -3760,16 +3762,17 @@ GALLERY = """\
 {% set look = looks.get(picture.id, row) %}
 <figure>{% call link(gallery.address(picture.image)) %}
 {% if look.thumbnail %}<img src="{{ look.thumbnail }}" alt="{{ shorten(picture.name) }}">
-{%- else %}<span class="none">{{ shorten(row.reason or look.trouble, 100) }}</span>{% endif %}
+{%- elif row.reason %}{{ "Open it" if local else shorten(picture.image, 100) }}
+{%- else %}<span class="none">{{ shorten(look.trouble, 100) }}</span>{% endif %}
 {% endcall %}
 {% set product = picture.link and gallery.address(picture.link) %}
-<b>{% call link(product) %}<bdi>{{ shorten(picture.name, 40) }}</bdi>{% endcall %}</b>
+{% set shown = shorten(picture.name, 40)|replace("_", "_<wbr>"|safe) %}
+<b>{% call link(product) %}<bdi>{{ shown }}</bdi>{% endcall %}</b>
 {% if not product %}<small><bdi class="id">{{ shorten(picture.id|string, 200) }}</bdi></small>
 {% endif %}
 {% if not local %}<small><bdi>{{ shorten(picture.client) }}</bdi></small>{% endif %}
-{% if row.reason and not local %}<small>{{ shorten(picture.image, 100) }}</small>{% endif %}
 {% if row.largest %}<mark>largest</mark>{% endif %}
-{% if row.same_as is not none %}<mark>{{ "keep" if "keep" in row.copy else row.copy }}</mark>
+{% if row.same_as is not none %}<mark>{{ row.copy }}</mark>
 {% elif row.similarity %}<small>similarity {{ "%.3f"|format([row.similarity, 0.999]|min) }}</small>
 {% endif %}
 <small>{{ look.width ~ " x " ~ look.height ~ ", " if look.width }}
@@ -3835,9 +3838,11 @@ opens its original. Click a path or an id below a name to select it for copying.
 {% if local %}
 Of identical files one is marked "keep": before you delete another, see that no product uses it.
 {% else %}
-A name opens the product's page. A picture that many products share may be a placeholder.
+A name opens the product's page. Where products share a picture, give each its own. One that many
+share may be a placeholder.
 {% endif %}
-{{ the_table }} lists all of these pictures. An empty cell means: unknown, or none.</p>
+{{ the_table }} lists all of these pictures. Identical ones have the same id under same_as. An empty
+cell means: unknown, or none.</p>
 {% if local and unknown %}
 <p>{{ counted(unknown, "file") }} could not be read, or not in time: more may be identical.</p>
 {% endif %}
@@ -3851,7 +3856,8 @@ were compared with all others, {{ "{:,}".format(catalog.sought_among) }} searche
 themselves. {{ the_table }} lists all of them.</p>
 {% endcall %}
 {% call section("alike", "Looks alike", samples, SHOWN_MATCHES) %}
-<p>Some pictures, each with its nearest but no copies. If they don't fit, ask your developer.</p>
+<p>Some pictures, each with those nearest to it. What looks the same is left out. If they don't fit,
+ask your developer.</p>
 {% endcall %}
 </main></html>
 """
@@ -3975,15 +3981,15 @@ class Gallery:
         for row in self._table:
             kinds[row.kind].append(row)
         self.unknown = len(kinds.pop("", []))
-        for copies in kinds.values():
-            copies[0].copy = "no"
-            if len(copies) > 1:
-                for row in copies:
-                    row.same_as = copies[0].picture.id
+        for first, *others in kinds.values():
+            first.copy = "no"
+            if others:
+                for row in (first, *others):
+                    row.same_as = first.picture.id
                     row.copy = "same file" if self.settings.local else "same picture"
                 # Else who deletes all rows of "same file" would lose the picture.
-                if self.settings.local and not copies[0].reason:
-                    copies[0].copy = "same file (keep)"
+                if self.settings.local and not first.reason:
+                    first.copy = "same file (keep)"
         for card in self.groups:
             rows = card.rows
             rows.sort(key=lambda row: (row.same_as is None, str(row.same_as)))
