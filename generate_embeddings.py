@@ -3782,7 +3782,7 @@ GALLERY = """\
 {% macro section(id, heading, cards, most) %}
 <section id="{{ id }}"><h2>{{ heading }}</h2>{{ caller() }}<div class="cards">
 {% for card in cards[:SHOWN_CARDS] %}
-<article style="--n:{{ card.rows[:most]|length }}"><h3>{{ shorten(card.title, 200) }}</h3>
+<article style="--n:{{ [card.rows[:most]|length, 2]|max }}"><h3>{{ shorten(card.title, 200) }}</h3>
 {% if card.advice %}<p>{{ counted(card.rows|length, "picture") }}. {{ card.advice }}</p>{% endif %}
 <div class="grid">{% for row in card.rows[:most] %}{{ figure(row, row.picture) }}{% endfor %}</div>
 {{ more(card.rows|length - most) }}</article>
@@ -3989,7 +3989,7 @@ class Gallery:
                     row.copy = "same file" if self.settings.local else "same picture"
                 # Else who deletes all rows of "same file" would lose the picture.
                 if self.settings.local and not first.reason:
-                    first.copy = "same file (keep)"
+                    first.copy = "keep"
         for card in self.groups:
             rows = card.rows
             rows.sort(key=lambda row: (row.same_as is None, str(row.same_as)))

@@ -188,12 +188,12 @@ def test_groups_have_the_picture_to_keep_first(album):
     first, second, third = album.page.of("same")
     assert first.title == "Group 1: 3 look the same"
     assert first.names == ["coffee.png", "=cmd|'copy'.png", "a:b #1 50%;=1+1.png"]
-    assert first.marks == ["same file (keep)", "same file", "same file"]
+    assert first.marks == ["keep", "same file", "same file"]
     assert second.title == "Group 2: 8 look the same"
     shown = ("rocket.jpg", "copy.gif", "rocket.gif", "rocket.tiff", "rocket.bmp", "rocket.avif")
     assert second.names == [*shown]  # the largest, copies however small, the largest of the rest
     assert (second.pictures, second.boxes) == (6, 0)
-    assert second.marks == ["largest", "same file (keep)", "same file"]
+    assert second.marks == ["largest", "keep", "same file"]
     assert second.text.count("similarity 0.999") == 4
     assert "640 x 427, 74.0 kB" in second.text
     assert third.names == ["chelsea-2.png", "chelsea.png"]  # which has fewer pixels, more bytes
@@ -249,7 +249,7 @@ def test_each_row_of_a_folders_table_is_complete(album):
         assert (row["copy"] == "no") != bool(row["same_as"])
     copies = {row["id"]: (row["copy"], row["same_as"]) for row in rows if row["same_as"]}
     # A picture that failed is not the one to keep, however short its name is.
-    assert copies["coffee.png"] == ("same file (keep)", "coffee.png")
+    assert copies["coffee.png"] == ("keep", "coffee.png")
     assert copies["c.png"] == ("same file", "coffee.png")
     assert copies["rocket.gif"] == ("same file", "copy.gif")
     assert copies["broken 0.jpg"] == copies["broken 1.jpg"] == ("same file", "broken 0.jpg")
@@ -263,7 +263,7 @@ def test_a_page_may_be_of_a_subfolder_and_elsewhere(album, tmp_path):
     page, rows = page_of(store, tmp_path, **given)
     assert page.head.startswith("a <b> 2 of 2 pictures")
     assert "· Mugs & More" in page.head
-    assert [row["copy"] for row in rows] == ["same file (keep)", "same file"]
+    assert [row["copy"] for row in rows] == ["keep", "same file"]
     links = [unquote(link) for card in page.of("same") for link in card.links]
     assert len(links) == 2
     assert all((tmp_path / link).is_file() for link in links)
