@@ -3660,9 +3660,9 @@ def hub_trouble(error: BaseException) -> str:
 # ============================================================ The gallery, the question
 
 SAME = 0.99  # from this cosine on, pictures look the same; immich draws the line there, too
-LOOK_SECONDS = 3.0  # for that search, and again for a look at a folder's files
+LOOK_SECONDS = 3.0  # to search for what looks the same, and again to read a folder's files
 MATCHES = 12  # pictures for a question; --limit says another number
-# With these a page has at most 3 MB, with four questions, if addresses are not very long.
+# With these a page stays below 3 MB: with four questions, and addresses of ordinary length.
 SHOWN_MATCHES = 24
 SHOWN_CARDS = 60
 SHOWN_MEMBERS = 6
@@ -3753,7 +3753,8 @@ GALLERY = """\
 {% if address %}<a href="{{ address }}" target="_blank" rel="noreferrer">{{ caller() }}</a>
 {%- else %}{{ caller() }}{% endif %}
 {% endmacro %}
-{% set the_table %}{% call link(table.name|urlencode) %}{{ table.name }}{% endcall %}{% endset %}
+{% set beside = quote(os.fsencode(table.name)) %}
+{% set the_table %}{% call link(beside) %}{{ table.name }}{% endcall %}{% endset %}
 {% macro more(count) %}
 {% if count > 0 %}<p>And {{ "{:,}".format(count) }} more: see {{ the_table|trim }}.</p>{% endif %}
 {% endmacro %}
@@ -3832,14 +3833,14 @@ similar-product search · {{ datetime.now().strftime("%d %B %Y, %H:%M") }}
 {% endcall %}
 {% endif %}
 {% call section("same", "Looks the same", groups, SHOWN_MEMBERS) %}
-<p>Copies, resized pictures, or variants of one product, whose similarity to the nearest of their
-group is {{ SAME }} or more. Only the square in the middle of a picture is compared. A picture
-opens its original. Click a path or an id below a name to select it for copying.
+<p>These are copies, resized pictures, or variants of one product. Each has a similarity of
+{{ SAME }} or more to another one of its group. Only the square in the middle of a picture is
+compared. A picture opens its original. Click a path or an id below a name to select it for copying.
 {% if local %}
 Of identical files one is marked "keep": before you delete another, see that no product uses it.
 {% else %}
-A name opens the product's page. Where products share a picture, give each its own. One that many
-share may be a placeholder.
+An underlined name opens the product's page. Where products share a picture, give each its own. One
+that many share may be a placeholder.
 {% endif %}
 {{ the_table }} lists all of these pictures. Identical ones have the same id under same_as. An empty
 cell means: unknown, or none.</p>
@@ -3872,9 +3873,9 @@ class Row:
     picture: Picture
     similarity: float = 0.0  # to the question, to the sample, or to the nearest of its group
     reason: str = ""  # why it failed
-    kind: str = ""  # identical pictures are of one kind; empty: unknown
+    kind: str = ""  # what identical pictures share, a file's hash or an id; empty: unknown
     same_as: Id | None = None  # of identical pictures: the one to keep
-    copy: str = ""  # the same in words
+    copy: str = ""  # in words: no, keep, same file, same picture; empty: unknown
     largest: bool = False  # of its group
     width: int | None = None
     height: int | None = None
@@ -3891,7 +3892,7 @@ class Card:
     title: str
     rows: list[Row]
     advice: str = ""
-    repeats: int = 0  # pictures beside those to keep
+    repeats: int = 0  # copies other than those to keep
 
 
 class Gallery:
@@ -3920,7 +3921,9 @@ class Gallery:
         self._arrange()  # the order decides what is shown
         shown = [row for card in self.groups[:SHOWN_CARDS] for row in card.rows[:SHOWN_MEMBERS]]
         shown += [row for card in self.samples + self.asked for row in card.rows]
-        self.looks = {row.picture.id: row for row in reversed(shown)}  # some are on several cards
+        # Some are on several cards, and in the table besides: those rows get what is seen.
+        rows = {row.picture.id: row for row in reversed(self._table + shown)}
+        self.looks = {row.picture.id: rows[row.picture.id] for row in shown}
         # No host keeps the gallery waiting: all pictures together get the time of one.
         self._look([*self.looks.values()], settings.fetch_seconds + 1, show=True)
         self._arrange()
@@ -3951,34 +3954,38 @@ class Gallery:
         return sorted(cards.values(), key=lambda card: -len(card.rows))
 
     def _look(self, rows: list[Row], seconds: float, show: bool) -> None:
-        """Looks at pictures for so many seconds. `show`: makes thumbnails, too."""
+        """Reads pictures for at most so many seconds. `show`: makes thumbnails, too."""
         deadline = time.monotonic() + seconds
         pool = ThreadPoolExecutor(self.settings.workers)
         while rows and time.monotonic() < deadline:
             some, rows = rows[:1000], rows[1000:]  # a future takes memory
-            looks = [pool.submit(self._look_at, row, show) for row in some]
+            looks = {pool.submit(self._look_at, row.picture, show): row for row in some}
             for look in wait(looks, deadline - time.monotonic()).done:
-                look.result()  # raises RunError
+                vars(looks[look]).update(look.result())  # raises RunError
         pool.shutdown(wait=False, cancel_futures=True)
 
-    def _look_at(self, row: Row, show: bool) -> None:
+    def _look_at(self, picture: Picture, show: bool) -> dict[str, Any]:
+        """Fields of a Row. What comes too late changes nothing: the page is being made."""
+        seen: dict[str, Any] = {}
         try:
-            source = self._store.locate(Asset(row.picture.id, row.picture.image))
+            source = self._store.locate(Asset(picture.id, picture.image))
             data = self._loader.fetch(source, Deadline(self.settings.fetch_seconds)).data
-            row.bytes = len(data)
+            seen["bytes"] = len(data)
             if self.settings.local:
-                row.kind = hashlib.sha256(data).hexdigest()
-            row.width, row.height = self._loader.size(data)
-            row.pixels = row.width * row.height
+                seen["kind"] = hashlib.sha256(data).hexdigest()
+            width, height = self._loader.size(data)
+            seen |= {"width": width, "height": height, "pixels": width * height}
             if show:
-                row.thumbnail = thumbnail_of(self._loader.decode(data))
+                seen["thumbnail"] = thumbnail_of(self._loader.decode(data))
         except ImageError as error:
-            row.trouble = str(error)
+            seen["trouble"] = str(error)
+        return seen
 
     def _arrange(self) -> None:
         """Says which pictures are identical, and sorts the groups and their pictures."""
         kinds: dict[str, list[Row]] = defaultdict(list)
         for row in self._table:
+            row.same_as, row.copy, row.largest = None, "", False  # a file may have changed since
             kinds[row.kind].append(row)
         self.unknown = len(kinds.pop("", []))
         for first, *others in kinds.values():
@@ -3987,7 +3994,7 @@ class Gallery:
                 for row in (first, *others):
                     row.same_as = first.picture.id
                     row.copy = "same file" if self.settings.local else "same picture"
-                # Else who deletes all rows of "same file" would lose the picture.
+                # Else whoever deletes all rows of "same file" loses the picture.
                 if self.settings.local and not first.reason:
                     first.copy = "keep"
         for card in self.groups:
@@ -3998,14 +4005,14 @@ class Gallery:
             # After the largest come copies: only SHOWN_MEMBERS are shown.
             rows[1:] = sorted(rows[1:], key=lambda row: row.same_as is None)
             card.repeats = sum(row.same_as not in (None, row.picture.id) for row in rows)
-        # Something can be done about copies. Then come the groups that are most alike.
+        # Groups with copies come first: something can be done about them. Then the most alike.
         self.groups.sort(key=lambda card: -min(row.similarity for row in card.rows))
         self.groups.sort(key=lambda card: all(row.same_as is None for row in card.rows))
         for number, card in enumerate(self.groups, 1):
             card.title = f"Group {number}: {len(card.rows):,} look the same"
 
     def address(self, text: str) -> str:
-        """Where a browser finds a URL, or a file of the folder; empty if nowhere."""
+        """Where a browser finds a URL, or a file of the folder; empty where there is none."""
         if not self.settings.local:
             url = full_url(text, self.settings.url)
             return url if re.match("(?i)https?://", url) and len(url) <= LONGEST_LINK else ""
@@ -4037,8 +4044,8 @@ class Gallery:
         for number, card in enumerate(self.groups + self.failed, 1):
             for row in card.rows:
                 one = row.picture
-                what, place = ("can't be used", None) if row.reason else ("looks the same", number)
-                cells = [what, place, one.name, one.client, row.similarity or None, row.copy]
+                what, group = ("can't be used", None) if row.reason else ("looks the same", number)
+                cells = [what, group, one.name, one.client, row.similarity or None, row.copy]
                 cells += [row.same_as, row.width, row.height, row.bytes, one.id, one.image]
                 cells += [one.link, row.reason, advice_on(row.reason)]
                 yield [cell(value) for value in cells]

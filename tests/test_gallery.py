@@ -67,7 +67,7 @@ class Page(HTMLParser):
             for card in re.findall("<article.*?</article>", cards, re.S)
         ]
         self.text = " ".join(found("</style>(.*)", source))
-        self.head = self.text[: self.text.index("Copies, resized")]
+        self.head = self.text[: self.text.index("These are copies, resized")]
         for card in self.cards:
             assert not re.search(r"--[a-z]|vector|embedded|schema\.sql|\.env|1\.000", card.text)
 
@@ -179,7 +179,7 @@ def test_the_head_says_what_is_there_twice(album):
     assert "secret place" not in page.source
     assert "Time was short" not in page.text
     assert "1 file could not be read" in page.text
-    assert "similarity to the nearest of their group is 0.99 or more" in page.text
+    assert "0.99 or more to another one of its group" in page.text
     assert "An empty cell means: unknown, or none" in page.text
     assert 'Of identical files one is marked "keep"' in page.text
 
@@ -245,7 +245,8 @@ def test_each_row_of_a_folders_table_is_complete(album):
         if row["group"]:
             with Image.open(album.folder / path) as image:
                 assert (row["width"], row["height"]) == tuple(map(str, image.size))
-        assert row["advice"] == script.advice_on(row["reason"])
+        expected = (script.advice_on(row["reason"]), bool(row["group"]))
+        assert (row["advice"], bool(row["similarity"])) == expected
         assert (row["copy"] == "no") != bool(row["same_as"])
     copies = {row["id"]: (row["copy"], row["same_as"]) for row in rows if row["same_as"]}
     # A picture that failed is not the one to keep, however short its name is.
@@ -264,7 +265,7 @@ def test_a_page_may_be_of_a_subfolder_and_elsewhere(album, tmp_path):
     assert page.head.startswith("a <b> 2 of 2 pictures")
     assert "· Mugs & More" in page.head
     assert [row["copy"] for row in rows] == ["keep", "same file"]
-    links = [unquote(link) for card in page.of("same") for link in card.links]
+    links = [unquote(urlsplit(link).path) for card in page.of("same") for link in card.links]
     assert len(links) == 2
     assert all((tmp_path / link).is_file() for link in links)
 
@@ -318,7 +319,7 @@ def test_the_page_stays_below_3_mb_whatever_is_to_be_shown(tmp_path, monkeypatch
     levels = np.random.default_rng(1).integers(0, 256, (224, 224, 3), np.uint8)  # packs badly
     noise = {"width": 1500, "height": 1000, "bytes": 10**6, "pixels": 1_500_000}
     noise["thumbnail"] = script.thumbnail_of(levels)
-    monkeypatch.setattr(script.Gallery, "_look_at", lambda _, row, show: vars(row).update(noise))
+    monkeypatch.setattr(script.Gallery, "_look_at", lambda *_: noise)
     links = [LONG[:150] + ODD, LONG, f"//{LONG}", script.STORAGE + LONG]
     pictures = [
         script.Picture(n, links[n % 4], ODD, f"{n} {ODD}", links[n % 3]) for n in range(1000)
@@ -327,12 +328,13 @@ def test_the_page_stays_below_3_mb_whatever_is_to_be_shown(tmp_path, monkeypatch
     matches = [script.Match(picture, 0.7) for picture in pictures[::10]]
     failures = [script.FailedPicture(one, f"{one.id % 40} {ODD}") for one in pictures * 5]
     store = store_of(pairs, [matches[:7]] * 16, failures)
-    asked = {f"{n} {ODD}": matches for n in range(4)}
+    asked = {f"{n} {ODD}\udcff": matches for n in range(4)}
     page, rows = page_of(store, tmp_path, asked, status=(1200, 1000, 0))
     assert "1,000 of 1,200 pictures can be found" in page.head
     assert len(page.source) > 1_500_000
     counts = {name: len(page.of(name)) for name in ("asked", "same", "failed", "alike")}
     assert counts == {"asked": 4, "same": 60, "failed": 40, "alike": 16}
+    assert not any("more" in card.text for card in page.of("asked"))
     assert [card.text.count("similarity 0.700") for card in page.of("asked")] == [24] * 4
     assert [card.pictures for card in page.of("same")] == [6] * 60
     assert page.text.count("And 4 more: see x.csv") == 60
@@ -404,6 +406,9 @@ def test_a_folder_of_broken_files_has_a_page(monkeypatch, tmp_path):
     page, rows = page_of(store, tmp_path, local=tmp_path)
     assert (len(rows), page.of("alike")) == (1001, [])
     assert "could not be read" not in page.text
+    monkeypatch.setattr(script, "started_decoder", Mock(side_effect=script.RunError("none left")))
+    with pytest.raises(script.RunError, match="none left"):
+        page_of(store, tmp_path, local=tmp_path)
 
 
 def test_a_search_whose_reader_left_makes_its_page(album, monkeypatch, tmp_path):
@@ -509,7 +514,7 @@ def test_a_page_that_can_not_be_written_is_refused_at_once(album, tmp_path):
     (tmp_path / "link.html").symlink_to(tmp_path / "elsewhere.html")
     (tmp_path / "linked.csv").symlink_to(tmp_path / "elsewhere.csv")
     links = ("link.html", "linked.html")
-    for name in (".", "pipe.html", "piped.html", "mine.html", *links):
+    for name in (".", "pipe.html", "piped.html", "mine.html", "no/x.html", *links):
         with pytest.raises(argparse.ArgumentTypeError):
             script.to_gallery(str(tmp_path / name))
     earlier = album.folder / "x.html"
