@@ -3010,7 +3010,8 @@ def reply_of(process: Any, task: bytes, data: bytes) -> bytes:
         words = receive(process.stdout, most=LEVELS_BYTES)
     finally:
         patience.cancel()
-    if len(result) == TASKS[task][1]:
+    _, result_bytes = TASKS[task]
+    if len(result) == result_bytes:
         return result
     *calls, reason = words.decode().splitlines()
     for line in calls:
@@ -3067,8 +3068,9 @@ def serve_as_decoder() -> int:
 def reply_to(task: bytes, data: bytes) -> tuple[bytes, bytes]:
     """What one of the TASKS makes of an image file, and no words; or nothing, and words whose last
     line is the reason. The lines before it are a defect's traceback."""
+    make, _ = TASKS[task]
     try:
-        return TASKS[task][0](data), b""
+        return make(data), b""
     except ImageError as reason:
         return b"", str(reason).encode()
     except MemoryError:
@@ -3939,7 +3941,7 @@ class Gallery:
         cards = []
         for pictures in joined(self.catalog.pairs):
             pictures.sort(key=lambda one: (len(one.name), str(one.id)))
-            rows = [Row(one, nearest[one.id], "", kinds.get(one.id, "")) for one in pictures]
+            rows = [Row(one, nearest[one.id], kind=kinds.get(one.id, "")) for one in pictures]
             cards.append(Card("", rows))
         return cards
 
@@ -4184,7 +4186,9 @@ def to_gallery(text: str) -> Path:
     if table.exists():
         with table.open(encoding="utf-8-sig", errors="replace") as lines:
             if not lines.readline(500).startswith("what,group,name,"):
-                raise argparse.ArgumentTypeError(f"'{table}' is not ours: take another name")
+                raise argparse.ArgumentTypeError(
+                    f"'{table}' was not made by this script: take another name"
+                )
     return gallery
 
 
